@@ -1,0 +1,399 @@
+"""Checks the plan's memory against PyTorch's memory tracker, and its times against published figures.
+
+    python tests/check_plan.py --memory               # a few layers of Llama-2-13B's shape, every kind of plan
+    python tests/check_plan.py --memory --full        # the full 7B, 13B and 70B shapes: minutes
+    python tests/check_plan.py --published            # tokens/s of published runs, predicted and measured
+    python tests/check_plan.py --device               # short runs on this machine: the script's own check, by setting
+
+Needs no GPU: the tracker follows fake tensors through two steps of the real model, sharded by transformers as the
+script does it, in one process that stands for rank 0 of a fake process group. Three traps are avoided: DTensor's own
+shape computations get a fake mode of their own, or they are counted; attention is the CUDA flash kernel, which saves
+less than the CPU's; and no mask is built. What the tracker cannot express is left out: CPU offload, DDP's buckets, and
+HSDP's all-reduce held back over several micro-batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.tensor import _sharding_prop
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.distributed import DistributedConfig
+from transformers.distributed.utils import initialize_distributed_mesh
+
+import train_llama2 as script
+from train_llama2 import GIB, GPUS, Cluster, Plan
+
+
+def llama(size: str, layers: int | None = None, **changes: int) -> LlamaConfig:
+    shape = {**script.LLAMA_2[size], **changes}
+    return LlamaConfig(**{**shape, "num_hidden_layers": layers or shape["num_hidden_layers"]})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def flash_attention(module, query, key, value, mask, scaling=None, **ignored):
+    """Saves what the CUDA kernel saves: its inputs, its output and the log-sum-exp."""
+    output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
+@contextlib.contextmanager
+def fake_ranks(world_size: int) -> Iterator[None]:
+    """Inside, this process is rank 0 of `world_size`; its collectives move nothing."""
+    private = FakeTensorMode(allow_non_fake_inputs=True)
+    original, _sharding_prop.detect_fake_mode = _sharding_prop.detect_fake_mode, lambda *_, **__: private
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        _sharding_prop.detect_fake_mode = original
+
+
+def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int) -> float:
+    """Returns the peak over two optimizer steps that PyTorch's tracker counts for rank 0."""
+    AttentionInterface.register("tracked_attention", flash_attention)
+    sharded = plan.dp_shard_size > 1
+    with fake_ranks(plan.dp_shard_size * plan.dp_replicate_size), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=torch.float32, attn_implementation="tracked_attention"
+            )
+        if sharded:
+            settings = DistributedConfig(
+                fsdp_size=plan.dp_shard_size,
+                dp_replicate_size=plan.dp_replicate_size,
+                fsdp_mixed_precision=plan.precision == "bf16",
+            )
+            _, mesh = initialize_distributed_mesh(settings)
+            model.config.distributed_config = settings
+            model = type(model).maybe_distribute_model(model, settings, mesh)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            model.train()
+            script.apply_plan(model, plan)
+            script.use_token_loss(model)
+            optimizer = script.build_optimizer(model, script.Config())
+            tracker = FSDPMemTracker(model, optimizer) if sharded else MemTracker()
+            if not sharded:
+                tracker.track_external(model, optimizer)
+            row = torch.zeros(rows, length, dtype=torch.long)
+            with tracker:
+                for _ in range(2):
+                    train_once(model, optimizer, plan, row, tracker)
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return next(size for name, size in peak.items() if getattr(name, "value", name) == "Total") / GIB
+
+
+def train_once(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, row: torch.Tensor, tracker: MemTracker
+) -> None:
+    """The optimizer step of the script, without what allocates nothing."""
+    sharded, predict_at = plan.dp_shard_size > 1, torch.arange(row.numel() - 1)
+    for index in range(plan.gradient_accumulation_steps):
+        last = index == plan.gradient_accumulation_steps - 1
+        if sharded:
+            model.set_requires_gradient_sync(last or plan.gradient_sync == "micro-batch")
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16" and not sharded):
+            loss = model(input_ids=row, predict_at=predict_at, targets=row.flatten()[1:], use_cache=False)
+        loss.backward()
+        del loss
+        tracker.reset_mod_stats()  # of modules; the peak stays
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+FSDP8 = Plan("fsdp", 1, 8, 1, 1, "full", True, False, "step", "bf16")
+NONE = Plan("none", 1, 1, 1, 1, "full", True, False, "step", "bf16")
+
+
+def memory_cases(full: bool) -> Iterator[tuple[str, LlamaConfig, Plan, int, int]]:
+    """Yields (name, config, plan, rows, tokens a row)."""
+    if full:
+        for size, plan, rows, length in (
+            ("7b", replace(FSDP8, activation_checkpointing="none"), 1, 2048),
+            ("7b", replace(NONE, activation_checkpointing="every-2"), 2, 2048),
+            ("13b", FSDP8, 1, 4096),
+            ("13b", FSDP8, 8, 2048),
+            ("13b", replace(FSDP8, activation_checkpointing="none"), 2, 2048),
+            ("13b", replace(FSDP8, strategy="hsdp", dp_replicate_size=2), 4, 2048),
+            ("70b", replace(FSDP8, dp_shard_size=32), 1, 4096),
+        ):
+            yield f"{size} {plan.describe()}", llama(size), plan, rows, length
+        return
+    levels = ("none", "every-3", "every-2", "full")
+    for level in levels:
+        for rows, length in ((1, 1024), (1, 4096), (4, 2048)):
+            yield "13b", llama("13b", 5), replace(FSDP8, activation_checkpointing=level), rows, length
+    for level, reshard in (("none", False), ("full", False)):
+        plan = replace(FSDP8, activation_checkpointing=level, reshard_after_forward=reshard)
+        yield "13b", llama("13b", 5), plan, 1, 2048
+    for sync in ("micro-batch", "step"):
+        plan = replace(FSDP8, gradient_accumulation_steps=2, gradient_sync=sync)
+        yield "13b", llama("13b", 5), plan, 1, 2048
+    yield "13b", llama("13b", 5), replace(FSDP8, strategy="hsdp", dp_replicate_size=2, dp_shard_size=4), 1, 2048
+    yield "70b", llama("70b", 4), FSDP8, 1, 4096
+    yield "7b V=128k", llama("7b", 4, vocab_size=128_256), FSDP8, 1, 2048
+    for level in levels:
+        for rows, length in ((1, 1024), (4, 2048), (8, 2048)):
+            yield "13b", llama("13b", 5), replace(NONE, activation_checkpointing=level), rows, length
+    yield "70b", llama("70b", 4), replace(NONE, activation_checkpointing="none"), 2, 4096
+    yield "13b", llama("13b", 5), replace(NONE, gradient_accumulation_steps=2), 4, 2048
+    yield "13b", llama("13b", 5), replace(NONE, precision="fp32", activation_checkpointing="none"), 4, 2048
+
+
+def predicted_memory(shape: script.ModelShape, plan: Plan, tokens: int) -> script.Memory:
+    """Returns the plan's memory with what torch's linear_cross_entropy adds on a CPU, where the tracker runs.
+
+    There it casts the head to fp32, and two chunks of its input; CUDA's matmuls take bf16 and give fp32.
+    """
+    moments = script.memory_moments(shape, plan, tokens)
+    if plan.precision != "fp32":
+        rows = min(tokens, script.HEAD_CHUNK_TOKENS)
+        moments["loss"]["temporaries"] += 4 * shape.head_parameters + 8 * rows * shape.hidden
+    return script.peak_of(moments)
+
+
+def check_memory(full: bool) -> float:
+    """Prints predicted and tracked memory of every case; returns the largest relative error."""
+    print(f"{'case':<58}{'tokens':>8}{'tracked':>9}{'predicted':>11}{'error':>8}  peak")
+    worst = 0.0
+    for name, model_config, plan, rows, length in memory_cases(full):
+        memory = predicted_memory(script.model_shape(model_config), plan, rows * length)
+        tracked = tracked_gib(model_config, plan, rows, length)
+        error = memory.active / tracked - 1
+        worst = max(worst, abs(error))
+        words = f"{name} {plan.precision} {plan.describe()}" if not full else name
+        print(
+            f"{words[:57]:<58}{rows * length:>8}{tracked:>9.3f}{memory.active:>11.3f}{error:>8.2%}  "
+            f"{memory.peak_moment}"
+        )
+    print(f"largest error {worst:.2%}")
+    return worst
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Time
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published run. `recomputed`: the plan's word for it. `fitted`: a constant was fitted to this run."""
+
+    source: str
+    name: str
+    group: str
+    gpu: str
+    nodes: int
+    ranks_per_node: int
+    shape: script.ModelShape
+    strategy: str
+    micro_batch_size: int
+    length: int
+    recomputed: str
+    compiled: bool
+    tokens_per_second_per_gpu: float
+    fitted: bool = False
+
+
+def decoder(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_width: int, vocabulary: int
+) -> script.ModelShape:
+    shape = script.ModelShape(0, layers, hidden, intermediate, heads, kv_width, vocabulary, sys.maxsize)
+    return replace(shape, parameters=layers * shape.layer_parameters + shape.head_parameters + vocabulary * hidden)
+
+
+MPT_13B = decoder(5120, 13_653, 40, 40, 5120, 50_368)  # two MLP matrices of 4h: as many parameters as three of 8/3 h
+LLAMA_7B, LLAMA_13B = (
+    decoder(h, f, n, a, h, 32_000) for h, f, n, a in ((4096, 11_008, 32, 32), (5120, 13_824, 40, 40))
+)
+LLAMA_70B, LLAMA_8B = decoder(8192, 28_672, 80, 64, 1024, 32_000), decoder(4096, 14_336, 32, 32, 1024, 128_256)
+QWEN_14B = decoder(5120, 17_408, 40, 40, 1024, 151_936)
+FOUNDRY, FMS, TITAN, FORGE = (
+    "mosaicml/llm-foundry",
+    "foundation-model-stack/fms-fsdp",
+    "pytorch/torchtitan",
+    "KempnerForge",
+)
+A100, H100, H200 = "A100-80GB", "H100-80GB", "H200-141GB"
+
+PUBLISHED = [
+    Published(FOUNDRY, "MPT-13B 1024 x 40", "a", A100, 1, 8, MPT_13B, "fsdp", 40, 1024, "full", True, 2330, True),
+    Published(FOUNDRY, "MPT-13B 2048 x 2", "a", A100, 1, 8, MPT_13B, "fsdp", 2, 2048, "none", True, 2262, True),
+    Published(FOUNDRY, "MPT-13B 4096 x 10", "a", A100, 1, 8, MPT_13B, "fsdp", 10, 4096, "full", True, 2060),
+    Published(FOUNDRY, "MPT-13B 1024 x 40", "b", H100, 1, 8, MPT_13B, "fsdp", 40, 1024, "full", True, 5502, True),
+    Published(FOUNDRY, "MPT-13B 2048 x 2", "b", H100, 1, 8, MPT_13B, "fsdp", 2, 2048, "none", True, 4792, True),
+    Published(FOUNDRY, "MPT-13B 4096 x 10", "b", H100, 1, 8, MPT_13B, "fsdp", 10, 4096, "full", True, 4717),
+    Published(FMS, "Llama-2-7B 4096 x 2", "c", A100, 16, 8, LLAMA_7B, "hsdp", 2, 4096, "none", True, 4550),
+    Published(FMS, "Llama-2-13B 4096 x 2", "c", A100, 16, 8, LLAMA_13B, "fsdp", 2, 4096, "every-2", True, 2150),
+    Published(FMS, "Llama-2-70B 4096 x 2", "c", A100, 16, 8, LLAMA_70B, "fsdp", 2, 4096, "every-2", True, 410),
+    Published(FMS, "Llama-2-7B 4096 x 2", "d", H100, 12, 8, LLAMA_7B, "hsdp", 2, 4096, "none", True, 9600),
+    Published(FMS, "Llama-2-13B 4096 x 2", "d", H100, 12, 8, LLAMA_13B, "fsdp", 2, 4096, "every-2", True, 4850),
+    Published(FMS, "Llama-2-70B 4096 x 2", "d", H100, 12, 8, LLAMA_70B, "fsdp", 2, 4096, "every-2", True, 890),
+    Published(TITAN, "Llama-7B 2048 x 8", "e", H100, 1, 8, LLAMA_7B, "fsdp", 8, 2048, "full", False, 6200),
+    Published(TITAN, "Llama-3.1-8B 8192 x 2", "f", H100, 1, 8, LLAMA_8B, "fsdp", 2, 8192, "every-2", True, 6667, True),
+    Published(TITAN, "Llama-3.1-8B 8192 x 2", "f", H100, 1, 8, LLAMA_8B, "fsdp", 2, 8192, "every-2", False, 5762, True),
+    Published(FORGE, "14.8B 4096 x 4 x 4", "g", H200, 2, 4, QWEN_14B, "fsdp", 4, 4096, "none", False, 4426),
+]
+
+
+def predicted_rate(run: Published) -> float:
+    """Returns the tokens per second and GPU that the plan predicts for a published run."""
+    cluster = Cluster(run.nodes, run.ranks_per_node, run.gpu, True, GPUS[run.gpu])
+    world = run.nodes * run.ranks_per_node
+    replicas, shards = (run.nodes, run.ranks_per_node) if run.strategy == "hsdp" else (1, world)
+    plan = Plan(run.strategy, replicas, shards, run.micro_batch_size, 1, run.recomputed, True, False, "step", "bf16")
+    tokens = run.micro_batch_size * run.length
+    seconds = script.predict_seconds(run.shape, cluster, plan, tokens, run.length, compiled=run.compiled)
+    return tokens / seconds["total"]
+
+
+def check_published() -> tuple[float, bool]:
+    """Prints predicted and published rates; returns the mean error, and whether each group is ranked right.
+
+    A group is one model, or one family, on the same machines under one program. In it the runs differ in what the plan
+    decides, so that their order is what a choice rests on.
+    """
+    print(f"{'published by':<34}{'run':<24}{'GPUs':<16}{'published':>10}{'predicted':>10}{'ratio':>7}")
+    rates = [predicted_rate(run) for run in PUBLISHED]
+    for run, rate in zip(PUBLISHED, rates, strict=True):
+        gpus = f"{run.nodes * run.ranks_per_node} x {run.gpu}"
+        mark = " fitted" if run.fitted else ""
+        published = run.tokens_per_second_per_gpu
+        print(
+            f"{run.source:<34}{run.name:<24}{gpus:<16}{published:>10,.0f}{rate:>10,.0f}{rate / published:>7.2f}{mark}"
+        )
+    errors = [abs(rate / run.tokens_per_second_per_gpu - 1) for run, rate in zip(PUBLISHED, rates, strict=True)]
+    held_out = [error for run, error in zip(PUBLISHED, errors, strict=True) if not run.fitted]
+    ranked = True
+    for group in sorted({run.group for run in PUBLISHED}):
+        pairs = [
+            (run.tokens_per_second_per_gpu, rate)
+            for run, rate in zip(PUBLISHED, rates, strict=True)
+            if run.group == group
+        ]
+        ranked &= sorted(pairs) == sorted(pairs, key=lambda pair: pair[1])
+    print(
+        f"mean error {sum(errors) / len(errors):.1%} of all rows, "
+        f"{sum(held_out) / len(held_out):.1%} of those not fitted"
+    )
+    print("every group is ranked as published" if ranked else "A GROUP IS RANKED WRONGLY")
+    return sum(errors) / len(errors), ranked
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# On the device that is here
+# ----------------------------------------------------------------------------------------------------------------
+
+DEVICE_SETTINGS: list[tuple[str, int, int, dict[str, object]]] = [  # Llama-2 size, layers, block, flags
+    ("7b", 16, 1024, {"micro_batch_size": 1, "activation_checkpointing": "none"}),
+    ("7b", 16, 2048, {"micro_batch_size": 2, "activation_checkpointing": "none"}),
+    ("7b", 16, 2048, {"micro_batch_size": 4, "activation_checkpointing": "full"}),
+    ("7b", 16, 4096, {"micro_batch_size": 2, "activation_checkpointing": "every-2"}),
+    ("13b", 10, 1024, {"micro_batch_size": 4, "activation_checkpointing": "full"}),
+    ("13b", 10, 2048, {"micro_batch_size": 1, "activation_checkpointing": "none", "packing": "no"}),
+    ("13b", 10, 4096, {"micro_batch_size": 2, "activation_checkpointing": "full", "compile": "yes"}),
+    ("13b", 20, 4096, {"micro_batch_size": 1, "activation_checkpointing": "full", "precision": "bf16-states"}),
+]
+TINY_SETTINGS = [("tiny", 2, block, {"micro_batch_size": size}) for block, size in ((128, 1), (128, 2), (256, 2))]
+
+
+def check_device(tiny: bool) -> None:
+    """Trains 3 steps of every setting, random weights and full blocks, and prints the check that each run made itself.
+
+    On several GPUs under torchrun's FSDP, on one as it is. `tiny` tries the command without a GPU.
+    """
+    print(f"{'setting':<62}{'active GiB':>16}{'reserved GiB':>18}{'seconds':>16}   (predicted / measured)")
+    for size, layers, block, flags in TINY_SETTINGS if tiny else DEVICE_SETTINGS:
+        with tempfile.TemporaryDirectory() as name:
+            check = trained_check(Path(name), size, layers, block, flags)
+        words = f"{size}, {layers} layers, block {block}, " + ", ".join(map(str, flags.values()))
+        if check is None:
+            print(f"{words[:61]:<62}  did not run to the second step")
+            continue
+        parts = []
+        for value in check.values():
+            measured = "-" if value["measured"] is None else f"{value['measured']:.2f}"
+            parts.append(f"{value['predicted']:.2f} / {measured}")
+        print(f"{words[:61]:<62}{parts[0]:>16}{parts[1]:>18}{parts[2]:>16}", flush=True)
+
+
+def trained_check(folder: Path, size: str, layers: int, block: int, flags: dict[str, object]) -> dict | None:
+    """Returns `plan_check` of a run of the script itself, None where it did not get there; its output is shown then."""
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "data" / "tiny_llama")
+    tokenizer.save_pretrained(folder / "model")
+    changes = dict(hidden_size=64, intermediate_size=172, num_attention_heads=4, vocab_size=1024)
+    config = llama("7b", layers, **changes) if size == "tiny" else llama(size, layers)
+    config.max_position_embeddings, config.architectures = 4096, ["LlamaForCausalLM"]
+    config.save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    story = json.dumps({"article": "The mayor opened the bridge. " * block, "highlights": "A bridge is open."}) + "\n"
+    for split, lines in (("train", 32), ("validation", 2)):
+        (folder / "data" / f"{split}.jsonl").write_text(story * lines)
+    settings = {
+        "model-name-or-path": folder / "model", "dataset-name-or-path": folder / "data",
+        "save-model-dir": folder / "run", "block-size": block, "batch-size": 8, "max-steps": 3, "eval-interval": 100,
+        **{name.replace("_", "-"): value for name, value in flags.items()},
+    }  # fmt: skip
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    launcher = [sys.executable]
+    if torch.cuda.device_count() > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=gpu"]
+        words += ["--parallelism", "fsdp"]
+    run = subprocess.run(
+        [*launcher, script.__file__, *words, "--random-init"], capture_output=True, text=True, check=False
+    )
+    written = folder / "run" / "train_config.json"
+    check = json.loads(written.read_text())["plan_check"] if written.exists() else None
+    if check is None:
+        print(run.stdout[-500:], run.stderr[-500:])
+    return check
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="against the tracker")
+    parser.add_argument("--full", action="store_true", help="with --memory: the full shapes")
+    parser.add_argument("--published", action="store_true", help="against published runs")
+    parser.add_argument("--device", action="store_true", help="against short runs on this machine's GPUs")
+    parser.add_argument("--tiny", action="store_true", help="with --device: a tiny model, to try it on a CPU")
+    options = parser.parse_args()
+    if options.device:
+        check_device(options.tiny)
+        return 0
+    passed, began = True, time.perf_counter()
+    if options.memory or not options.published:
+        passed &= check_memory(options.full) <= 0.005
+    if options.published or not options.memory:
+        error, ranked = check_published()
+        passed &= error <= 0.15 and ranked
+    print(f"{'passed' if passed else 'FAILED'} in {time.perf_counter() - began:.0f} s")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

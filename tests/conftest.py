@@ -1,0 +1,128 @@
+"""What all tests share: the shipped material, and real runs of the script, alone or under torchrun on CPU with gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_llama2.py"
+TINY_LLAMA = ROOT / "tests" / "data" / "tiny_llama"
+NEWS = ROOT / "tests" / "data" / "news"
+sys.path.insert(0, str(ROOT))
+
+# Before any library is imported: no network, one thread (the tests use both cores as it is), and a cache of this
+# session's own, so that no test depends on what an earlier session left.
+CACHE = tempfile.TemporaryDirectory(prefix="hugging_face_")
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HOME=CACHE.name)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(CACHE.name) / "inductor")
+
+
+def run_script(
+    *flags: object, processes: int = 1, timeout: float = 180, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs the script for real, under torchrun where `processes` is more than one. Flags are those of a small run."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*launcher, str(SCRIPT), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+# Each rank of one torchrun trains run after run; starting Python and its libraries is what takes the time.
+SEVERAL_RUNS = """
+import json, os, sys
+from accelerate.state import AcceleratorState
+import train_llama2
+
+for number, flags in enumerate(json.load(open(sys.argv[1]))):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # addresses of one run are not taken for another's
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        code = train_llama2.command_line(flags)
+    except SystemExit as leaving:
+        code = leaving.code
+    for stream in (sys.stdout, sys.stderr) if os.environ.get("RANK", "0") == "0" else ():
+        print(f"=== {code} ===", file=stream, flush=True)
+"""
+
+
+def run_script_several_times(
+    runs: Sequence[Sequence[object]], processes: int, before: str = "", timeout: float = 240
+) -> list[SimpleNamespace]:
+    """Runs the script with each list of flags, in the ranks of one torchrun; returns what each run printed.
+
+    `before` is Python that every rank runs first, with `train_llama2` imported.
+    """
+    with tempfile.TemporaryDirectory(prefix="several_runs_") as name:
+        folder = Path(name)
+        (folder / "runs.json").write_text(json.dumps([[str(flag) for flag in flags] for flags in runs]))
+        (folder / "driver.py").write_text(
+            SEVERAL_RUNS.replace("import train_llama2\n", f"import train_llama2\n{before}\n")
+        )
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launch = subprocess.run(
+            [sys.executable, *launcher, str(folder / "driver.py"), str(folder / "runs.json")],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+    assert launch.returncode == 0, launch.stderr
+    (*printed, _), (*complained, _) = (re.split(r"=== (\d+) ===\n", text) for text in (launch.stdout, launch.stderr))
+    assert printed[1::2] == complained[1::2] and len(printed) == 2 * len(runs), launch.stderr
+    return [
+        SimpleNamespace(returncode=int(code), stdout=stdout, stderr=stderr)
+        for stdout, code, stderr in zip(printed[::2], printed[1::2], complained[::2], strict=True)
+    ]
+
+
+def small_run(save_model_dir: Path, **flags: object) -> list[str]:
+    """Flags of a run on the shipped material that takes seconds; `flags` are added or put in their place."""
+    settings: dict[str, object] = {
+        "model_name_or_path": TINY_LLAMA,
+        "dataset_name_or_path": NEWS,
+        "block_size": 512,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "log_interval": 1,
+        "save_model_dir": save_model_dir,
+        **flags,
+    }
+    words = []
+    for name, value in settings.items():
+        words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return words
+
+
+def read_metrics(save_model_dir: Path) -> tuple[list[dict], list[dict]]:
+    """Returns the training lines and the evaluation lines of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (save_model_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leaves out `curves.png`, half of the time of a small run, where a test file is not about what a run leaves."""
+    import train_llama2
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in ("test_reporting", "test_model_card"):
+            patch.setattr(train_llama2, "draw_curves", lambda folder: None)
+        yield

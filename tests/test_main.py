@@ -1,0 +1,130 @@
+"""main(): the same training on any number of processes and under any strategy, in real torchrun processes."""
+
+from __future__ import annotations
+
+import pytest
+from accelerate.state import AcceleratorState
+from conftest import read_metrics, run_script_several_times, small_run
+
+import train_llama2
+
+# 34 documents in batches of 13: two full batches and a ragged one of 8 an epoch; 9 steps over 3 epochs. max_grad_norm
+# is far below the norms of this model (about 0.7), so every step clips.
+PARITY = {"batch_size": 13, "num_train_epochs": 3, "max_grad_norm": 0.1, "eval_interval": 9, "block_size": 512}
+# Batches of 3 documents on 4 ranks: one rank has nothing in each step and still makes every call.
+FEW = {"batch_size": 3, "max_steps": 4, "max_eval_samples": 5, "block_size": 512}
+
+RUNS = {
+    ("1", "one process"): {**PARITY, "micro_batch_size": 13},
+    ("1", "micro-batches of 3"): {**PARITY, "micro_batch_size": 3},
+    ("1", "micro-batches of 5, recomputed"): {**PARITY, "micro_batch_size": 5, "activation_checkpointing": "full"},
+    ("1", "packed"): {**PARITY, "micro_batch_size": 3, "packing": "yes"},
+    ("1", "few"): {**FEW, "parallelism": "none"},
+    ("2", "ddp"): {**PARITY, "parallelism": "ddp", "micro_batch_size": 2},
+    ("2", "fsdp, each micro-batch reduced"): {
+        **PARITY, "parallelism": "fsdp", "micro_batch_size": 1, "gradient_sync": "micro-batch",
+    },
+    ("2", "fsdp, each step reduced, recomputed"): {
+        **PARITY, "parallelism": "fsdp", "micro_batch_size": 4, "gradient_sync": "step",
+        "activation_checkpointing": "full",
+    },
+    ("2", "ddp, packed"): {**PARITY, "parallelism": "ddp", "micro_batch_size": 2, "packing": "yes"},
+    ("2", "fsdp, packed, compiled, half recomputed"): {
+        **PARITY, "parallelism": "fsdp", "micro_batch_size": 2, "packing": "yes", "compile": "yes",
+        "activation_checkpointing": "every-2",
+    },
+    ("2", "ddp, bf16-states"): {**FEW, "parallelism": "ddp", "precision": "bf16-states"},
+    ("4", "hsdp, packed"): {**PARITY, "parallelism": "hsdp", "micro_batch_size": 1, "packing": "yes"},
+    ("4", "hsdp"): {**PARITY, "parallelism": "hsdp", "micro_batch_size": 2, "dist_timeout_minutes": 7},
+    ("4", "fsdp"): {**PARITY, "parallelism": "fsdp", "micro_batch_size": 1},
+    ("4", "few"): {**FEW, "parallelism": "fsdp"},
+    ("4", "few, packed"): {**FEW, "parallelism": "fsdp", "packing": "yes"},
+}  # fmt: skip
+
+# Gives each rank a random state of its own, as after resuming; no result may depend on it. Tells how long the groups of
+# a sharded model's mesh wait, and thereby how many there are.
+TELL_TIMEOUTS = """
+load_model = train_llama2.load_model
+
+def telling(config, parallel):
+    torch.manual_seed(parallel.rank)
+    model = load_model(config, parallel)
+    if parallel.plan.dp_shard_size > 1:
+        mesh = next(model.parameters()).device_mesh
+        groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        parallel.say("TIMEOUTS", [backend.options._timeout.total_seconds() for backend in backends])
+    return model
+
+save_model = train_llama2.save_model
+
+def comparing(model, *arguments):
+    parallel = arguments[-1]
+    if parallel.plan.strategy == "ddp":
+        mine = torch.cat([parameter.detach().flatten().float() for parameter in model.parameters()])
+        everyones = [torch.empty_like(mine) for _ in range(parallel.dp_size)]
+        torch.distributed.all_gather(everyones, mine)
+        parallel.say("REPLICAS EQUAL", all(torch.equal(each, mine) for each in everyones))
+    save_model(model, *arguments)
+
+import torch
+train_llama2.load_model, train_llama2.save_model = telling, comparing
+"""
+
+# Traces and differentiates the layers as ever, and leaves out Inductor's C++, which takes a minute for these runs.
+WITHOUT_INDUCTOR = """
+import torch
+compile_module = torch.nn.Module.compile
+torch.nn.Module.compile = lambda module, **options: compile_module(module, backend="aot_eager", **options)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[list[dict], list[dict], str]]:
+    """Returns the training lines, the evaluations, and the console of each of RUNS."""
+    base, consoles, before = tmp_path_factory.mktemp("runs"), {}, TELL_TIMEOUTS + WITHOUT_INDUCTOR
+    folders = {key: base / f"run {number}" for number, key in enumerate(RUNS)}
+    for processes in ("2", "4"):
+        keys = [key for key in RUNS if key[0] == processes]
+        flags = [small_run(folders[key], **RUNS[key]) for key in keys]
+        for key, run in zip(keys, run_script_several_times(flags, int(processes), before), strict=True):
+            assert run.returncode == 0, run.stderr
+            consoles[key] = run.stdout
+    for key in [key for key in RUNS if key[0] == "1"]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_llama2.main(small_run(folders[key], **RUNS[key]))
+    return {key: (*read_metrics(folders[key]), consoles.get(key, "")) for key in RUNS}
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in RUNS if RUNS[key].keys() >= PARITY.keys()][1:], ids=lambda key: " x ".join(key)
+)
+def test_losses_and_norms_equal_one_process_step_by_step(runs, key):
+    expected_steps, expected_evaluations, _ = runs["1", "one process"]
+    steps, evaluations, _ = runs[key]
+    assert len(expected_steps) == 9
+    assert all(line["grad_norm"] > 0.1 for line in steps), "a step that does not clip tests less than this test says"
+    for name in ("step", "loss", "grad_norm", "lr", "tokens", "epoch"):
+        assert [line[name] for line in steps] == pytest.approx([line[name] for line in expected_steps], rel=1e-5)
+    assert [line["eval_loss"] for line in evaluations] == pytest.approx(
+        [line["eval_loss"] for line in expected_evaluations], rel=1e-5
+    )
+
+
+def test_a_batch_smaller_than_the_world_trains_the_same(runs):
+    one, one_evaluation, _ = runs["1", "few"]
+    for key in (("4", "few"), ("4", "few, packed")):
+        four, four_evaluation, _ = runs[key]
+        assert [line["loss"] for line in four] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+        assert four_evaluation[0]["eval_loss"] == pytest.approx(one_evaluation[0]["eval_loss"], rel=1e-5)
+
+
+def test_every_group_of_ranks_waits_as_long_as_the_run_was_told_to(runs):
+    """7 minutes for the replicas and the shards of HSDP; 60, the default, for FSDP's one group."""
+    assert "TIMEOUTS [420.0, 420.0]\n" in runs["4", "hsdp"][2]
+    assert "TIMEOUTS [3600.0]\n" in runs["4", "fsdp"][2]
+
+
+@pytest.mark.parametrize("key", [key for key in RUNS if key[1].startswith("ddp")], ids=lambda key: key[1])
+def test_replicas_end_with_the_same_weights_whatever_the_random_state_of_their_ranks(runs, key):
+    assert "REPLICAS EQUAL True\n" in runs[key][2]

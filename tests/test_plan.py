@@ -1,0 +1,908 @@
+"""The plan: what is weighed, predicted, chosen, said and refused; that it is what runs; and that it checks itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import check_plan
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import SCRIPT, TINY_LLAMA, read_metrics, run_script_several_times, small_run
+from transformers import LlamaConfig, Qwen2Config
+
+import train_llama2
+from train_llama2 import GPUS, Cluster, Config, Plan, UserError, choose_plan, parse_cluster, parse_config
+
+GIB = 2**30
+
+
+def llama(size: str, **changes: int) -> train_llama2.ModelShape:
+    return train_llama2.model_shape(
+        LlamaConfig(**{**train_llama2.LLAMA_2[size], "max_position_embeddings": 4096, **changes})
+    )
+
+
+LLAMA_7B, LLAMA_13B, LLAMA_70B = (llama(size) for size in ("7b", "13b", "70b"))
+LLAMA_1B = llama("7b", hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4)
+TINY = llama("7b", hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, vocab_size=1024)
+TIED = train_llama2.model_shape(  # Qwen2.5-0.5B: tied embeddings, grouped queries, a vocabulary larger than the rest
+    Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=4096,
+    )
+)  # fmt: skip
+LAPTOP = Cluster(1, 1, "x86_64", False, train_llama2.Gpu(8.0, 0.1, 10, 0.5, 1.0, 1, 1), {"peak": "measured"})
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def plan_of(strategy: str, replicas: int = 1, shards: int = 1, **changes: object) -> Plan:
+    settings = dict(
+        micro_batch_size=8,
+        gradient_accumulation_steps=1,
+        activation_checkpointing="full",
+        reshard_after_forward=True,
+        cpu_offload=False,
+        gradient_sync="micro-batch",
+        precision="bf16",
+    )
+    return Plan(strategy, replicas, shards, **{**settings, **changes})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# --plan
+# ----------------------------------------------------------------------------------------------------------------
+
+CANDIDATE_KEYS = {  # the contract's, then what was added to it
+    "strategy", "dp_replicate_size", "dp_shard_size", "micro_batch_size", "gradient_accumulation_steps",
+    "activation_checkpointing", "reshard_after_forward", "cpu_offload", "memory_gib", "step_seconds",
+    "tokens_per_second_per_gpu", "mfu", "fits", "reason",
+} | {"gradient_sync", "precision", "packing"}  # fmt: skip
+MEMORY_KEYS = {"active", "reserved", "terms", "peak_moment"} | {"reserved_low", "reserved_high"}
+
+
+def check_candidate(candidate: dict, world_size: int, share: int) -> None:
+    """Checks the contract of one candidate, where every rank has `share` documents a step."""
+    assert set(candidate) == CANDIDATE_KEYS
+    assert candidate["dp_replicate_size"] * candidate["dp_shard_size"] == world_size
+    size, steps = candidate["micro_batch_size"], candidate["gradient_accumulation_steps"]
+    assert size * (steps - 1) < share <= size * steps
+    memory, seconds = candidate["memory_gib"], candidate["step_seconds"]
+    assert set(memory) == MEMORY_KEYS
+    assert sum(memory["terms"].values()) == pytest.approx(memory["active"])
+    assert all(term >= 0 for term in memory["terms"].values())
+    assert memory["active"] <= memory["reserved_low"] < memory["reserved"] < memory["reserved_high"]
+    assert memory["peak_moment"]
+    assert seconds["total"] == pytest.approx(
+        seconds["compute"] + seconds["exposed_communication"] + seconds["optimizer"]
+    )
+    assert seconds["communication"] == pytest.approx(
+        seconds["gather_reduce"] + seconds["all_reduce"] + seconds["host_link"]
+    )
+    assert 0 <= seconds["exposed_communication"] <= seconds["communication"]
+    assert 0 < candidate["mfu"] < 1
+    assert candidate["fits"] is (not candidate["reason"].startswith("needs"))
+    assert candidate["reason"]
+
+
+def script(*flags: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, flags)],
+        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_the_json_of_8_h100_is_one_object_with_the_contracts_fields_of_every_candidate():
+    run = script("--plan", "8xH100-80GB", "--plan-format", "json")
+    assert (run.returncode, run.stderr) == (0, "")
+    plan = json.loads(run.stdout)
+    assert set(plan) == {"cluster", "chosen", "candidates", "lever"}
+    assert (plan["cluster"]["nodes"], plan["cluster"]["ranks_per_node"]) == (1, 8)
+    assert plan["chosen"] in plan["candidates"]
+    for candidate in plan["candidates"]:
+        check_candidate(candidate, world_size=8, share=8)
+        rate = candidate["tokens_per_second_per_gpu"]  # 64 documents of 2,048 tokens over 8 GPUs
+        assert rate * candidate["step_seconds"]["total"] == pytest.approx(64 * 2048 / 8)
+    for name, values in {
+        "strategy": {"ddp", "fsdp"},
+        "micro_batch_size": {1, 2, 4, 8},
+        "activation_checkpointing": {"none", "every-4", "every-3", "every-2", "full"},
+        "reshard_after_forward": {True, False},
+        "cpu_offload": {True, False},
+        "gradient_sync": {"micro-batch", "step"},
+        "fits": {True, False},
+    }.items():
+        assert {candidate[name] for candidate in plan["candidates"]} == values
+    keys = [tuple(candidate[name] for name in sorted(CANDIDATE_KEYS - {"memory_gib", "step_seconds", "reason"}))
+            for candidate in plan["candidates"]]  # fmt: skip
+    assert len(set(keys)) == len(keys), "a candidate is weighed twice"
+
+
+def test_where_nothing_fits_chosen_is_null_and_one_line_tells_the_nearest_miss_and_the_levers():
+    """13.0 G parameters * 16 bytes = 193.9 GiB on one GPU of 79.1. Only a config.json is there to be read."""
+    run = script("--plan", "1xH100-80GB", "--plan-format", "json", "--model-name-or-path", "meta-llama/Llama-2-13b-hf")
+    assert run.returncode == 2
+    plan = json.loads(run.stdout)
+    assert plan["chosen"] is None
+    assert not any(candidate["fits"] for candidate in plan["candidates"])
+    needs = [candidate["memory_gib"]["reserved"] for candidate in plan["candidates"]]
+    assert needs == sorted(needs) and needs[0] > 193.9
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: the model does not fit on 1 x H100-80GB: the nearest miss, none, micro-batch 1 x 64")
+    assert f"needs {needs[0]:.1f} GiB, 75.1 of 79.1 are usable" in line
+    assert line.endswith(plan["lever"]) and "it would fit with" in line and "GPUs" in line
+
+
+def test_plan_needs_config_json_alone_and_under_3_seconds_and_starts_nothing(tmp_path, capsys, monkeypatch):
+    shape = LlamaConfig(**train_llama2.LLAMA_2["70b"], max_position_embeddings=4096)
+    shape.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    began = time.process_time()  # a busy machine is not the plan's fault
+    words = ["--plan", "4x8xH100-80GB,ib=200", "--plan-format", "json", "--model-name-or-path", str(tmp_path)]
+    assert train_llama2.command_line(words) == 0
+    assert time.process_time() - began < 3
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["chosen"]["fits"] and plan["cluster"]["gpu"]["network_gbit_per_second"] == 200
+    assert {candidate["strategy"] for candidate in plan["candidates"]} == {"ddp", "fsdp", "hsdp"}
+    assert not torch.distributed.is_initialized()
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    monkeypatch.setenv("RANK", "1")  # under torchrun, rank 0 speaks
+    assert train_llama2.command_line(words) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_plan_of_this_machine_is_one_cpu_process_in_fp32(capsys):
+    assert train_llama2.command_line(["--plan", "--model-name-or-path", str(TINY_LLAMA)]) == 0
+    assert "chosen  none, micro-batch" in capsys.readouterr().out
+    plan = choose_plan(TINY, train_llama2.this_machine(), Config()).chosen.plan
+    assert (plan.strategy, plan.precision, plan.cpu_offload) == ("none", "fp32", False)
+
+
+def test_plan_refuses_a_block_longer_than_the_models_positions_as_a_run_does():
+    with pytest.raises(UserError, match=r"--block-size 8192 is longer than the 4096 positions of .*; use at most 4096"):
+        choose_plan(LLAMA_13B, parse_cluster("8xH100-80GB"), Config(block_size=8192))
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    """The tiny model has 300,000 parameters: 5 MB of states, and the machine is said to have 4 MiB."""
+    small = dataclasses.replace(LAPTOP.gpu, memory_gib=4 / 1024)
+    monkeypatch.setattr(train_llama2, "find_device", lambda ranks_per_node: ("abacus", small, {}))
+    for name in ("load_tokenizer", "load_documents", "load_model"):
+        monkeypatch.setattr(train_llama2, name, None)
+    assert train_llama2.command_line(small_run(tmp_path / "run")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the model does not fit on 1 x abacus: the nearest miss, none, micro-batch 1 x 8")
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Clusters
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes", "ranks", "memory", "peak", "network"),
+    [
+        ("8xH100-80GB", 1, 8, 79.1, 989, 400),
+        ("8xH100", 1, 8, 79.1, 989, 400),
+        ("2x8xa100-40gb", 2, 8, 39.5, 312, 200),
+        ("2x8xH100-80GB,ib=3200", 2, 8, 79.1, 989, 3200),
+        ("2 x 4 x RTX 4090, ib=12.5", 2, 4, 23.5, 165.2, 12.5),
+        ("1xNVIDIA A100-SXM4-80GB", 1, 1, 79.1, 312, 200),
+        ("8x(48GB,181TFLOPS,pcie4)", 1, 8, 48e9 / GIB, 181, 12.5),
+        ("3x8x(48GB,181.5TFLOPS),ib=100", 3, 8, 48e9 / GIB, 181.5, 100),
+        ("8x( 180 tflops, 24 gb, 50 GB/s )", 1, 8, 24e9 / GIB, 180, 12.5),
+    ],
+)
+def test_a_cluster_is_read(text, nodes, ranks, memory, peak, network):
+    cluster = parse_cluster(text)
+    assert (cluster.nodes, cluster.ranks_per_node, cluster.world_size) == (nodes, ranks, nodes * ranks)
+    assert cluster.has_gpu
+    assert (cluster.memory_gib, cluster.gpu.peak_tflops) == (pytest.approx(memory), peak)
+    assert cluster.gpu.network_gbit_per_second == network
+    assert set(cluster.sources) == {"memory", "peak", "efficiency", "node link", "network"}
+    assert cluster.sources["network"] == ("given" if "ib=" in text else "guess")
+    assert cluster.sources["memory"] == ("given" if "(" in text else "table")
+
+
+@pytest.mark.parametrize(("word", "link"), [("pcie3", 10), ("pcie4", 20), ("nvlink4", 345), ("50GB/s", 50)])
+def test_the_link_of_a_described_gpu_is_the_one_given(word, link):
+    assert parse_cluster(f"8x(80GB,989TFLOPS,{word})").gpu.link_gb_per_second == link
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "H100", "8x", "x8xH100", "0x8xH100", "0xH100", "8*H100", "8xH100-80GB,ib=", "8xH100-80GB,ib=-3",
+     "2x8xH100-80GB,ib=0", "8xH100-80GB,nvlink=3", "8x(48GB,181TFLOPS", "9" * 5000 + "xH100"],
+)  # fmt: skip
+def test_nonsense_is_refused_with_how_a_cluster_is_written(text):
+    with pytest.raises(UserError, match=r"is no cluster; write .* 8xH100-80GB or 2x8xA100-40GB,ib=200"):
+        parse_cluster(text)
+
+
+@pytest.mark.parametrize("text", ["8xV100", "8xA100", "1x1x1xH100", "8xH100-40GB"])
+def test_an_unknown_or_ambiguous_name_lists_the_known_ones(text):
+    with pytest.raises(UserError) as refused:
+        parse_cluster(text)
+    assert all(name in str(refused.value) for name in GPUS)
+    assert "(48GB,181TFLOPS)" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("8x(48GB)", "needs memory and peak"),
+        ("8x(181TFLOPS)", "needs memory and peak"),
+        ("8x(48GB,181TFLOPS,token-ring)", "token-ring is no memory .* or link .*pcie4"),
+        ("8x(48GB,181TFLOPS,0GB/s)", "0gb/s is no memory"),
+        ("8x(0GB,181TFLOPS)", "0gb is no memory"),
+    ],
+)
+def test_a_description_that_lacks_something_is_refused_with_what(text, reason):
+    with pytest.raises(UserError, match=reason):
+        parse_cluster(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "key"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79.2, "A100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40GB"),
+        ("NVIDIA A100 80GB PCIe", 79.2, "A100-80GB"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "H100-80GB"),
+        ("NVIDIA H100 PCIe", 79.1, "H100PCIE-80GB"),
+        ("NVIDIA H100 NVL", 93.1, "H100NVL-94GB"),
+        ("NVIDIA H200", 139.8, "H200-141GB"),
+        ("NVIDIA H200 NVL", 139.8, "H200NVL-141GB"),
+        ("NVIDIA GH200 480GB", 94.5, "GH200-96GB"),
+        ("NVIDIA B200", 178.3, "B200-180GB"),
+        ("NVIDIA L40S", 44.4, "L40S-48GB"),
+        ("NVIDIA A10G", 22.0, "A10G-24GB"),
+        ("NVIDIA A10", 22.0, "A10-24GB"),
+        ("NVIDIA GeForce RTX 3090", 23.6, "RTX3090-24GB"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "RTX4090-24GB"),
+        ("NVIDIA GeForce RTX 5090", 31.4, "RTX5090-32GB"),
+        ("NVIDIA RTX A1000", 8.0, None),
+        ("NVIDIA L40", 44.4, None),
+        ("NVIDIA H20", 95.6, None),
+        ("Tesla T4", 14.6, None),
+        ("Tesla V100-SXM2-32GB", 31.7, None),
+    ],
+)
+def test_a_device_is_known_by_the_name_cuda_gives_it(name, memory, key):
+    assert train_llama2.known_gpu(name, memory) == key
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Memory and time, by hand, for Llama-2-13B: h 5120, f 13824, 40 layers, 40 heads, V 32000
+# ----------------------------------------------------------------------------------------------------------------
+
+PER_LAYER = 4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120  # q, k, v, o; gate, up, down; two norms
+HEAD = 32000 * 5120 + 5120  # and the final norm
+PARAMETERS = 13_015_864_320
+
+
+def test_sizes_by_hand():
+    assert LLAMA_13B.parameters == PARAMETERS == 40 * PER_LAYER + HEAD + 32000 * 5120
+    assert (LLAMA_13B.layer_parameters, LLAMA_13B.head_parameters) == (PER_LAYER, HEAD)
+    assert LLAMA_70B.kv_width == 8 * 128 and LLAMA_70B.parameters == 68_976_648_192
+    assert TIED.embedding_parameters == pytest.approx(0, abs=1e5), "tied embeddings are counted once, with the head"
+
+
+def test_memory_of_fsdp_with_checkpointing_by_hand():
+    """13B on 8 ranks, 16,384 tokens, all layers recomputed. The peak is the backward of the last layer but one:
+    two layers are gathered in bf16, and the gradients of the last are being reduced in fp32 (8 bytes a parameter)."""
+    memory = train_llama2.predict_memory(LLAMA_13B, plan_of("fsdp", 1, 8), 8 * 2048)
+    tokens = 16_384
+    by_hand = {
+        "weights": 4 * PARAMETERS / 8,
+        "optimizer": 8 * PARAMETERS / 8,
+        "gradients": 4 * (HEAD + PER_LAYER) / 8,
+        "gathered": 8 * PER_LAYER,
+        # inputs of 39 layers in bf16; cosines and sines of 128 each, in bf16
+        "activations": tokens * (39 * 2 * 5120 + 2 * 2 * 128),
+        # this layer's own: 20h + 4k + 8f + 4a + 8 saved, 4f + 2h being made; the gradient of one MLP matrix
+        "temporaries": tokens * (24 * 5120 + 8 * 13824 + 4 * 40 + 8 + 4 * 13824 + 2 * 5120) + 2 * 5120 * 13824,
+    }
+    assert memory.peak_moment == "backward of layer 38"
+    assert {name: term * GIB for name, term in memory.terms.items()} == pytest.approx(by_hand)
+    assert memory.active == pytest.approx(sum(by_hand.values()) / GIB)
+
+
+def test_states_take_16_bytes_a_parameter_over_the_shards_and_ddp_does_not_shard():
+    alone = train_llama2.predict_memory(LLAMA_13B, plan_of("ddp", 8, 1, micro_batch_size=1), 64)
+    # 193.9 GiB of states, and at the end of the forward pass autocast's bf16 copies of all but the embedding
+    assert alone.active == pytest.approx((16 * PARAMETERS + 2 * (PARAMETERS - 32000 * 5120)) / GIB, rel=0.002)
+    plan = dict(gradient_accumulation_steps=2)
+    on_8, on_16 = (
+        train_llama2.predict_memory(LLAMA_13B, plan_of("fsdp", 1, ranks, **plan), 2048).active for ranks in (8, 16)
+    )
+    assert on_8 - on_16 == pytest.approx(16 * PARAMETERS / GIB * (1 / 8 - 1 / 16))
+    hsdp = train_llama2.predict_memory(LLAMA_13B, plan_of("hsdp", 2, 8, **plan), 2048)
+    assert hsdp.active == pytest.approx(on_8)
+
+
+def test_offload_keeping_gathered_and_reducing_once_cost_what_they_hold():
+    def active(**changes: object) -> float:
+        return train_llama2.predict_memory(LLAMA_13B, plan_of("fsdp", 1, 8, **changes), 2048).active
+
+    several = dict(gradient_accumulation_steps=2)
+    # weights, moments and gradients leave; the shards of two layers are on their way
+    saved = (16 * PARAMETERS - 2 * 4 * PER_LAYER) / 8 / GIB
+    assert active(**several) - active(**several, cpu_offload=True) == pytest.approx(saved)
+    # 52 GB of gradients, less the 4/8 of them that would be resident anyway
+    once = active(**several, gradient_sync="step") - active(**several)
+    assert once == pytest.approx(4 * PARAMETERS * 7 / 8 / GIB, rel=0.1)
+    # bf16 weights of all but the head, which is gathered between the passes in any case
+    freed, kept = (
+        train_llama2.memory_moments(LLAMA_13B, plan_of("fsdp", 1, 8, reshard_after_forward=reshard), 2048)["loss"]
+        for reshard in (True, False)
+    )
+    assert kept["gathered"] - freed["gathered"] == 2 * (PARAMETERS - HEAD)
+    assert active(reshard_after_forward=False) > active() + 10
+
+
+def test_time_of_fsdp_by_hand():
+    """13B on 8 H100 (989 TFLOP/s, 345 GB/s, 3,350 GB/s of HBM), 8 documents of 2,048 tokens a rank, recomputed."""
+    cluster = parse_cluster("8xH100-80GB")
+    seconds = train_llama2.predict(LLAMA_13B, cluster, plan_of("fsdp", 1, 8), Config()).seconds
+    matrices = 40 * PER_LAYER + 32000 * 5120
+    matmuls = (6 * matrices + 2 * 40 * PER_LAYER) * (1 + 800 / 16_384)
+    attention = 2 * 40 * 5120 * 2048 * 4.5 / 0.58
+    compute = 16_384 * (matmuls + attention) / (989e12 * 0.60 * 5762 / 6667)
+    # 7/8 of: gathered twice in bf16, reduced once in fp32
+    communication = 7 / 8 * (2 * 2 + 4) * PARAMETERS / 345e9
+    optimizer = 8 * 4 * PARAMETERS / 8 / 3350e9
+    assert seconds["compute"] == pytest.approx(compute)
+    assert seconds["communication"] == pytest.approx(communication)
+    assert seconds["exposed_communication"] == pytest.approx(communication / 2)  # half of the shorter is hidden
+    assert seconds["optimizer"] == pytest.approx(optimizer)
+    assert seconds["total"] == pytest.approx(compute + communication / 2 + optimizer)
+
+
+def test_communication_of_ddp_and_hsdp_by_hand():
+    cluster = parse_cluster("2x8xH100-80GB,ib=400")
+    node = 400 / 8 * 0.8 * 1e9  # bytes a second of a GPU over the network
+    ddp = train_llama2.predict_seconds(LLAMA_13B, cluster, plan_of("ddp", 16), 2048, 2048)
+    assert ddp["communication"] == pytest.approx(2 * 15 / 16 * 4 * PARAMETERS / min(345e9, 8 * node))
+    hsdp = train_llama2.predict_seconds(LLAMA_13B, cluster, plan_of("hsdp", 2, 8), 2048, 2048)
+    inside = 7 / 8 * 8 * PARAMETERS / 345e9
+    assert hsdp["gather_reduce"] == pytest.approx(inside)
+    assert hsdp["all_reduce"] == pytest.approx(2 * 1 / 2 * 4 * PARAMETERS / 8 / node)
+    four = dict(gradient_accumulation_steps=4)
+    once, each = (
+        train_llama2.predict_seconds(LLAMA_13B, cluster, plan_of("fsdp", 1, 16, **four, gradient_sync=sync), 2048, 2048)
+        for sync in ("step", "micro-batch")
+    )
+    network = min(345e9, 8 * node)  # 16 ranks span both nodes
+    assert each["communication"] == pytest.approx(15 / 16 * 4 * 8 * PARAMETERS / network)
+    assert once["communication"] == pytest.approx(15 / 16 * (4 * 4 + 4) * PARAMETERS / network)
+    kept = plan_of("fsdp", 1, 16, reshard_after_forward=False)
+    assert train_llama2.predict_seconds(LLAMA_13B, cluster, kept, 2048, 2048)["communication"] == pytest.approx(
+        15 / 16 * (2 + 4) * PARAMETERS / network
+    )
+
+
+def test_model_flops_utilisation_counts_no_recomputation():
+    chosen = choose_plan(LLAMA_13B, parse_cluster("8xA100-80GB"), Config(activation_checkpointing="full")).chosen
+    flops = 6 * (40 * PER_LAYER + 32000 * 5120) + 12 * 40 * 5120 * 2048  # a token
+    assert chosen.mfu == pytest.approx(chosen.tokens_per_second_per_gpu * flops / 312e12)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The choice
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "cluster", "strategy"),
+    [
+        pytest.param(LLAMA_1B, "1xA100-80GB", "none", id="1B on one GPU"),
+        pytest.param(LLAMA_1B, "8xA100-80GB", "ddp", id="1B fits on each GPU"),
+        pytest.param(LLAMA_13B, "8xA100-80GB", "fsdp", id="13B fits on 8 GPUs together"),
+        pytest.param(LLAMA_13B, "2x8xA100-80GB,ib=10", "hsdp", id="13B in each node, on a slow network"),
+        pytest.param(LLAMA_70B, "4x8xA100-80GB", "fsdp", id="70B needs all four nodes"),
+        pytest.param(LLAMA_13B, "4x1xA100-80GB", "fsdp", id="13B on four nodes of one GPU"),
+        pytest.param(LLAMA_7B, "3xA100-80GB", "fsdp", id="7B on three GPUs"),
+    ],
+)
+def test_the_strategy_is_the_one_for_the_model_and_the_machines(shape, cluster, strategy):
+    chosen = choose_plan(shape, parse_cluster(cluster), Config()).chosen
+    assert chosen.plan.strategy == strategy
+    assert chosen.plan.precision == "bf16"
+
+
+CONFIGS = [
+    Config(),
+    Config(batch_size=1),
+    Config(batch_size=5, block_size=4096),
+    Config(batch_size=1000, block_size=512, loss_on="summary"),
+    Config(cpu_offload="yes"),
+    Config(parallelism="hsdp"),
+]
+
+
+@pytest.mark.parametrize("shape", [TINY, TIED, LLAMA_70B], ids=["tiny", "tied", "70B"])
+def test_whatever_the_cluster_the_choice_keeps_its_rules_and_the_table_100_columns(shape):
+    planned = 0
+    texts = ("1xH200", "3xA100-80GB", "8xA10G", "2x8xA100-40GB", "64x8xH100", "2x1xB200")
+    for text in texts:
+        cluster = parse_cluster(text)
+        for config in CONFIGS:
+            try:
+                choice = choose_plan(shape, cluster, config)
+            except UserError as refused:
+                assert re.search("--parallelism hsdp needs at least|--cpu-offload yes needs FSDP", str(refused))
+                continue
+            planned += 1
+            share = math.ceil(config.batch_size / cluster.world_size)
+            for candidate in choice.candidates:
+                check_candidate(train_llama2.candidate_json(candidate), cluster.world_size, share)
+                assert candidate.fits is (candidate.memory.reserved[1] <= 0.95 * cluster.memory_gib)
+            fitting = [each.total_seconds for each in choice.candidates if each.fits]
+            assert (choice.chosen is None) is (not fitting)
+            if choice.chosen is not None:
+                chosen = choice.chosen
+                assert chosen is choice.candidates[0] and chosen.fits
+                assert chosen.total_seconds <= 1.05 * min(fitting)
+                if chosen.total_seconds > min(fitting):
+                    assert chosen.reason.startswith("too close to call with ")
+                else:
+                    assert chosen.reason == "the fastest that fits"
+            table = train_llama2.describe_choice(choice, shape, cluster, config)
+            assert max(map(len, table.splitlines())) <= 100, table
+            assert json.loads(json.dumps(train_llama2.choice_json(choice, cluster), allow_nan=False))
+    assert planned >= 30
+
+
+def weigh(monkeypatch: pytest.MonkeyPatch, table: dict[str, tuple[float, bool]], cluster: str = "8xH100-80GB"):
+    """Returns the choice where a plan's seconds, and whether it fits, are predicted as `table` has it by strategy."""
+
+    def predict(shape, cluster, plan, config):
+        seconds, fits = table[plan.strategy]
+        memory = train_llama2.Memory(1.0, (1.0, 1.0, 1.0), {"weights": 1.0}, "loss")
+        reason = "" if fits else "needs too much"
+        return train_llama2.Candidate(plan, memory, {"total": seconds}, 1 / seconds, 0.5, fits, reason)
+
+    monkeypatch.setattr(train_llama2, "predict", predict)
+    flags = dict(micro_batch_size=8, activation_checkpointing="full", reshard_after_forward="yes", cpu_offload="no")
+    return choose_plan(LLAMA_7B, parse_cluster(cluster), Config(batch_size=64, gradient_sync="micro-batch", **flags))
+
+
+def test_the_fastest_that_fits_is_chosen_and_a_simpler_one_inside_the_band(monkeypatch):
+    choice = weigh(monkeypatch, {"ddp": (1.0, False), "fsdp": (2.0, True)})
+    assert (choice.chosen.plan.strategy, choice.chosen.reason) == ("fsdp", "the fastest that fits")
+    choice = weigh(monkeypatch, {"ddp": (1.06, True), "fsdp": (1.0, True)})
+    assert (choice.chosen.plan.strategy, choice.chosen.reason) == ("fsdp", "the fastest that fits")
+    assert choice.candidates[1].reason == "6% slower"
+    choice = weigh(monkeypatch, {"ddp": (1.04, True), "fsdp": (1.0, True)})
+    assert choice.chosen.plan.strategy == "ddp"
+    assert choice.chosen.reason.startswith("too close to call with fsdp, micro-batch 8 x 1")
+    assert choice.chosen.reason.endswith("the simpler of them")
+    assert choice.candidates[1].reason == "too close to call, and less simple"
+    # 8% behind the fastest is not close, although it is only 4% behind the chosen one and simpler than it
+    choice = weigh(monkeypatch, {"ddp": (1.08, True), "fsdp": (1.04, True), "hsdp": (1.0, True)}, "2x4xH100-80GB")
+    assert choice.chosen.plan.strategy == "fsdp"
+    assert {each.plan.strategy: each.reason for each in choice.candidates[1:]} == {
+        "hsdp": "too close to call, and less simple", "ddp": "4% slower",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ({"parallelism": "fsdp"}, {"strategy": "fsdp"}),
+        ({"parallelism": "ddp"}, {"strategy": "ddp", "dp_shard_size": 1}),
+        ({"micro_batch_size": 2}, {"micro_batch_size": 2, "gradient_accumulation_steps": 2}),
+        ({"micro_batch_size": 3}, {"micro_batch_size": 3, "gradient_accumulation_steps": 2}),
+        ({"micro_batch_size": 100}, {"micro_batch_size": 4, "gradient_accumulation_steps": 1}),
+        ({"activation_checkpointing": "every-3"}, {"activation_checkpointing": "every-3"}),
+        ({"activation_checkpointing": "none"}, {"activation_checkpointing": "none"}),
+        ({"cpu_offload": "yes"}, {"cpu_offload": True}),
+        ({"cpu_offload": "no"}, {"cpu_offload": False}),
+        ({"gradient_sync": "step"}, {"gradient_sync": "step"}),
+        ({"gradient_sync": "micro-batch"}, {"gradient_sync": "micro-batch"}),
+        ({"parallelism": "fsdp", "reshard_after_forward": "no"}, {"reshard_after_forward": False}),
+        ({"reshard_after_forward": "yes"}, {"reshard_after_forward": True}),
+        ({"precision": "fp32"}, {"precision": "fp32"}),
+        ({"parallelism": "hsdp"}, {"strategy": "hsdp", "dp_replicate_size": 2, "dp_shard_size": 8}),
+        ({"parallelism": "hsdp", "hsdp_shard_size": 4}, {"dp_replicate_size": 4, "dp_shard_size": 4}),
+    ],
+    ids=str,
+)
+def test_a_fixed_flag_restricts_the_candidates_and_nothing_else_does(flags, kept):
+    """64 documents on 2 x 8 GPUs: 4 a rank. Every candidate that the flag allows is still there."""
+    cluster = parse_cluster("2x8xH100-80GB")
+    candidates = [each.plan for each in choose_plan(LLAMA_7B, cluster, Config(**flags)).candidates]
+    assert all(getattr(plan, name) == value for plan in candidates for name, value in kept.items())
+    if not {"parallelism", "precision"} & set(flags) and flags.get("micro_batch_size") not in (3, 100):
+        everything = [each.plan for each in choose_plan(LLAMA_7B, cluster, Config()).candidates]
+        allowed = {plan for plan in everything if all(getattr(plan, name) == value for name, value in kept.items())}
+        assert allowed <= set(candidates)
+
+
+def test_hsdp_inside_one_node_makes_two_groups():
+    plan = choose_plan(LLAMA_13B, parse_cluster("8xH200"), Config(parallelism="hsdp")).chosen.plan
+    assert (plan.dp_replicate_size, plan.dp_shard_size) == (2, 4)
+
+
+def test_micro_batches_are_no_larger_than_they_get():
+    """Five documents a rank: at most four at a time are three and two. Two steps take as long as five documents."""
+    cluster = parse_cluster("8xH100-80GB")
+    candidates = choose_plan(LLAMA_7B, cluster, Config(batch_size=40, packing="no")).candidates
+    sizes = {(each.plan.micro_batch_size, each.plan.gradient_accumulation_steps) for each in candidates}
+    assert sizes == {(5, 1), (3, 2), (2, 3), (1, 5)}
+    config = Config(batch_size=40, micro_batch_size=4, parallelism="fsdp", packing="no")
+    asked = choose_plan(LLAMA_7B, cluster, config).chosen
+    even = train_llama2.predict(LLAMA_7B, cluster, dataclasses.replace(asked.plan, micro_batch_size=3), config)
+    assert (asked.seconds, asked.memory) == (even.seconds, even.memory)
+
+
+def test_a_batch_smaller_than_the_world_gives_each_rank_one_document_at_most():
+    for candidate in choose_plan(LLAMA_7B, parse_cluster("64x8xH100"), Config(batch_size=3)).candidates:
+        assert (candidate.plan.micro_batch_size, candidate.plan.gradient_accumulation_steps) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "flags", "reason"),
+    [
+        ("2xH100", {"parallelism": "none"}, "runs one process, but 2 were started"),
+        ("1xH100", {"parallelism": "ddp"}, "needs at least 2 processes, but 1 was started"),
+        ("1xH100", {"parallelism": "fsdp"}, "needs at least 2 processes, but 1 was started"),
+        ("3xH100", {"parallelism": "hsdp"}, "needs at least 4 processes, but 3 started"),
+        ("8xH100", {"parallelism": "hsdp", "hsdp_shard_size": 3}, "8 processes in groups of 3 are not"),
+        ("8xH100", {"parallelism": "hsdp", "hsdp_shard_size": 8}, "8 processes in groups of 8 are not"),
+        ("1xH100", {"cpu_offload": "yes"}, "needs FSDP or HSDP, so at least 2 processes"),
+        ("8xH100", {"cpu_offload": "yes", "parallelism": "ddp"}, "not --parallelism ddp; use fsdp"),
+        (None, {"cpu_offload": "yes"}, "this machine has none"),
+    ],
+)
+def test_an_override_that_cannot_work_is_refused_with_the_reason(cluster, flags, reason):
+    with pytest.raises(UserError, match=reason):
+        choose_plan(LLAMA_1B, parse_cluster(cluster) if cluster else LAPTOP, Config(**flags))
+
+
+def test_13b_on_8_gpus_of_24_gb_offloads_and_is_refused_where_that_is_forbidden():
+    # 13,015,864,320 * 12 bytes / 8 = 18.2 GiB of weights and moments on each, and 6.1 of gradients beside them
+    cluster = parse_cluster("8xRTX4090-24GB")
+    assert choose_plan(LLAMA_13B, cluster, Config()).chosen.plan.cpu_offload
+    forbidden = choose_plan(LLAMA_13B, cluster, Config(cpu_offload="no"))
+    assert forbidden.chosen is None and "--cpu-offload auto" in forbidden.lever
+
+
+def apply_lever(words: str, cluster: Cluster, config: Config) -> tuple[Cluster, Config]:
+    """Returns cluster and configuration after the change that `words` ask for."""
+    if words.startswith("--"):
+        flags = words.partition(" (")[0].split()  # a remark may follow
+        given = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+        return cluster, dataclasses.replace(config, **{name: getattr(parse_config(flags), name) for name in given})
+    number, unit = int(words.split()[0]), words.split(maxsplit=1)[1]
+    if unit == "such machines":
+        return dataclasses.replace(cluster, nodes=number), config
+    assert unit == "GPUs"
+    per_node = number if cluster.nodes == 1 and number <= 8 else cluster.ranks_per_node
+    return dataclasses.replace(cluster, nodes=number // per_node, ranks_per_node=per_node), config
+
+
+@pytest.mark.parametrize(
+    ("shape", "cluster", "config", "kinds"),
+    [
+        (LLAMA_13B, "1xH100", Config(), {"GPUs"}),
+        (LLAMA_13B, "8xA100-40GB", Config(micro_batch_size=8, activation_checkpointing="full", block_size=4096,
+                                          parallelism="fsdp", cpu_offload="no"),
+         {"--micro-batch-size", "--block-size"}),
+        (LLAMA_13B, "8xA100-40GB", Config(micro_batch_size=8, activation_checkpointing="none", block_size=2048),
+         {"--activation-checkpointing"}),
+        (LLAMA_13B, "8xRTX4090", Config(cpu_offload="no", block_size=4096), {"--cpu-offload", "GPUs"}),
+        (LLAMA_13B, "8xA100-80GB", Config(parallelism="ddp"), {"--parallelism"}),
+        (LLAMA_7B, "2x4xA100-40GB", Config(parallelism="hsdp", hsdp_shard_size=2, cpu_offload="no"),
+         {"--hsdp-shard-size", "--parallelism"}),
+        (LLAMA_7B, "8xA10G", Config(gradient_sync="step", micro_batch_size=1), {"--gradient-sync"}),
+        (LLAMA_13B, "8xA100-40GB", Config(precision="fp32", micro_batch_size=4, activation_checkpointing="full",
+                                          cpu_offload="no"),
+         {"--precision", "--micro-batch-size"}),
+        (LLAMA_13B, "8xA100-40GB", Config(precision="fp32", micro_batch_size=4, activation_checkpointing="none",
+                                          block_size=4096, cpu_offload="no"), {"--micro-batch-size"}),
+        (TINY, None, Config(batch_size=1, micro_batch_size=1, block_size=4096, activation_checkpointing="none"),
+         {"--activation-checkpointing", "--block-size"}),
+    ],
+    ids=["no flag", "micro-batch", "checkpointing", "offload", "ddp", "hsdp", "sync", "fp32", "together", "laptop"],
+)  # fmt: skip
+def test_every_lever_makes_it_fit_when_it_is_pulled(shape, cluster, config, kinds):
+    here = parse_cluster(cluster) if cluster else LAPTOP
+    if cluster is None:
+        here = dataclasses.replace(LAPTOP, gpu=dataclasses.replace(LAPTOP.gpu, memory_gib=0.1))
+    choice = choose_plan(shape, here, config)
+    assert choice.chosen is None
+    levers = choice.lever.removeprefix("it would fit with ").split(", or ")
+    assert kinds <= {lever.split()[0] if lever.startswith("--") else "GPUs" for lever in levers}, levers
+    for lever in levers:
+        assert choose_plan(shape, *apply_lever(lever, here, config)).chosen is not None, lever
+
+
+def test_no_lever_is_said_to_help_where_none_does():
+    choice = choose_plan(LLAMA_70B, parse_cluster("1x(1GB,1TFLOPS)"), Config())
+    assert choice.chosen is None and choice.lever == "no change of a flag makes it fit"
+    with pytest.raises(UserError, match=r"; no change of a flag makes it fit$"):
+        train_llama2.refuse_what_does_not_fit(choice, parse_cluster("1x(1GB,1TFLOPS)"))
+
+
+def test_the_lever_for_speed_gives_the_speed_it_promises():
+    cluster, config = parse_cluster("8xH100"), Config(micro_batch_size=1, activation_checkpointing="full")
+    choice = choose_plan(LLAMA_13B, cluster, config)
+    words, gain = re.fullmatch(r"(--.*) would train (\d+)% more tokens/s", choice.lever).groups()
+    faster = choose_plan(LLAMA_13B, *apply_lever(words, cluster, config)).candidates
+    best = max(each.tokens_per_second_per_gpu for each in faster if each.fits)
+    assert best / choice.chosen.tokens_per_second_per_gpu - 1 == pytest.approx(int(gain) / 100, abs=0.006)
+
+
+def test_the_table_says_what_was_chosen_why_not_the_others_and_where_the_numbers_are_from():
+    cluster, config = parse_cluster("8xH100-80GB"), Config()
+    choice = choose_plan(LLAMA_13B, cluster, config)
+    table = train_llama2.describe_choice(choice, LLAMA_13B, cluster, config)
+    lines = table.splitlines()
+    rows = [line for line in lines if re.search(r" \d+%$", line) and "micro-batch" in line]
+    assert rows[0].startswith("  chosen  fsdp, micro-batch") and len(rows) >= 4
+    assert "13.02B parameters; 64 documents a step, of up to 2048" in lines[0]
+    assert re.search(r"needs 2\d\d\.\d GiB, 75\.1 of 79\.1 are usable", table), "DDP of 13B"
+    for name, size in choice.chosen.memory.terms.items():
+        assert size < 0.05 or f"{name} {size:.1f}" in " ".join(table.split())
+    for words in ("peak table", "network guess", "reserved guess", "node link 345 GB/s", "lever"):
+        assert words in " ".join(table.split())
+    for line in rows:  # nothing of a plan is cut off
+        assert not line[10:54].rstrip().endswith(("kee", "off", "recompute every"))
+
+
+def test_a_laptop_is_not_charged_for_cuda():
+    """Four ranks on a machine with 2 GiB to spare train the tiny model, of 5 MB of states."""
+    cluster = Cluster(1, 4, "x86_64", False, dataclasses.replace(LAPTOP.gpu, memory_gib=0.5), {})
+    assert choose_plan(TINY, cluster, Config(batch_size=4, block_size=512)).chosen is not None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The plan is what runs
+# ----------------------------------------------------------------------------------------------------------------
+
+# 34 documents in batches of 8: 4 a rank, in two micro-batches of 2.
+RUN = {"batch_size": 8, "max_steps": 3, "max_eval_samples": 2, "micro_batch_size": 2, "parallelism": "fsdp"}
+PLANS = {
+    "every-2": {"activation_checkpointing": "every-2", "gradient_sync": "micro-batch", "reshard_after_forward": "yes"},
+    "keep gathered": {"activation_checkpointing": "every-3", "gradient_sync": "step", "reshard_after_forward": "no"},
+    "none": {"activation_checkpointing": "none", "reshard_after_forward": "yes"},
+}
+
+# Tells, of the last training step, the rows of each micro-batch, which layers ran twice, and whose weights are whole
+# between forward and backward.
+TELL_EXECUTION = """
+import torch
+from torch.distributed.tensor import DTensor
+load, loss_sum, step = train_llama2.load_model, train_llama2.token_loss_sum, train_llama2.training_step
+calls, rows, gathered, unreduced = [], [], [], []
+
+def load_model(config, parallel):
+    model = load(config, parallel)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    return model
+
+def token_loss_sum(model, micro_batch, parallel):
+    if model.training:
+        unreduced.append(sum(w.grad is None for w in model.parameters()) > 0)
+    loss = loss_sum(model, micro_batch, parallel)
+    if model.training:
+        rows.append(len(micro_batch["input_ids"]))
+        gathered.append([not isinstance(layer.mlp.up_proj.weight, DTensor) for layer in model.model.layers])
+    return loss
+
+def training_step(model, *arguments):
+    for noted in (calls, rows, gathered, unreduced):
+        noted.clear()
+    result = step(model, *arguments)
+    parallel = arguments[5]
+    counts = [calls.count(index) for index in range(4)]
+    parallel.say("TOLD", json.dumps(dict(rows=rows, calls=counts, gathered=gathered, unreduced=unreduced)))
+    return result
+
+train_llama2.load_model, train_llama2.token_loss_sum = load_model, token_loss_sum
+train_llama2.training_step = training_step
+"""
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    """Returns folder and console of each of PLANS on 2 ranks, and of one process that no plan restricts."""
+    base = tmp_path_factory.mktemp("executed")
+    flags = [small_run(base / name, **RUN, **plan) for name, plan in PLANS.items()]
+    runs = dict(zip(PLANS, run_script_several_times(flags, 2, TELL_EXECUTION), strict=True))
+    assert all(run.returncode == 0 for run in runs.values()), [run.stderr for run in runs.values()]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_llama2.main(small_run(base / "one process", **{**RUN, "micro_batch_size": "auto", "parallelism": "auto"}))
+    return {name: (base / name, runs[name].stdout if name in runs else "") for name in [*PLANS, "one process"]}
+
+
+def written(folder: Path) -> dict:
+    return json.loads((folder / "train_config.json").read_text())
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_losses_and_norms_equal_one_process_under_every_plan(executed, name):
+    (steps, evaluations), (expected, expected_evaluations) = (
+        read_metrics(executed[key][0]) for key in (name, "one process")
+    )
+    assert len(steps) == 3
+    for field in ("loss", "grad_norm"):
+        assert [line[field] for line in steps] == pytest.approx([line[field] for line in expected], rel=1e-5)
+    assert evaluations[-1]["eval_loss"] == pytest.approx(expected_evaluations[-1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "recomputed", "kept"),
+    [("every-2", [0, 2], False), ("keep gathered", [0, 3], True), ("none", [], False)],
+)
+def test_the_plan_that_was_printed_is_the_one_that_runs(executed, name, recomputed, kept):
+    folder, console = executed[name]
+    plan = written(folder)["plan"]
+    expected = {"strategy": "fsdp", "dp_replicate_size": 1, "dp_shard_size": 2, "micro_batch_size": 2,
+                "gradient_accumulation_steps": 2, "reshard_after_forward": not kept, "cpu_offload": False,
+                "activation_checkpointing": PLANS[name]["activation_checkpointing"]}  # fmt: skip
+    assert {field: plan[field] for field in expected} == expected
+    chosen = written(folder)["choice"]["chosen"]
+    assert {field: chosen[field] for field in plan} == plan
+    printed = train_llama2.Plan(**plan).describe()
+    assert printed.split(",")[0] == "fsdp" and ("keep gathered" in printed) is kept
+    assert f"  chosen  {printed[:30]}" in console
+    told = json.loads(re.findall(r"TOLD (.*)", console)[-1])
+    assert told["rows"] == [2, 2]
+    assert told["calls"] == [4 if layer in recomputed else 2 for layer in range(4)]  # once for each micro-batch
+    assert told["gathered"] == [[kept] * 4] * 2
+    reduced_late = plan["gradient_sync"] == "step"
+    assert told["unreduced"] == [True, reduced_late], "gradients of the first micro-batch"
+
+
+def test_every_auto_is_resolved_and_written_down(executed):
+    description = written(executed["one process"][0])
+    assert description["plan"]["micro_batch_size"] * description["plan"]["gradient_accumulation_steps"] == 8
+    assert "auto" not in description["plan"].values()
+    choice = description["choice"]
+    assert set(choice) == {"cluster", "chosen", "candidates", "lever"}
+    assert {candidate["micro_batch_size"] for candidate in choice["candidates"]} == {1, 2, 4, 8}
+    for candidate in choice["candidates"]:
+        check_candidate(candidate, world_size=1, share=8)
+
+
+def test_after_the_second_step_the_plan_is_checked_once_and_the_check_is_written(executed):
+    folder, console = executed["every-2"]
+    lines = console.splitlines()
+    (check,) = [index for index, line in enumerate(lines) if line.startswith("check     predicted / measured, step 2")]
+    steps = [index for index, line in enumerate(lines) if re.match(r"step [12]/3  loss", line)]
+    assert steps[0] < check < steps[1] + 2
+    assert "active" in lines[check] and "not measured on CPU" in lines[check]
+    found = written(folder)["plan_check"]
+    assert set(found) == {"active_gib", "reserved_gib", "step_seconds"}
+    for value in found.values():
+        assert set(value) == {"predicted", "measured", "band"} and value["predicted"] > 0
+    assert found["step_seconds"]["measured"] > 0 and found["active_gib"]["measured"] is None
+
+
+def test_a_miss_is_said_plainly_and_what_is_inside_its_band_is_not():
+    check = {
+        "active_gib": dict(predicted=20.0, measured=21.5, band=[19.0, 21.0]),
+        "reserved_gib": dict(predicted=23.0, measured=24.0, band=[20.5, 25.6]),
+        "step_seconds": dict(predicted=3.0, measured=9.0, band=[2.22, 4.05]),
+    }
+    first, *misses = train_llama2.describe_check(check).splitlines()
+    assert first == (
+        "check     predicted / measured, step 2: active 20.00 / 21.50 GiB, reserved 23.00 / 24.00 GiB, "
+        "step 3.00 / 9.00 s"
+    )
+    assert misses == [
+        "WARNING   the plan missed: active 21.50 GiB is outside 19.00 to 21.00",
+        "WARNING   the plan missed: step 9.00 s is outside 2.22 to 4.05",
+    ]
+    for value in check.values():
+        value["measured"] = value["predicted"]
+    assert "WARNING" not in train_llama2.describe_check(check)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Out of memory all the same
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_told_with_the_plan_and_a_flag_and_the_run_goes_on_with_it(tmp_path, monkeypatch, capsys):
+    healthy, micro_batches = train_llama2.token_loss_sum, iter(range(1000))
+
+    def token_loss_sum(model, micro_batch, parallel):
+        if model.training and next(micro_batches) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB")
+        return healthy(model, micro_batch, parallel)
+
+    monkeypatch.setattr(train_llama2, "token_loss_sum", token_loss_sum)
+    flags = small_run(tmp_path, micro_batch_size=8, save_interval=2, max_steps=4, max_eval_samples=2)
+    assert train_llama2.command_line(flags) == 1
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    plan = written(tmp_path)["choice"]["chosen"]
+    assert f"rank 0 ran out of memory. It ran {Plan(**written(tmp_path)['plan']).describe()}." in line
+    memory = plan["memory_gib"]
+    assert f"expected {memory['active']:.1f} GiB active and {memory['reserved']:.1f} reserved" in line
+    assert f"at {memory['peak_moment']}" in line
+    remedy = re.search(r"Try (.*?);", line)[1]
+    assert re.match(r"--micro-batch-size 4 --activation-checkpointing \w", remedy)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train_llama2.command_line([*flags, *remedy.split()]) == 0
+    assert [line["step"] for line in read_metrics(tmp_path)[0]] == [1, 2, 3, 4]
+    assert written(tmp_path)["plan"]["micro_batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "cluster", "config"),
+    [
+        (LLAMA_13B, "8xH100", Config()),  # 4 x 2 with all recomputed would keep gradients, and take more than 8 x 1
+        (LLAMA_7B, "4xRTX4090", Config()),  # the room of smaller micro-batches would go to gathered weights
+        (LLAMA_7B, "2x8xA100-40GB", Config(cpu_offload="yes")),
+        (LLAMA_1B, "8xH100", Config(micro_batch_size=1, activation_checkpointing="full", parallelism="ddp")),
+        (LLAMA_70B, "8xA10G", Config(batch_size=1000, block_size=4096)),  # nothing is left but shorter blocks
+        (LLAMA_1B, "1xA100-40GB", Config()),
+        (TINY, None, Config(batch_size=8)),
+    ],
+    ids=["13B", "7B on PCIe", "offload", "ddp", "70B", "one GPU", "laptop"],
+)
+def test_the_flags_advised_are_predicted_to_take_a_tenth_less(shape, cluster, config):
+    here = parse_cluster(cluster) if cluster else LAPTOP
+    chosen = choose_plan(shape, here, config).chosen
+    flags = train_llama2.flags_for_less_memory(shape, here, chosen.plan, chosen.memory.active, config.block_size)
+    words = ["--batch-size", str(config.batch_size), "--block-size", str(config.block_size), *flags.split()]
+    assert ("--block-size" in flags) is ("--resume-anyway" in flags), "another block is another curve"
+    less = choose_plan(shape, here, parse_config(words)).chosen
+    assert less.memory.active <= 0.9001 * chosen.memory.active, flags
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Against PyTorch's own tracker, and against published runs
+# ----------------------------------------------------------------------------------------------------------------
+
+ONCE = dict(gradient_accumulation_steps=2, activation_checkpointing="full")
+TRACKED = {
+    "fsdp": (plan_of("fsdp", 1, 8, activation_checkpointing="none"), 4096),
+    "fsdp, recompute all": (plan_of("fsdp", 1, 8), 4096),
+    "fsdp, recompute every-2": (plan_of("fsdp", 1, 8, activation_checkpointing="every-2"), 4096),
+    "fsdp, keep gathered": (plan_of("fsdp", 1, 8, reshard_after_forward=False), 2048),
+    "fsdp, two micro-batches": (plan_of("fsdp", 1, 8, **ONCE), 2048),
+    "fsdp, two micro-batches, reduce once": (plan_of("fsdp", 1, 8, **ONCE, gradient_sync="step"), 2048),
+    "hsdp": (plan_of("hsdp", 2, 4), 2048),
+    "none": (plan_of("none", activation_checkpointing="none"), 4096),
+    "none, recompute all": (plan_of("none", gradient_accumulation_steps=2, gradient_sync="step"), 4096),
+}
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_active_memory_is_within_half_a_percent_of_pytorchs_tracker(name):
+    plan, tokens = TRACKED[name]
+    model_config = check_plan.llama("13b", layers=3)
+    predicted = check_plan.predicted_memory(train_llama2.model_shape(model_config), plan, tokens)
+    assert predicted.active == pytest.approx(check_plan.tracked_gib(model_config, plan, 1, tokens), rel=0.005)
+
+
+def test_published_runs_are_predicted_within_15_percent_and_ranked_right(capsys):
+    error, ranked = check_plan.check_published()
+    assert error <= 0.15 and ranked
+    table = capsys.readouterr().out
+    assert len(re.findall(r"\d\.\d\d( fitted)?$", table, re.M)) == len(check_plan.PUBLISHED) >= 14
+    fitted = sum(run.fitted for run in check_plan.PUBLISHED)
+    assert fitted <= len(check_plan.PUBLISHED) / 2, "constants fitted to more than half of the rows"
+    ratio = check_plan.predicted_rate(check_plan.PUBLISHED[0]) / check_plan.PUBLISHED[0].tokens_per_second_per_gpu
+    assert f"{ratio:7.2f} fitted" in table

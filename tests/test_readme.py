@@ -1,0 +1,77 @@
+"""README.md: its flag table is the parser's, and its commands and examples run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY_LLAMA, read_metrics
+
+import train_llama2
+
+README = (ROOT / "README.md").read_text()
+
+
+def block(marker: str) -> str:
+    """Returns the code block that follows a marker comment in the README."""
+    return re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, re.S).group(1)
+
+
+def run(words: list[str], folder, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, **environment}
+    )
+
+
+def test_the_flag_table_is_the_parsers_both_ways_with_its_defaults():
+    table = dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| `?(.*?)`? \|", README, re.M))
+    flags = {train_llama2.flag_name(field.name): field for field in dataclasses.fields(train_llama2.Config)}
+    assert table.keys() == flags.keys()
+    for name, field in flags.items():
+        if name != "--num-proc":  # depends on the machine: told in words
+            assert table[name] == str(train_llama2.shown_default(field)), name
+    shown_by_help = set(re.findall(r"(--[a-z0-9-]+)", train_llama2.build_parser().format_help())) - {"--help"}
+    assert shown_by_help == flags.keys()
+
+
+def test_the_command_to_try_it_trains_and_the_loss_falls(tmp_path):
+    """The command as it stands, but for the installation and the folder it writes to."""
+    command = block("command: try").replace("\\\n", " ").partition("-r requirements.txt &&")[2]
+    words = [word for word in shlex.split(command) if "=" not in word or word.startswith("--")]
+    assert words[0] == ".venv/bin/torchrun"
+    assert words[-2] == "--save-model-dir"
+    finished = run([sys.executable, "-m", "torch.distributed.run", *words[1:-1], str(tmp_path)], ROOT)
+    assert finished.returncode == 0, finished.stderr
+    steps, evaluations = read_metrics(tmp_path)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.4
+    shown = re.findall(r"^step +(\d+)/\d+ +loss ([\d.]+)", README, re.M)
+    assert [int(step) for step, _ in shown] == [line["step"] for line in steps]
+    assert [float(loss) for _, loss in shown] == pytest.approx([line["loss"] for line in steps], abs=2e-3)
+    assert len(evaluations) == 1
+
+
+def test_the_hook_example_runs_on_two_processes(tmp_path):
+    """As it stands, but for a model that is at hand without a network."""
+    example = block("example: hook")
+    assert '"Qwen/Qwen2.5-0.5B"' in example
+    (tmp_path / "mine.py").write_text(example.replace('"Qwen/Qwen2.5-0.5B"', repr(str(TINY_LLAMA))))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "mine.py"]
+    finished = run(launcher, tmp_path, PYTHONPATH=str(ROOT))
+    assert finished.returncode == 0, finished.stderr
+    assert re.findall(r"^step (\d) loss \d", finished.stdout, re.M) == ["0", "1", "2"]
+
+
+def test_ci_runs_the_readmes_test_command():
+    command = block("command: test")
+    assert "pytest" in command
+    assert "command: test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("name", ["train_llama2.py", "requirements.txt", "README.md", "tests"])
+def test_the_top_level_holds_these(name):
+    assert (ROOT / name).exists()

@@ -1,0 +1,357 @@
+"""What a run tells: metrics.jsonl, train_config.json, the console, and the arithmetic of throughput."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import struct
+import sys
+import warnings
+import zlib
+from types import ModuleType, SimpleNamespace
+
+import accelerate
+import datasets
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from conftest import NEWS, TINY_LLAMA, read_metrics, small_run
+from test_checkpoints import start, stop_after
+from test_evaluation import three_rank_run
+from transformers import AutoTokenizer, LlamaConfig
+
+import train_llama2
+from train_llama2 import Cluster, Config
+
+TRAINING_FIELDS = {
+    "step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu", "data_wait_share",
+    "peak_memory_gib",
+}  # fmt: skip
+
+
+def token_counts(block_size: int) -> list[int]:
+    """Returns the tokens of each training story in its prompt, with its end; a "</s>" inside a story is text."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    rows = map(json.loads, (NEWS / "train.jsonl").read_text().splitlines())
+    texts = [f"[SUMMARIZE] {row['article']} [/SUMMARIZE]\n{row['highlights']}" for row in rows]
+    return [min(block_size, len(tokenizer(text, split_special_tokens=True)["input_ids"]) + 1) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def whole_set_run(tmp_path_factory):
+    """Returns the folder of a run whose 5 steps see the same 8 documents, every second one reported."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("whole_set")
+    flags = dict(max_train_samples=8, num_train_epochs=5, log_interval=2, eval_interval=3, lr_scheduler="linear")
+    train_llama2.main(small_run(folder, **flags, warmup_ratio=0.2, block_size=256))
+    return folder
+
+
+def test_training_lines_have_the_contracts_fields(whole_set_run):
+    for line in read_metrics(whole_set_run)[0] + read_metrics(three_rank_run()[1])[0]:
+        assert set(line) - {"skipped_steps"} == TRAINING_FIELDS
+        assert line["mfu"] is None
+        assert line["step_seconds"] > 0
+        assert 0.05 < line["peak_memory_gib"] < 100
+        assert 0 <= line["data_wait_share"] <= 1
+
+
+def test_training_lines_hold_steps_epochs_tokens_and_rates_counted_by_hand(whole_set_run):
+    steps, evaluations = read_metrics(whole_set_run)
+    tokens = sum(token_counts(256)[:8])
+    assert [line["step"] for line in steps] == [2, 4, 5]
+    assert [line["epoch"] for line in steps] == [2, 4, 5]
+    assert [line["tokens"] for line in steps] == [2 * tokens, 4 * tokens, 5 * tokens]
+    assert [line["lr"] for line in steps] == pytest.approx([1e-3, 0.5e-3, 0.25e-3])  # 1 warms up; 4 go down from 1
+    assert [line["skipped_steps"] for line in steps] == [0, 0, 0]
+    assert [line["step"] for line in evaluations] == [3, 5]
+    for line in evaluations:
+        assert set(line) == {"step", "eval_loss", "eval_perplexity"}
+        assert math.log(line["eval_perplexity"]) == pytest.approx(line["eval_loss"])
+    for line, steps_since in zip(steps, (2, 2, 1), strict=True):
+        assert line["tokens_per_second"] * line["step_seconds"] * steps_since == pytest.approx(steps_since * tokens)
+
+
+def test_on_three_ranks_the_tokens_of_all_are_counted_once():
+    steps, _ = read_metrics(three_rank_run()[1])
+    assert [line["epoch"] for line in steps] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])  # 34 documents by 8
+    assert steps[-1]["tokens"] == sum(token_counts(1024))
+
+
+def test_losses_are_written_with_full_precision(whole_set_run):
+    steps, evaluations = read_metrics(whole_set_run)
+    for value in [line["loss"] for line in steps] + [line["eval_loss"] for line in evaluations]:
+        assert abs(value - round(value, 5)) > 0, "rounded"
+        assert len(repr(value)) >= 8
+
+
+def test_train_config_holds_every_flag_the_versions_and_the_plan():
+    written = json.loads((three_rank_run()[1] / "train_config.json").read_text())
+    flags = written["flags"]
+    assert set(flags) == {field.name for field in dataclasses.fields(Config)}
+    given = dict(model_name_or_path=str(TINY_LLAMA), batch_size=8, lr=1e-3, parallelism="fsdp", eval_interval=2)
+    defaults = dict(num_train_epochs=1, seed=42, loss_on="all", max_steps=None, random_init=False, save_dtype="auto")
+    assert {name: flags[name] for name in given | defaults} == given | defaults
+    for package in (torch, transformers, datasets, accelerate):
+        assert written["versions"][package.__name__] == package.__version__
+    plan = {"strategy": "fsdp", "dp_replicate_size": 1, "dp_shard_size": 3, "micro_batch_size": 2, "precision": "fp32"}
+    assert {name: written["plan"][name] for name in plan} == plan
+
+
+def test_the_console_has_plan_audit_steps_evaluations_and_a_summary():
+    steps, evaluations = read_metrics(three_rank_run()[1])
+    (log,) = (three_rank_run()[1].parent / "logs").rglob("0/stdout.log")
+    lines = log.read_text().splitlines()
+    assert lines[0].startswith("plan      3 x ")
+    assert any(line.startswith("  chosen  fsdp, micro-batch 2") for line in lines)
+    counts = token_counts(1024)
+    assert any(f"train: 34 documents, {sum(counts):,} tokens" in line for line in lines)
+    assert any("validation: 8 documents" in line for line in lines)
+    for line in steps:
+        assert any(f"step {line['step']}/5  loss {line['loss']:.4f}" in said for said in lines)
+    for line in evaluations:
+        assert any(f"step {line['step']}/5  eval loss {line['eval_loss']:.4f}" in said for said in lines)
+    assert lines[-1].startswith(f"done      5 steps, {sum(counts):,} tokens")
+    assert f"eval loss {evaluations[-1]['eval_loss']:.4f}" in lines[-1]
+
+
+def test_ranks_other_than_0_print_nothing():
+    logs = three_rank_run()[1].parent / "logs"
+    for rank in (1, 2):
+        for stream in ("stdout", "stderr"):
+            (log,) = logs.rglob(f"{rank}/{stream}.log")
+            assert log.read_text() == "", f"{stream} of rank {rank}"
+
+
+def test_training_flops_of_llama_2_13b_by_hand():
+    shape = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+    model = train_llama2.model_shape(LlamaConfig(**shape))
+    # Matrices a token meets: 40 layers of 4 * 5120**2 + 3 * 5120 * 13824, and the head of 32000 * 5120.
+    matrices = 40 * (104_857_600 + 212_336_640) + 163_840_000
+    # Two documents of 1,000 and 3,000 tokens; attention takes 12 * 40 * 5120 FLOPs per pair of tokens.
+    by_hand = 6 * matrices * 4_000 + 12 * 40 * 5120 * (1_000_000 + 9_000_000)
+    assert by_hand == pytest.approx(3.33e14, rel=1e-2)
+    assert train_llama2.training_flops(model, 4_000, 10_000_000) == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("Tesla V100-SXM2-32GB", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),  # a small workstation card, not an A100
+    ],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(name, tflops, monkeypatch):
+    """One that is not known is measured, and as a measured peak is no data sheet's, no MFU is told of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(train_llama2, "measure_matmul_tflops", lambda *_: 100.0)
+    cluster = train_llama2.this_machine()
+    assert cluster.gpu.peak_tflops == (100.0 if tflops is None else tflops)
+    assert train_llama2.peak_flops(cluster) == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+def test_a_cpu_has_no_peak():
+    gpu = train_llama2.GPUS["A100-80GB"]
+    assert train_llama2.peak_flops(Cluster(1, 1, "A100 in name only", False, gpu, {"peak": "table"})) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Trackers, samples and curves of a run that was stopped after step 5 and resumed from step 2
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resumed_run(tmp_path_factory):
+    """Returns its folder, and what it had written before it was resumed. 9 steps, evaluated after 4, 8 and 9."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
+    folder = tmp_path_factory.mktemp("resumed") / "run"
+    flags = dict(report_to="tensorboard", keep_checkpoints=3, rouge_samples=2, max_summary_tokens=4)
+    stop_after(folder, 5, **flags)
+    before = SimpleNamespace(steps=read_metrics(folder)[0], samples=samples_of(folder), curves=curves_of(folder))
+    assert start(folder, **flags, resume=folder / "checkpoints" / "step-000002") == 0
+    return folder, before
+
+
+def samples_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def curves_of(folder) -> bytes | None:
+    return (folder / "curves.png").read_bytes() if (folder / "curves.png").exists() else None
+
+
+def tracked(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = {file.parent for file in folder.rglob("events.out.tfevents.*") if file.parent.name == "train_llama2"}
+    return EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
+
+
+def test_a_resumed_run_goes_on_in_its_tensorboard_curves_without_the_steps_it_takes_again(resumed_run):
+    """Steps 3 to 5 were taken twice: they are there once, with the values of the second time."""
+    folder, before = resumed_run
+    steps, evaluations = read_metrics(folder)
+    assert [line["step"] for line in before.steps] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in steps] == list(range(1, 10))
+    names = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second"), ("eval_loss", "eval_perplexity", "rouge1")
+    for lines, of_lines in zip((steps, evaluations), names, strict=True):
+        for name in of_lines:
+            assert [(event.step, event.value) for event in tracked(folder).Scalars(name)] == [
+                (line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines
+            ], name
+
+
+def test_tensorboard_has_the_samples_the_flags_and_the_plan(resumed_run):
+    folder, _ = resumed_run
+    events = tracked(folder).Tensors("samples/text_summary")
+    shown = {event.step: event.tensor_proto.string_val[0].decode() for event in events}
+    assert sorted(shown) == [4, 8, 9]
+    for sample in samples_of(folder):
+        assert f"**reference** {sample['reference']}\n\n**summary** {sample['summary']}" in shown[sample["step"]]
+    settings = [file.read_text() for file in folder.rglob("hparams.yml")]
+    assert len(settings) == 2
+    for text in settings:
+        assert "plan: none, micro-batch" in text
+        assert "batch_size: '13'" in text and "report_to: tensorboard" in text
+
+
+def test_samples_are_cut_back_with_the_metrics(resumed_run):
+    folder, before = resumed_run
+    assert [sample["step"] for sample in before.samples] == [4, 4]
+    assert [sample["step"] for sample in samples_of(folder)] == [4, 4, 8, 8, 9, 9]
+    highlights = [json.loads(line)["highlights"] for line in (NEWS / "validation.jsonl").open()]
+    for sample in samples_of(folder):  # --block-size 64 has cut some
+        assert len(sample["reference"]) > 60
+        assert any(each.strip().startswith(sample["reference"]) for each in highlights)
+    assert {frozenset(sample) for sample in samples_of(folder)} == {frozenset({"step", "reference", "summary"})}
+
+
+def test_a_run_without_rouge_samples_writes_no_samples_and_no_scores(whole_set_run):
+    assert not (whole_set_run / "samples.jsonl").exists()
+    assert not any("rouge" in name for line in read_metrics(whole_set_run)[1] for name in line)
+
+
+def test_wandb_gets_one_id_for_a_run_and_its_resumption(tmp_path, monkeypatch):
+    """A stand-in for the package: what accelerate asks of it is written down."""
+    calls = []
+
+    class Run:
+        def log(self, values, step=None):
+            calls.append(("log", step, values))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    wandb = ModuleType("wandb")
+    wandb.init = lambda **arguments: calls.append(("init", arguments)) or Run()
+    wandb.config = SimpleNamespace(update=lambda values, **_: calls.append(("config", values)))
+    wandb.Table = lambda columns, data, dataframe=None: ("table", columns, data)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [accelerate.utils.LoggerType.WANDB])
+    with_rouge = dict(rouge_samples=2, max_summary_tokens=2) if importlib.util.find_spec("rouge_score") else {}
+    flags = dict(report_to="wandb", max_steps=2, **with_rouge)
+    stop_after(tmp_path, 1, **flags)
+    assert start(tmp_path, **flags) == 0
+    first, second = [call[1] for call in calls if call[0] == "init"]
+    assert first == second == dict(project="train_llama2", id=first["id"], resume="allow")
+    assert len(first["id"]) >= 8
+    assert {call[1]["plan"].split(",")[0] for call in calls if call[0] == "config"} == {"none"}
+    steps, evaluations = read_metrics(tmp_path)
+    logs = [call[1:] for call in calls if call[0] == "log"]
+    logged = [(step, name, value) for step, values in logs for name, value in values.items()]
+    for line in steps + evaluations:
+        for name in set(line) - {"step", "mfu"}:
+            assert logged.count((line["step"], name, line[name])) == 1, name
+    tables = [(step, value) for step, name, value in logged if name == "samples"]
+    if with_rouge:
+        rows = [[sample["reference"], sample["summary"]] for sample in samples_of(tmp_path)]
+        assert tables == [(2, ("table", ["reference", "summary"], rows))]
+    assert calls[-1] == ("finish",)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# curves.png
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def pixels(png: bytes) -> tuple[int, int]:
+    """Returns width and height of a PNG whose every byte is vouched for by its check sums."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    at, kinds = 8, []
+    while at < len(png):
+        size, kind = struct.unpack(">I4s", png[at : at + 8])
+        (check,) = struct.unpack(">I", png[at + 8 + size : at + 12 + size])
+        assert zlib.crc32(png[at + 4 : at + 8 + size]) == check
+        kinds.append(kind)
+        at += 12 + size
+    assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
+    return struct.unpack(">II", png[16:24])
+
+
+def test_curves_are_a_picture_drawn_anew_at_every_evaluation(resumed_run):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    folder, before = resumed_run
+    now = curves_of(folder)
+    assert min(*pixels(before.curves), *pixels(now)) > 600
+    assert now != before.curves
+    assert not (folder / ".curves.png").exists()
+
+
+FULL = dict(step=1, loss=2.0, lr=1e-3, grad_norm=0.5, tokens=900, tokens_per_second=50.0)
+STEPS = {
+    "one step": [FULL],
+    "one step and an evaluation before it": [dict(step=1, eval_loss=3.0), {**FULL, "step": 2}],
+    "nothing finite": [{**FULL, "loss": None, "grad_norm": None}, dict(step=1, eval_loss=None, eval_perplexity=None)],
+    "some not finite": [{**FULL, "step": n, "loss": None if n % 2 else 1.0 / n} for n in range(1, 40)],
+    "diverged": [{**FULL, "step": n, "loss": 10.0**n, "grad_norm": 10.0 ** (8 * n)} for n in range(1, 30)],
+}
+
+
+@pytest.mark.parametrize("lines", STEPS.values(), ids=STEPS)
+def test_curves_can_be_drawn_of(tmp_path, lines):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_llama2.draw_curves(tmp_path)
+    assert min(pixels(curves_of(tmp_path))) > 600
+
+
+def test_without_a_step_or_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capfd):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(step=0, eval_loss=3.0)) + "\n")
+    train_llama2.draw_curves(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(FULL) + "\n")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    train_llama2.draw_curves(tmp_path)
+    assert curves_of(tmp_path) is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_drawing_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+    def fail(folder):
+        raise RuntimeError("no fonts\nat all")
+
+    monkeypatch.setattr(train_llama2, "draw_curves", fail)
+    assert start(tmp_path, max_steps=1) == 0
+    assert "WARNING   curves.png could not be drawn (no fonts)\n" in capsys.readouterr().out

@@ -1,0 +1,4030 @@
+"""Fully fine-tune Llama-2-13B on CNN/DailyMail summarisation, in parallel by one line.
+
+    torchrun --standalone --nproc_per_node=gpu train_llama2.py --lr 1e-5        # one node, all its GPUs
+    torchrun --nnodes=2 --nproc_per_node=gpu --rdzv_backend=c10d \\
+             --rdzv_endpoint=HOST:29500 train_llama2.py --lr 1e-5               # several nodes
+    python train_llama2.py --model-name-or-path tests/data/tiny_llama \\
+             --dataset-name-or-path tests/data/news --block-size 512            # a laptop
+
+The one parallel-specific line of `main()` is the hook, `enable_advanced_parallelization(...)`. On Moreh's MoAI
+platform it hands over to `torch.moreh.option.enable_advanced_parallelization()`. Everywhere else it looks at the
+processes torchrun made, the model's config and the devices, and carries out the fastest plan that fits.
+
+Sections, in the order the data flows:
+    1. Constants               prompt, ignore index, file names
+    2. Configuration           one dataclass is the flags, their defaults, their help and their rules
+    3. The plan                memory and time of every way to execute a step, and the choice among them
+    4. The hook                the plan carried out: processes, sharding, gradient synchronisation
+    5. Data                    prompt, truncation that keeps the summary, masks, packed or padded batches
+    6. Model                   loading each rank's share, attention, token loss, optimizer, schedule
+    7. Training step           scaling, clipping, non-finite steps
+    8. Evaluation              token-weighted, exact on any number of ranks; summaries and their ROUGE
+    9. Checkpoints             whole or not at all, resumable on any number of ranks; stop signals
+   10. The final model         in Hugging Face format, with its card
+   11. Reporting               progress, metrics.jsonl, curves, throughput, MFU, the plan against what happened
+   12. main()
+
+Shapes: B documents in a micro-batch, T tokens of its longest document, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import heapq
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import textwrap
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import accelerate
+import datasets
+import huggingface_hub
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import set_seed
+from datasets.fingerprint import Hasher
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils._triton import has_triton
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.distributed import DistributedConfig
+from transformers.distributed.utils import initialize_distributed_mesh
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+# ----------------------------------------------------------------------------------------------------------------
+# 1. Constants
+# ----------------------------------------------------------------------------------------------------------------
+
+PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
+IGNORE_INDEX = -100  # the label torch.nn.functional.cross_entropy leaves out
+PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the tensor cores
+HELD_OUT_SHARE = 0.05  # of the training split, where the data has no validation split
+SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
+HEAD_CHUNK_TOKENS = 1024  # whose logits are held at a time
+COMPILE_SECONDS = 120.0  # what compiling the layers may take, forward and backward, for fixed and for varying lengths
+SHOWN_SAMPLES = 3  # summaries beside their references in the log, the trackers and the model card
+NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
+GIB = 2**30
+
+DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+class UserError(Exception):
+    """Something the user can put right: told as one `error:` line per problem, exit code 2, no traceback."""
+
+    def __init__(self, *problems: str):
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what the library that failed said first, about the cause at the bottom of the chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 2. Configuration
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def flag(
+    default: Any,
+    help: str,
+    convert: Callable = str,
+    *,
+    unset="none",
+    const=None,
+    minimum=None,
+    above=None,
+    below=None,
+    choices=None,
+):
+    """A field of `Config`: its default, its sentence in --help, and the rule its value keeps.
+
+    `unset` is the word for the default None: what --help shows, and what may be given to mean it. `const` is meant
+    where the flag is given without a value.
+    """
+    rule = dict(
+        help=help, convert=convert, unset=unset, const=const, minimum=minimum, above=above, below=below, choices=choices
+    )
+    return dataclasses.field(default=default, metadata=rule)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Field `batch_size` is flag `--batch-size`; both have the one default that stands here."""
+
+    model_name_or_path: str = flag("meta-llama/Llama-2-13b-hf", "causal LM to fine-tune: Hub id or local folder")
+    dataset_name_or_path: str | tuple[str, ...] = flag(
+        "abisee/cnn_dailymail", "Hub id, a local folder, or local files in jsonl, json, csv or parquet"
+    )
+    dataset_config: str = flag("3.0.0", "configuration of a Hub dataset; ignored for local data")
+    article_column: str = flag("article", "column with the text to summarise")
+    summary_column: str = flag("highlights", "column with the summary")
+    max_train_samples: int | None = flag(
+        None, "use only the first so many training documents", int, unset="all", minimum=1
+    )
+    max_eval_samples: int | None = flag(
+        None, "use only the first so many validation documents", int, unset="all", minimum=1
+    )
+    block_size: int = flag(2048, "tokens of a document at most; a longer article loses its end", int, minimum=1)
+    loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", choices=("all", "summary"))
+    num_train_epochs: int = flag(1, "passes over the training documents", int, minimum=1)
+    max_steps: int | None = flag(None, "stop after so many optimizer steps", int, minimum=1)
+    batch_size: int = flag(64, "documents per optimizer step, over all devices together", int, minimum=1)
+    micro_batch_size: int | None = flag(None, "documents per forward per device, at most", int, unset="auto", minimum=1)
+    lr: float = flag(1e-5, "peak learning rate of AdamW", float, above=0)
+    lr_scheduler: str = flag("cosine", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", float, minimum=0, below=1)
+    weight_decay: float = flag(0.0, "AdamW weight decay of the matrices; norms and biases have none", float, minimum=0)
+    max_grad_norm: float = flag(1.0, "clip the global gradient norm to this; 0 leaves it alone", float, minimum=0)
+    seed: int = flag(42, "order of the documents and the held-out split", int, minimum=0, below=2**32)
+    parallelism: str = flag("auto", "how the processes share the work", choices=("auto", "none", "ddp", "fsdp", "hsdp"))
+    hsdp_shard_size: int | None = flag(
+        None,
+        "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
+        int,
+        unset="auto",
+        minimum=2,
+    )
+    gradient_sync: str = flag(
+        "auto",
+        "FSDP: reduce gradients every micro-batch, or once a step (keeps an unsharded fp32 gradient)",
+        choices=("auto", "micro-batch", "step"),
+    )
+    reshard_after_forward: str = flag(
+        "auto",
+        "FSDP and HSDP: free gathered weights after the forward pass, or keep them for the backward pass",
+        choices=("auto", "yes", "no"),
+    )
+    activation_checkpointing: str = flag(
+        "auto",
+        "recompute the activations of no layer, every k-th or all of them in the backward pass",
+        choices=("auto", "none", "every-4", "every-3", "every-2", "full"),
+    )
+    cpu_offload: str = flag(
+        "auto", "FSDP and HSDP: keep weights and optimizer in host memory", choices=("auto", "yes", "no")
+    )
+    precision: str = flag(
+        "auto",
+        "compute precision over fp32 master weights, bf16 on GPU and fp32 on CPU; bf16-states keeps no fp32 at all",
+        choices=("auto", "bf16", "fp32", "bf16-states"),
+    )
+    packing: str = flag(
+        "auto",
+        "lay documents end to end instead of padding them; auto: where variable-length flash attention runs",
+        choices=("auto", "yes", "no"),
+    )
+    compile: str = flag(
+        "auto",
+        "compile the decoder layers; auto: on a GPU, in a run long enough to pay for it",
+        choices=("auto", "yes", "no"),
+    )
+    plan: str | None = flag(
+        None, "print the plan for this machine, or for a cluster such as 2x8xH100-80GB,ib=400, and exit", const="here"
+    )
+    plan_format: str = flag("table", "how --plan prints it", choices=("table", "json"))
+    save_dtype: str = flag(
+        "auto", "weights of the final model: those of the compute precision", choices=("auto", "bf16", "fp32")
+    )
+    save_model_dir: str = flag("./llama2_summarization", "folder for everything the run writes")
+    log_interval: int = flag(10, "optimizer steps between two lines of metrics", int, minimum=1)
+    eval_interval: int = flag(500, "optimizer steps between two evaluations", int, minimum=1)
+    save_interval: int = flag(500, "optimizer steps between two checkpoints", int, minimum=1)
+    keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", int, minimum=1)
+    resume: str = flag("auto", "auto: go on if the folder holds a checkpoint; never; or a checkpoint's path")
+    resume_anyway: bool = flag(False, "resume although flags or data that shape the curve have changed", bool)
+    async_save: str = flag(
+        "auto",
+        "write checkpoints while training goes on: where host memory holds a copy",
+        choices=("auto", "yes", "no"),
+    )
+    rouge_samples: int = flag(
+        0, "validation documents to summarise and score with ROUGE at every evaluation (package rouge-score)", int,
+        minimum=0,
+    )  # fmt: skip
+    num_beams: int = flag(1, "beams of those summaries; 1 is greedy", int, minimum=1)
+    max_summary_tokens: int = flag(160, "tokens of those summaries at most", int, minimum=1)
+    push_to_hub: str | None = flag(None, "Hub repository for the final model, as owner/name; it is made private")
+    quiet: bool = flag(False, "print warnings, errors and the closing line only", bool)
+    report_to: str = flag(
+        "none", "experiment tracker", choices=("none", *sorted(str(name) for name in LOGGER_TYPE_TO_CLASS))
+    )
+    num_proc: int = flag(
+        max(1, min(16, (os.cpu_count() or 1) // 2)),
+        "processes that tokenise: half the cores, at most 16",
+        int,
+        minimum=1,
+    )
+    dist_timeout_minutes: float = flag(
+        60.0, "longest wait for another rank before all give up", float, above=0, below=1e6
+    )
+    random_init: bool = flag(False, "random weights from the model's config alone: for benchmarks", bool)
+
+
+LARGEST_SETTING = 2**31  # no setting means anything beyond, and arithmetic on it stays exact
+MISSING = "(nothing)"  # stands for the value of a flag that was given none
+
+
+def flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that leaves telling mistakes to `command_line`, and prints its help on rank 0 alone."""
+
+    def print_help(self, file=None) -> None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns a parser with a flag per field of `Config`. It only splits words: `parse_config` converts and checks."""
+    parser = FlagParser(
+        description="Fully fine-tune a causal LM on summarisation, in parallel by one line.", allow_abbrev=False
+    )
+    for field in dataclasses.fields(Config):
+        rule = field.metadata
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(field)}
+        if rule["convert"] is bool:
+            options["action"] = "store_true"
+        else:
+            options |= {"nargs": "?", "const": rule["const"] or MISSING}
+            options["metavar"] = (
+                "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else rule["convert"].__name__.upper()
+            )
+        if field.name == "dataset_name_or_path":
+            options["nargs"] = "+"
+            del options["const"]
+        parser.add_argument(flag_name(field.name), **options)
+    return parser
+
+
+def shown_default(field: dataclasses.Field) -> Any:
+    return {"None": field.metadata["unset"], "False": "off"}.get(str(field.default), field.default)
+
+
+def help_text(field: dataclasses.Field) -> str:
+    return f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%")
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """Returns the configuration the flags describe. Raises UserError with every problem of the flags at once."""
+    parser = build_parser()
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
+    given, unknown = parser.parse_known_args(argv)
+    known = [flag_name(field.name) for field in dataclasses.fields(Config)]
+    problems = [unknown_flag(word, known) for word in unknown if word.startswith("-") or word is unknown[0]]
+    values = {}
+    for name, raw in vars(given).items():
+        field = Config.__dataclass_fields__[name]
+        if raw is MISSING:
+            problems.append(f"{flag_name(name)} needs a value; leave it out for the default, {shown_default(field)}")
+            continue
+        try:
+            values[name] = convert_flag(field, raw)
+        except ValueError:
+            kind = {int: "a whole number", float: "a number"}[field.metadata["convert"]]
+            problems.append(
+                f"{flag_name(name)} {raw} is not {kind}; leave it out for the default, {shown_default(field)}"
+            )
+    problems += flag_problems(values)
+    if problems:
+        raise UserError(*problems)
+    return Config(**values)
+
+
+def convert_flag(field: dataclasses.Field, raw: Any) -> Any:
+    if isinstance(raw, list):
+        return raw[0] if len(raw) == 1 else tuple(raw)
+    if field.default is None and raw == field.metadata["unset"]:
+        return None
+    return field.metadata["convert"](raw)
+
+
+def unknown_flag(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word.split("=")[0], known, n=1)
+    return f"{word} is not a flag of this script; " + (f"did you mean {close[0]}?" if close else "see --help")
+
+
+def flag_problems(values: dict[str, Any]) -> list[str]:
+    """Returns one sentence for each value that breaks its rule: flag, value, rule, remedy."""
+    problems = []
+    for name, value in values.items():
+        field, rule = Config.__dataclass_fields__[name], Config.__dataclass_fields__[name].metadata
+        shown = f"{flag_name(name)} {value}"
+        if value == "" or value == ():
+            problems.append(f"{flag_name(name)} is empty; leave it out for the default, {shown_default(field)}")
+        elif rule["choices"] and value not in rule["choices"]:
+            problems.append(f"{shown} is not one of {', '.join(rule['choices'])}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{shown} must be a finite number; the default is {shown_default(field)}")
+        elif value is None:
+            continue
+        elif rule["minimum"] is not None and value < rule["minimum"]:
+            problems.append(f"{shown} must be at least {rule['minimum']}; the default is {shown_default(field)}")
+        elif rule["above"] is not None and not value > rule["above"]:
+            problems.append(f"{shown} must be above {rule['above']}; the default is {shown_default(field)}")
+        elif (below := rule["below"] or (LARGEST_SETTING if type(value) is int else None)) and value >= below:
+            problems.append(f"{shown} must be below {below:g}; the default is {shown_default(field)}")
+    if values.get("hsdp_shard_size") and values.get("parallelism") != "hsdp":
+        problems.append(f"--hsdp-shard-size {values['hsdp_shard_size']} needs --parallelism hsdp; add it")
+    return problems
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 3. The plan
+# ----------------------------------------------------------------------------------------------------------------
+# What one optimizer step takes in memory and time is worked out from the model's sizes alone, for every way to execute
+# it, and the fastest that fits is chosen. Sizes are in bytes and in elements; T is the tokens of one micro-batch.
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the plan knows of a kind of GPU.
+
+    `memory_gib` as CUDA reports it. `peak_tflops`: dense bf16, from NVIDIA's data sheet, as is `hbm_gb_per_second`.
+    `matmul_efficiency`: the share of the peak that large matmuls reach end to end. `attention_efficiency`: that of
+    flash attention, relative to matmuls. `link_gb_per_second`: bus bandwidth of collectives among the GPUs of a node.
+    `network_gbit_per_second`: usual network of a node, per GPU.
+    """
+
+    memory_gib: float
+    peak_tflops: float
+    hbm_gb_per_second: float
+    matmul_efficiency: float
+    attention_efficiency: float
+    link_gb_per_second: float
+    network_gbit_per_second: float
+
+
+# Efficiencies of A100 and H100: model FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in the
+# benchmark table of mosaicml/llm-foundry (0.79, 0.59 of the peak with all overheads). Attention: FlashAttention-2
+# reaches 0.50 to 0.73 of an A100 and 0.35 of an H100 (Dao 2023; Shah et al. 2024). Links: nccl-tests all-gather and
+# all-reduce bus bandwidth published for 8 GPUs. H200 has the H100's chip; every other efficiency is a guess from these.
+GPUS = {
+    "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 200),
+    "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200),
+    "H100-80GB": Gpu(79.1, 989, 3350, 0.60, 0.58, 345, 400),
+    "H200-141GB": Gpu(139.8, 989, 4800, 0.60, 0.58, 345, 400),
+    "B200-180GB": Gpu(178.3, 2250, 8000, 0.60, 0.58, 690, 400),
+    "L40S-48GB": Gpu(44.4, 362, 864, 0.60, 0.75, 20, 25),
+    "A10G-24GB": Gpu(22.0, 70, 600, 0.60, 0.75, 20, 12.5),
+    "RTX3090-24GB": Gpu(23.6, 71, 936, 0.80, 0.75, 20, 12.5),
+    "RTX4090-24GB": Gpu(23.5, 165.2, 1008, 0.70, 0.75, 20, 12.5),
+    "RTX5090-32GB": Gpu(31.4, 209.5, 1792, 0.70, 0.75, 28, 12.5),
+    "H100PCIE-80GB": Gpu(79.1, 756, 2039, 0.60, 0.58, 20, 100),
+    "H100NVL-94GB": Gpu(93.0, 835, 3938, 0.60, 0.58, 20, 100),
+    "H200NVL-141GB": Gpu(139.8, 835, 4800, 0.60, 0.58, 20, 100),
+    "GH200-96GB": Gpu(94.5, 989, 4000, 0.60, 0.58, 345, 400),
+    "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5),
+}
+LINKS_GB_PER_SECOND = {"pcie3": 10, "pcie4": 20, "pcie5": 28, "nvlink3": 231, "nvlink4": 345, "nvlink5": 690}
+HOST_LINK_GB_PER_SECOND = 20  # one GPU's PCIe 4 x16 link to host memory, as reached
+HOST_MEMORY_GB_PER_SECOND = 20  # one rank's part of the host's memory bandwidth, for an offloaded optimizer
+
+# Two constants fitted to four rows of the same table (MPT-13B, sequences of 1,024 and 2,048, on A100 and H100), and
+# one ratio of torchtitan's (Llama-3.1-8B on 8 H100, eager 5,762 and compiled 6,667 tokens/s).
+HALF_EFFICIENCY_TOKENS = 800  # tokens of a micro-batch at which matmuls reach half of their efficiency
+OVERLAP = 0.5  # share of the shorter of computation and communication that hides behind the other
+EAGER_SPEED = 5762 / 6667  # of a model that is not compiled
+NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68 to 0.96 by message size
+
+# Beyond the tensors: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published), and the caching allocator's
+# slack (0.2 to 0.37 of active memory published without expandable segments, which the hook turns on).
+CONTEXT_GIB = (0.5, 1.0, 1.6)
+ALLOCATOR_SLACK = (0.0, 0.08, 0.20)
+HEADROOM = 0.95  # share of a device's memory that the expected reserved memory may take
+ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
+STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
+TIME_BAND = 0.05  # predicted times nearer than this are too close to call
+
+PLAN_FLAGS = (  # that the plan decides where they are left alone
+    "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
+    "precision", "hsdp_shard_size", "parallelism",
+)  # fmt: skip
+GRADIENT_SYNCS = ("micro-batch", "step")
+CHECKPOINTING_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # which layers are recomputed: every k-th
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The devices of a run, and where each of their figures is from: `measured`, `table` or `guess`.
+
+    `memory_gib` is what one rank may use: its GPU's, or its share of a CPU node's.
+    """
+
+    nodes: int
+    ranks_per_node: int
+    device_name: str
+    has_gpu: bool
+    gpu: Gpu
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    has_flash_attention: bool = True  # an NVIDIA GPU from Ampere on
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def memory_gib(self) -> float:
+        return self.gpu.memory_gib
+
+    def bus_gb_per_second(self, ranks: int) -> float:
+        """Returns the bus bandwidth of a collective among `ranks` neighbours: the node's link, or all its network."""
+        if ranks <= self.ranks_per_node:
+            return self.gpu.link_gb_per_second
+        return min(self.gpu.link_gb_per_second, self.ranks_per_node * self.network_gb_per_second)
+
+    @property
+    def network_gb_per_second(self) -> float:
+        return self.gpu.network_gbit_per_second / 8 * NETWORK_EFFICIENCY
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder that memory and time depend on. `parameters` is exact, counted on the meta device."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_width: int
+    vocabulary: int
+    positions: int
+    attends_fully: bool = True  # every layer to the whole document before it: no sliding windows
+
+    @property
+    def head_parameters(self) -> int:
+        """Output projection and final norm, which transformers keeps gathered between forward and backward."""
+        return self.vocabulary * self.hidden + self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        """q, k, v, o; gate, up, down; two norms."""
+        h, k, f = self.hidden, self.kv_width, self.intermediate
+        return 2 * h * h + 2 * h * k + 3 * h * f + 2 * h
+
+    @property
+    def embedding_parameters(self) -> int:
+        return max(0, self.parameters - self.layers * self.layer_parameters - self.head_parameters)
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters a token is multiplied with: all but the input embedding, which is a look-up."""
+        return self.layers * self.layer_parameters + self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is executed. `dp_replicate_size` copies of the model, each over `dp_shard_size` ranks."""
+
+    strategy: str
+    dp_replicate_size: int
+    dp_shard_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    activation_checkpointing: str
+    reshard_after_forward: bool
+    cpu_offload: bool
+    gradient_sync: str
+    precision: str
+    packing: bool = False
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per element of weights, gradients and each moment."""
+        return 2 if self.precision == "bf16-states" else 4
+
+    @property
+    def autocasts(self) -> bool:
+        """FSDP casts the weights it gathers; elsewhere torch.autocast does, where the weights are fp32."""
+        return self.precision == "bf16" and self.dp_shard_size == 1
+
+    def checkpoints_layer(self, layer: int) -> bool:
+        level = self.activation_checkpointing
+        return level == "full" or (level.startswith("every-") and layer % int(level[6:]) == 0)
+
+    @property
+    def holds_gradients_back(self) -> bool:
+        return self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
+
+    def describe(self) -> str:
+        """Returns the plan in a few words, as the table shows it."""
+        shards = f" {self.dp_replicate_size}x{self.dp_shard_size}" if self.strategy == "hsdp" else ""
+        parts = [
+            f"{self.strategy}{shards}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
+            {"none": "", "full": "recompute all"}.get(
+                self.activation_checkpointing, f"recompute {self.activation_checkpointing}"
+            ),
+            "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
+            "reduce once" if self.dp_shard_size > 1 and self.holds_gradients_back else "",
+            "offload" if self.cpu_offload else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted GPU memory of one rank in GiB. `active`: tensors alive at the peak. `reserved`: (low, expected, high)
+    of what nvidia-smi shows. `terms` make up `active`; `peak_moment` is when that is."""
+
+    active: float
+    reserved: tuple[float, float, float]
+    terms: dict[str, float]
+    peak_moment: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, what it is predicted to take, and whether and why it is chosen. `seconds` are of one optimizer step."""
+
+    plan: Plan
+    memory: Memory
+    seconds: dict[str, float]
+    tokens_per_second_per_gpu: float
+    mfu: float
+    fits: bool
+    reason: str = ""
+
+    @property
+    def total_seconds(self) -> float:
+        return self.seconds["total"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of planning: what is chosen (None where nothing fits), all that was weighed, and what would help."""
+
+    chosen: Candidate | None
+    candidates: list[Candidate]
+    lever: str
+
+
+def model_shape(model_config: transformers.PretrainedConfig) -> ModelShape:
+    """Returns the shape of the model that `model_config` describes; builds it on the meta device to count exactly."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    text_config = model_config.get_text_config()
+    heads = text_config.num_attention_heads
+    head_width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=text_config.num_hidden_layers,
+        hidden=text_config.hidden_size,
+        intermediate=getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
+        heads=heads,
+        kv_width=(getattr(text_config, "num_key_value_heads", None) or heads) * head_width,
+        vocabulary=text_config.vocab_size,
+        positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
+        attends_fully=attends_fully(model_config),
+    )
+
+
+def attends_fully(model_config: transformers.PretrainedConfig) -> bool:
+    text_config = model_config.get_text_config()
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not getattr(text_config, "sliding_window", None)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What the moments of a step have in common, for micro-batches of `tokens` tokens. In bytes.
+
+    Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
+    shows how closely). h hidden, f intermediate, k key and value width, a heads, v vocabulary.
+    """
+
+    shape: ModelShape
+    plan: Plan
+    tokens: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element as computed."""
+        return 4 if self.plan.precision == "fp32" else 2
+
+    @property
+    def rotary(self) -> int:
+        """Per token: cosines and sines of a position, shared by all layers."""
+        return 4 * self.shape.hidden // self.shape.heads
+
+    @property
+    def layer_input(self) -> int:
+        """Per token, what a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32."""
+        return (4 if self.width == 4 or self.plan.autocasts else 2) * self.shape.hidden
+
+    @property
+    def whole_layer(self) -> int:
+        """Per token, what a layer saves for its backward pass.
+
+        In bf16: two norms 16h, as transformers keeps fp32 copies of their input; query and attention output 4h, key
+        and value 4k; MLP 8f; log-sum-exp 4a. Autocast saves a bf16 copy of its input for each projection.
+        """
+        h, f, k, a = self.shape.hidden, self.shape.intermediate, self.shape.kv_width, self.shape.heads
+        if self.width == 4:
+            return 32 * h + 8 * k + 16 * f + 4 * a + 8
+        streams = 36 * h + 6 * k if self.plan.autocasts else 20 * h + 4 * k
+        return streams + 8 * f + 4 * a + 8
+
+    @property
+    def saved(self) -> list[int]:
+        """Per token, what each layer holds between its forward and its backward pass."""
+        recomputed = map(self.plan.checkpoints_layer, range(self.shape.layers))
+        return [self.layer_input if each else self.whole_layer for each in recomputed]
+
+    @property
+    def chunk(self) -> int:
+        """Logits and inputs of the head for one chunk of positions, in fp32."""
+        return 4 * min(self.tokens, HEAD_CHUNK_TOKENS) * (self.shape.vocabulary + self.shape.hidden)
+
+    @property
+    def head_buffers(self) -> int:
+        """The head's loss: a chunk, the gradient of the head as computed, and in fp32 that of a chunk."""
+        return self.chunk + (self.width + 4) * self.shape.head_parameters
+
+    def resident(self) -> dict[str, float]:
+        """Weights and moments; offloaded, the shards of two layers on their way in."""
+        state, shards = self.plan.state_bytes, self.plan.dp_shard_size
+        if self.plan.cpu_offload:
+            return dict(weights=2 * state * self.shape.layer_parameters / shards, optimizer=0.0)
+        weights = state * self.shape.parameters / shards
+        return dict(weights=weights, optimizer=2 * weights)
+
+    def gradients(self, finished: float) -> float:
+        """Gradients once those of `finished` parameters are reduced."""
+        plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
+        accumulates = plan.gradient_accumulation_steps > 1
+        if plan.dp_shard_size == 1:
+            return state * (parameters if plan.strategy == "ddp" or accumulates else finished)  # DDP: its buckets
+        if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
+            return 4 * (parameters - finished) + state * finished / plan.dp_shard_size
+        return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
+
+    def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
+        """Returns the terms of a moment; `activations` are per token."""
+        passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
+        return {**self.resident(), "gradients": self.gradients(finished), **passing}
+
+
+def memory_moments(shape: ModelShape, plan: Plan, tokens: int) -> dict[str, dict[str, float]]:
+    """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens."""
+    step = StepMemory(shape, plan, tokens)
+    moments = sharded_moments(step) if plan.dp_shard_size > 1 else replicated_moments(step)
+    # fp32 copies of one parameter, to round it; fused AdamW has none
+    largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
+    rounding = 20 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
+    return {**moments, "optimizer": step.moment(0, rounding, 0, shape.parameters)}
+
+
+def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
+    """FSDP2, wrapped as transformers does it: embedding and each layer alone, last norm and head kept gathered."""
+    shape, plan, width, saved, rotary = step.shape, step.plan, step.width, step.saved, step.rotary
+    layer, head, embedding = shape.layer_parameters, shape.head_parameters, shape.embedding_parameters
+    h, f, layers = shape.hidden, shape.intermediate, shape.layers
+    kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
+    all_saved, beside_head = sum(saved), kept or width * layer  # the last layer is gathered ahead
+    moments = {
+        "loss": step.moment(all_saved + 10 * h + rotary + 44, step.head_buffers, kept + width * head, 0),
+        "reduction of the head": step.moment(all_saved + 8 * h + rotary, 0, kept + (2 * width + 4) * head, head),
+        "backward of the last norm": step.moment(
+            all_saved + 24 * h + rotary, 0, beside_head + (width + 4) * head, head
+        ),
+    }  # fmt: skip
+    if plan.holds_gradients_back:
+        held = step.moment(step.layer_input + 8 * h + rotary, 0, 3 * width * layer, 0)
+        moments["end of the first backward"] = held
+    mlp = step.tokens * (step.whole_layer + 2 * width * f + width * h) + width * h * f
+    attention = step.tokens * 13 * width * h + width * layer
+    for i in reversed(range(layers)):
+        ahead = layer if i else embedding  # gathered before its turn
+        reducing = 4 * layer if i < layers - 1 else 0  # the layer after it, as fp32; the head's is gone by then
+        gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead)
+        own = step.layer_input if plan.checkpoints_layer(i) else 0
+        finished = head + (layers - 1 - i) * layer
+        moments[f"backward of layer {i}"] = step.moment(
+            sum(saved[:i]) + own + rotary, max(mlp, attention), gathered + reducing, finished
+        )
+    return moments
+
+
+def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
+    """One process, or DDP: whole weights, and under autocast bf16 copies of them, cached until the forward pass ends
+    and saved for the backward pass of layers that are not recomputed."""
+    shape, plan, saved, rotary = step.shape, step.plan, step.saved, 2 * step.rotary
+    layer, head, h, f = shape.layer_parameters, shape.head_parameters, shape.hidden, shape.intermediate
+    copy = 2 if plan.autocasts else 0  # bytes per parameter
+    copies = [0 if plan.checkpoints_layer(i) else copy * layer for i in range(shape.layers)]
+    cache = copy * (shape.layers * layer + head)
+    moments = {
+        "end of forward": step.moment(sum(saved) + 14 * h + rotary, step.chunk, cache, 0),
+        "loss": step.moment(sum(saved) + 12 * h + rotary + 44, step.head_buffers, sum(copies) + copy * head, 0),
+    }
+    for i in reversed(range(shape.layers)):
+        own = (step.layer_input if plan.checkpoints_layer(i) else 0) + step.whole_layer + 2 * step.width * f + rotary
+        finished = head + (shape.layers - 1 - i) * layer + h * f  # with its down projection, whose copy is gone
+        gathered = sum(copies[:i]) + copy * (layer - h * f)
+        moments[f"backward of layer {i}"] = step.moment(sum(saved[:i]) + own, 0, gathered, finished)
+    moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)
+    return moments
+
+
+def predict_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True) -> Memory:
+    """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens."""
+    return peak_of(memory_moments(shape, plan, tokens), has_gpu)
+
+
+def peak_of(moments: dict[str, dict[str, float]], has_gpu: bool = True) -> Memory:
+    name = max(moments, key=lambda each: sum(moments[each].values()))
+    terms = {term: size / GIB for term, size in moments[name].items()}
+    active = sum(terms.values())
+    low, expected, high = (
+        active * (1 + slack) + context * has_gpu for slack, context in zip(ALLOCATOR_SLACK, CONTEXT_GIB, strict=True)
+    )
+    return Memory(active, (low, expected, high), terms, name)
+
+
+def predict_seconds(
+    shape: ModelShape, cluster: Cluster, plan: Plan, tokens: float, attended: float, compiled: bool = False
+) -> dict[str, float]:
+    """Returns the seconds of one optimizer step by term, for micro-batches of `tokens` tokens on each rank.
+
+    `attended` is the mean length of the document a token is in. FLOPs per token: matmuls 2 per parameter forward, 4
+    backward, 2 more where a layer is recomputed; causal flash attention 2 * layers * hidden * attended forward, 2.5
+    times that backward (Dao 2023). FSDP gathers bf16 weights once or twice a micro-batch and reduces fp32 gradients
+    (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
+    twice that (Patarasu and Yuan 2009).
+    """
+    gpu, steps, shards, replicas = (
+        cluster.gpu, plan.gradient_accumulation_steps, plan.dp_shard_size, plan.dp_replicate_size
+    )  # fmt: skip
+    recomputed = sum(map(plan.checkpoints_layer, range(shape.layers))) / shape.layers
+    matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
+    attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
+    rate = gpu.peak_tflops * 1e12 * gpu.matmul_efficiency * (EAGER_SPEED if cluster.has_gpu and not compiled else 1)
+    ramp = HALF_EFFICIENCY_TOKENS / tokens if cluster.has_gpu else 0
+    flops = matmul * (1 + ramp) + attention / gpu.attention_efficiency
+    compute = steps * tokens * flops / rate
+
+    compute_bytes = 4 if plan.precision == "fp32" else 2
+    gathers = 2 if plan.reshard_after_forward else 1
+    share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards) * 1e9
+    reductions = steps if plan.gradient_sync == "micro-batch" else 1
+    gather_reduce = share * (steps * gathers * compute_bytes + 4 * reductions) * shape.parameters / bus
+    across_nodes = plan.strategy == "hsdp" and cluster.nodes > 1
+    replica_bus = cluster.network_gb_per_second * 1e9 if across_nodes else cluster.bus_gb_per_second(replicas) * 1e9
+    reduced_bytes = 4 if plan.dp_shard_size > 1 else plan.state_bytes
+    all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * shape.parameters / shards / replica_bus
+    shard_bytes = plan.state_bytes * shape.parameters / shards
+    host_link = steps * shard_bytes * (gathers + 1) / (HOST_LINK_GB_PER_SECOND * 1e9) if plan.cpu_offload else 0.0
+    communication = gather_reduce + all_reduce + host_link
+    # fused AdamW reads weight, gradient and two moments and writes three of them; clipping reads the gradient again
+    memory_rate = HOST_MEMORY_GB_PER_SECOND if plan.cpu_offload else gpu.hbm_gb_per_second
+    optimizer = 8 * shard_bytes / (memory_rate * 1e9)
+    exposed = communication - OVERLAP * min(communication, compute)
+    return dict(
+        total=compute + exposed + optimizer,
+        compute=compute,
+        exposed_communication=exposed,
+        optimizer=optimizer,
+        communication=communication,
+        gather_reduce=gather_reduce,
+        all_reduce=all_reduce,
+        host_link=host_link,
+    )
+
+
+def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
+    """Returns the name of the link that most of a step's communication waits for."""
+    plan, seconds = candidate.plan, candidate.seconds
+    name = max(("gather_reduce", "all_reduce", "host_link"), key=lambda each: seconds[each])
+    if not seconds[name]:
+        return "no link"
+    if name == "host_link":
+        return f"host link {HOST_LINK_GB_PER_SECOND} GB/s"
+    inside = plan.dp_shard_size <= cluster.ranks_per_node if name == "gather_reduce" else cluster.nodes == 1
+    if inside:
+        return f"node link {cluster.gpu.link_gb_per_second:g} GB/s"
+    return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
+
+
+def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
+    """Returns what a plan takes when every document fills its block: the worst case, which must fit."""
+    block, steps = min(config.block_size, shape.positions), plan.gradient_accumulation_steps
+    share = math.ceil(config.batch_size / cluster.world_size)  # of the busiest rank, dealt evenly to its micro-batches
+    largest = plan.micro_batch_size if plan.packing else math.ceil(share / steps)  # padded ones are of like size
+    memory = predict_memory(shape, plan, largest * block, cluster.has_gpu)
+    seconds = predict_seconds(shape, cluster, plan, share / steps * block, block)
+    step_tokens = config.batch_size * block
+    rate = step_tokens / seconds["total"] / cluster.world_size
+    flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
+    mfu = flops / seconds["total"] / (cluster.gpu.peak_tflops * 1e12)
+    limit = HEADROOM * cluster.memory_gib
+    fits = memory.reserved[1] <= limit
+    reason = "" if fits else f"needs {memory.reserved[1]:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
+    return Candidate(plan, memory, seconds, rate, mfu, fits, reason)
+
+
+def shard_sizes(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) -> tuple[int, int]:
+    """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
+    world = cluster.world_size
+    if strategy == "none" and world > 1:
+        raise UserError(f"--parallelism none runs one process, but {world} were started; use ddp, fsdp or auto")
+    if strategy in ("ddp", "fsdp") and world < 2:
+        raise UserError(
+            f"--parallelism {strategy} needs at least 2 processes, but 1 was started; use torchrun --nproc_per_node=2"
+        )
+    if strategy != "hsdp":
+        return (1, world) if strategy == "fsdp" else (world, 1)
+    shard = hsdp_shard_size or (cluster.ranks_per_node if cluster.nodes > 1 else world // 2)
+    if world < 4:
+        raise UserError(
+            f"--parallelism hsdp needs at least 4 processes, but {world} started; use torchrun --nproc_per_node=4"
+        )
+    if shard < 2 or world % shard or world == shard:
+        raise UserError(
+            f"--parallelism hsdp needs at least two equal groups of at least 2 ranks; {world} processes in groups of "
+            f"{shard} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {world}"
+        )
+    return world // shard, shard
+
+
+def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
+    """Returns whether rows are packed. Raises UserError for a --packing yes that would let documents see others."""
+    if config.packing == "yes" and not shape.attends_fully:
+        raise UserError("--packing yes needs a model whose layers all attend fully, without sliding windows; use no")
+    flash = cluster.has_gpu and cluster.has_flash_attention and config.precision != "fp32"
+    if config.packing == "yes" and cluster.has_gpu and not flash:
+        raise UserError("--packing yes needs flash attention: an Ampere GPU or newer, and not --precision fp32; use no")
+    return config.packing == "yes" or (config.packing == "auto" and flash and shape.attends_fully)
+
+
+def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list[Plan]:
+    """Returns every plan the flags and the cluster leave open. Raises UserError where they leave none."""
+    packing = packs(shape, cluster, config)
+    strategies = [config.parallelism]
+    if config.parallelism == "auto":
+        several = ["ddp", "fsdp"] + (["hsdp"] if cluster.nodes > 1 and cluster.ranks_per_node > 1 else [])
+        strategies = several if cluster.world_size > 1 else ["none"]
+    if config.cpu_offload == "yes":
+        if not cluster.has_gpu:
+            raise UserError("--cpu-offload yes moves memory off a GPU, and this machine has none; leave it out")
+        strategies = [strategy for strategy in strategies if strategy in ("fsdp", "hsdp")]
+        if not strategies and cluster.world_size > 1:
+            raise UserError(f"--cpu-offload yes needs FSDP or HSDP, not --parallelism {config.parallelism}; use fsdp")
+        if not strategies:
+            raise UserError(
+                "--cpu-offload yes needs FSDP or HSDP, so at least 2 processes; use torchrun --nproc_per_node=2"
+            )
+    share = math.ceil(config.batch_size / cluster.world_size)
+    sizes = [min(config.micro_batch_size, share)] if config.micro_batch_size else even_sizes(share)
+    levels = CHECKPOINTING_LEVELS if config.activation_checkpointing == "auto" else [config.activation_checkpointing]
+    precision = config.precision if config.precision != "auto" else "bf16" if cluster.has_gpu else "fp32"
+    plans = []
+    for strategy in strategies:
+        replicas, shards = shard_sizes(strategy, cluster, config.hsdp_shard_size)
+        sharded = shards > 1
+        for size, level in itertools.product(sizes, levels):
+            steps = math.ceil(share / size)
+            syncs = ["step"] if not sharded or steps == 1 else ["micro-batch"] if strategy == "hsdp" else GRADIENT_SYNCS
+            if config.gradient_sync != "auto":
+                syncs = [config.gradient_sync]
+            offloads = [config.cpu_offload == "yes"]
+            if config.cpu_offload == "auto" and sharded and cluster.has_gpu:
+                offloads = [False, True]
+            reshards = [config.reshard_after_forward == "yes"]
+            if config.reshard_after_forward == "auto" or not sharded:
+                reshards = [True, False] if sharded else [True]
+            for sync, offload, reshard in itertools.product(syncs, offloads, reshards):
+                plans.append(
+                    Plan(strategy, replicas, shards, size, steps, level, reshard, offload, sync, precision, packing)
+                )
+    return plans
+
+
+def even_sizes(share: int) -> list[int]:
+    """Returns `share` and the powers of two below it, descending, each made no larger than its micro-batches get.
+
+    Five documents, at most four at a time, make micro-batches of three and two: the size is three.
+    """
+    powers = {share, *(2**power for power in range(share.bit_length()))}
+    return sorted({math.ceil(share / math.ceil(share / size)) for size in powers}, reverse=True)
+
+
+def check_block(shape: ModelShape, config: Config) -> None:
+    if config.block_size > shape.positions:
+        raise UserError(
+            f"--block-size {config.block_size} is longer than the {shape.positions} positions of "
+            f"{config.model_name_or_path}; use at most {shape.positions}"
+        )
+
+
+def simplicity(candidate: Candidate) -> tuple:
+    """Returns what a tie is decided by, simplest first; of equally simple plans the one with most memory to spare."""
+    plan = candidate.plan
+    return (
+        ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
+        plan.cpu_offload,
+        not plan.reshard_after_forward,
+        plan.dp_shard_size > 1 and plan.holds_gradients_back,
+        plan.activation_checkpointing not in ("none", "full"),
+        plan.gradient_accumulation_steps,
+        candidate.memory.active,
+    )
+
+
+def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
+    """Returns the fastest candidate that fits with headroom; of those too close to call, the simplest.
+
+    Raises UserError for flags that cannot work on the cluster, or with the model.
+    """
+    check_block(shape, config)
+    weighed = [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
+    fitting = sorted((each for each in weighed if each.fits), key=lambda each: each.total_seconds)
+    if not fitting:
+        return Choice(
+            None, sorted(weighed, key=lambda each: each.memory.reserved[1]), lever_to_fit(shape, cluster, config)
+        )
+    fastest = fitting[0].total_seconds
+    contenders = [each for each in fitting if each.total_seconds <= fastest * (1 + TIME_BAND)]
+    chosen = min(contenders, key=simplicity)
+    reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
+    if chosen is not fitting[0]:
+        reason = f"too close to call with {fitting[0].plan.describe()}; the simpler of them"
+    chosen = dataclasses.replace(chosen, reason=reason)
+    others = []
+    for each in weighed:
+        if each.plan != chosen.plan:
+            slower = each.total_seconds / chosen.total_seconds - 1
+            close = each.total_seconds <= fastest * (1 + TIME_BAND)
+            words = "too close to call, and less simple" if close else f"{slower:.0%} slower"
+            others.append(dataclasses.replace(each, reason=each.reason or words))
+    others.sort(key=lambda each: (not each.fits, each.total_seconds if each.fits else each.memory.reserved[1]))
+    return Choice(chosen, [chosen, *others], lever_to_speed(shape, cluster, config, chosen))
+
+
+def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, active: float, block_size: int) -> str:
+    """Returns the flags of the fastest plan that is predicted to take at most nine tenths of `active` GiB.
+
+    They fix all of that plan, or the room that one of them makes would go to another.
+    """
+    documents = plan.micro_batch_size * plan.gradient_accumulation_steps * cluster.world_size
+    fixed = dict(batch_size=documents, precision=plan.precision, packing="yes" if plan.packing else "no")
+    for block in (block_size, block_size // 2, block_size // 4, block_size // 8):
+        config = Config(block_size=block, **fixed)
+        weighed = [predict(shape, cluster, each, config) for each in candidate_plans(shape, cluster, config)]
+        smaller = [each for each in weighed if each.memory.active <= 0.9 * active]
+        if smaller:
+            weighed = smaller
+            break
+    chosen = min(weighed, key=lambda each: (each.total_seconds, simplicity(each))).plan
+    return flags_of(chosen) + (f" --block-size {block} --resume-anyway" if block < block_size else "")
+
+
+def flags_of(plan: Plan) -> str:
+    """Returns the flags that leave nothing but this plan."""
+    flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
+    if plan.strategy != "none":
+        flags = {"--parallelism": plan.strategy, **flags}
+    if plan.dp_shard_size > 1:
+        flags["--gradient-sync"] = "step" if plan.holds_gradients_back else "micro-batch"
+        flags["--reshard-after-forward"] = "yes" if plan.reshard_after_forward else "no"
+        flags |= {"--cpu-offload": "yes"} if plan.cpu_offload else {}
+    return " ".join(f"{name} {value}" for name, value in flags.items())
+
+
+def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | None:
+    """Returns the fastest candidate that fits, if there is one."""
+    weighed = [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
+    return min((each for each in weighed if each.fits), key=lambda each: each.total_seconds, default=None)
+
+
+def freed_flags(config: Config) -> list[tuple[str, Config]]:
+    """Returns the configurations in which one of the flags that restrict the plan is left to it, and how to say so."""
+    freed = []
+    for name in PLAN_FLAGS:
+        default, words = Config.__dataclass_fields__[name].default, f"{flag_name(name)} auto"
+        if getattr(config, name) != default:
+            changes = {name: default}
+            if name == "parallelism" and config.hsdp_shard_size:
+                changes, words = {**changes, "hsdp_shard_size": None}, f"{words} --hsdp-shard-size auto"
+            freed.append((words, dataclasses.replace(config, **changes)))
+    return freed
+
+
+def lever_to_fit(shape: ModelShape, cluster: Cluster, config: Config) -> str:
+    """Returns the changes that would make the model fit, each alone, cheapest first; they are tried, not guessed.
+
+    Where none does alone, all flags that restrict the plan are left to it together.
+    """
+    changes: list[tuple[str, Config, Cluster]] = []
+    changes += [(words, changed, cluster) for words, changed in freed_flags(config)]
+    if cluster.has_gpu and config.precision in ("auto", "bf16"):
+        trade = "--precision bf16-states (a trade: no fp32 weights)"
+        changes.append((trade, dataclasses.replace(config, precision="bf16-states"), cluster))
+    blocks = [block for block in (4096, 2048, 1024, 512, 256) if block < config.block_size]
+    changes += [(f"--block-size {block}", dataclasses.replace(config, block_size=block), cluster) for block in blocks]
+    for factor in (2, 4, 8, 16):
+        nodes, ranks = cluster.nodes, cluster.ranks_per_node * factor
+        if ranks > 8 or not cluster.has_gpu:  # more processes on a CPU have no more memory
+            nodes, ranks = cluster.nodes * factor, cluster.ranks_per_node
+        words = f"{nodes * ranks} GPUs" if cluster.has_gpu else f"{nodes} such machines"
+        changes.append((words, config, dataclasses.replace(cluster, nodes=nodes, ranks_per_node=ranks)))
+    helping, kinds = [], set()
+    for words, changed, larger in changes:
+        kind = words.split()[0] if words.startswith("--") else "more of them"
+        with contextlib.suppress(UserError):
+            if kind not in kinds and best_of(shape, larger, changed):
+                kinds.add(kind)
+                helping.append(words)
+    if not helping and (freed := freed_flags(config)):
+        defaults = {name: Config.__dataclass_fields__[name].default for name in PLAN_FLAGS}
+        if best_of(shape, cluster, dataclasses.replace(config, **defaults)):
+            helping.append(" ".join(words for words, _ in freed if not words.startswith("--hsdp-shard-size")))
+    return "it would fit with " + ", or ".join(helping) if helping else "no change of a flag makes it fit"
+
+
+def lever_to_speed(shape: ModelShape, cluster: Cluster, config: Config, chosen: Candidate) -> str:
+    """Returns the cheapest change that would train more tokens a second, as predicted."""
+    changes = [
+        (f"--batch-size {2 * config.batch_size}", dataclasses.replace(config, batch_size=2 * config.batch_size)),
+        (f"--block-size {config.block_size // 2}", dataclasses.replace(config, block_size=config.block_size // 2)),
+    ]
+    for words, changed in freed_flags(config) + changes:
+        with contextlib.suppress(UserError):
+            better = best_of(shape, cluster, changed)
+            gain = better.tokens_per_second_per_gpu / chosen.tokens_per_second_per_gpu - 1 if better else 0.0
+            if gain > TIME_BAND:
+                return f"{words} would train {gain:.0%} more tokens/s"
+    return "none: no flag gains more than the error of the prediction"
+
+
+def parse_cluster(text: str) -> Cluster:
+    """Returns the cluster that e.g. `8xH100-80GB`, `2x8xA100-40GB,ib=200` or `8x(48GB,181TFLOPS,pcie4)` describes.
+
+    `ib` is the network in Gbit/s per GPU. Raises UserError for one it cannot read, listing the GPUs it knows.
+    """
+    pattern = r"(?:(\d{1,6}) ?x ?)?(\d{1,6}) ?x ?(\([^)]*\)|[^,(]+)(?:, ?ib=(\d+(?:\.\d+)?))?"
+    match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
+    if not match or int(match[1] or 1) < 1 or int(match[2]) < 1 or float(match[4] or 1) <= 0:
+        raise UserError(
+            f"--plan {text} is no cluster; write [NODES x]GPUS x NAME, such as 8xH100-80GB or 2x8xA100-40GB,ib=200, or "
+            "8x(48GB,181TFLOPS,pcie4)"
+        )
+    name = match[3]
+    gpu = described_gpu(name, text) if name.startswith("(") else named_gpu(name, text)
+    if name.startswith("("):
+        sources = {"memory": "given", "peak": "given", "efficiency": "guess", "node link": "table", "network": "guess"}
+    else:
+        sources = {"memory": "table", **figures_of(name.upper()), "network": "guess"}
+    if match[4]:
+        gpu, sources = (
+            dataclasses.replace(gpu, network_gbit_per_second=float(match[4])),
+            {**sources, "network": "given"},
+        )
+    return Cluster(int(match[1] or 1), int(match[2]), name.strip("()"), True, gpu, sources)
+
+
+def named_gpu(name: str, text: str) -> Gpu:
+    wanted = name.upper().replace(" ", "").replace("NVIDIA", "").replace("-SXM4", "").replace("-SXM", "")
+    found = [key for key in GPUS if wanted in (key, key.split("-")[0])]
+    if len(found) != 1:
+        raise UserError(
+            f"--plan {text}: {name} is not one of the GPUs known, {', '.join(GPUS)}; or give (48GB,181TFLOPS)"
+        )
+    return GPUS[found[0]]
+
+
+def described_gpu(name: str, text: str) -> Gpu:
+    """Returns the GPU that `(48GB,181TFLOPS,pcie4)` describes; memory and peak are needed."""
+    values: dict[str, float] = {}
+    for part in name.strip("()").replace(" ", "").lower().split(","):
+        amount = re.fullmatch(r"(\d+(?:\.\d+)?)(gb/s|gb|tflops)", part)
+        if amount and float(amount[1]) > 0:
+            values[amount[2]] = float(amount[1])
+        elif part in LINKS_GB_PER_SECOND:
+            values["gb/s"] = LINKS_GB_PER_SECOND[part]
+        else:
+            links = ", ".join(LINKS_GB_PER_SECOND)
+            raise UserError(f"--plan {text}: {part} is no memory (48GB), peak (181TFLOPS) or link ({links})")
+    if not values.get("gb") or not values.get("tflops"):
+        raise UserError(f"--plan {text}: a GPU without a name needs memory and peak; write (48GB,181TFLOPS,pcie4)")
+    link = values.get("gb/s", LINKS_GB_PER_SECOND["pcie4"])
+    return Gpu(values["gb"] * 1e9 / GIB, values["tflops"], 1000, 0.60, 0.75, link, 12.5)
+
+
+def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config: Config) -> str:
+    """Returns the plan as a table of at most 100 columns: the chosen one, the best of each other kind, and why."""
+    nodes = f"{cluster.nodes} x " if cluster.nodes > 1 else ""
+    lines = [
+        f"plan      {nodes}{cluster.ranks_per_node} x {cluster.device_name} of {cluster.memory_gib:.1f} GiB; "
+        f"{in_words(shape.parameters)} parameters; {config.batch_size} documents a step, of up to "
+        f"{config.block_size} tokens",
+        f"          {'':44}{'GiB a GPU':>17} {'step':>8} {'tokens/s':>9}",
+        f"          {'':44}{'active':>8}{'reserved':>9} {'seconds':>8} {'a GPU':>9} {'MFU':>5}",
+    ]
+    for candidate in best_of_each_kind(choice):
+        memory, is_chosen = candidate.memory, candidate is choice.chosen
+        plan, *rest = textwrap.wrap(candidate.plan.describe(), 43)
+        head = f"{'  chosen' if is_chosen else '':10}"
+        lines.append(
+            f"{head}{plan:44}{memory.active:8.1f}{memory.reserved[1]:9.1f} "
+            f"{candidate.total_seconds:8.2f} {candidate.tokens_per_second_per_gpu:9,.0f} {candidate.mfu:5.0%}"
+        )
+        lines += [f"{'':12}{words}" for words in (*rest, candidate.reason)]
+    best = choice.chosen or choice.candidates[0]
+    terms = (
+        ", ".join(f"{name} {gib:.1f}" for name, gib in best.memory.terms.items() if gib >= 0.05) or "next to nothing"
+    )
+    low, _, high = best.memory.reserved
+    seconds = best.seconds
+    assumed = ", ".join(f"{name} {source}" for name, source in cluster.sources.items())
+    lines += [
+        f"  peak      {best.memory.peak_moment}: {terms}; reserved {low:.1f} to {high:.1f}",
+        f"  step      compute {seconds['compute']:.2f} s, exposed communication "
+        f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
+        f"optimizer {seconds['optimizer']:.2f} s",
+        f"  lever     {choice.lever}",
+        f"  assumed   every document fills its block; {assumed}; reserved guess",
+    ]
+    return "\n".join(piece for line in lines for piece in wrapped(line))
+
+
+def in_words(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+
+
+def wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, 100, subsequent_indent=" " * 12, drop_whitespace=True) if len(line) > 100 else [line]
+
+
+def best_of_each_kind(choice: Choice, most: int = 7) -> list[Candidate]:
+    """Returns the chosen candidate and the best of the other kinds, which are strategy, offload and recomputation."""
+    best: dict[tuple, Candidate] = {}
+    for each in choice.candidates:
+        plan = each.plan
+        best.setdefault((plan.strategy, plan.cpu_offload, plan.activation_checkpointing == "none"), each)
+    return list(best.values())[:most]
+
+
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    low, expected, high = candidate.memory.reserved
+    seconds = dict(candidate.seconds)
+    return dict(
+        **dataclasses.asdict(candidate.plan),
+        memory_gib=dict(
+            active=candidate.memory.active,
+            reserved=expected,
+            reserved_low=low,
+            reserved_high=high,
+            terms=candidate.memory.terms,
+            peak_moment=candidate.memory.peak_moment,
+        ),
+        step_seconds=seconds,
+        tokens_per_second_per_gpu=candidate.tokens_per_second_per_gpu,
+        mfu=candidate.mfu,
+        fits=candidate.fits,
+        reason=candidate.reason,
+    )
+
+
+def choice_json(choice: Choice, cluster: Cluster) -> dict[str, Any]:
+    """Returns what `--plan-format json` prints and `train_config.json` holds."""
+    return dict(
+        cluster=dataclasses.asdict(cluster),
+        chosen=candidate_json(choice.chosen) if choice.chosen else None,
+        candidates=[candidate_json(each) for each in choice.candidates],
+        lever=choice.lever,
+    )
+
+
+def refuse_what_does_not_fit(choice: Choice, cluster: Cluster) -> None:
+    """Raises UserError with the nearest miss and what would help, where no plan fits."""
+    if choice.chosen is None:
+        nearest = choice.candidates[0]
+        raise UserError(
+            f"the model does not fit on {cluster.world_size} x {cluster.device_name}: the nearest miss, "
+            f"{nearest.plan.describe()}, {nearest.reason}; {choice.lever}"
+        )
+
+
+LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: what --plan needs of gated models
+    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    "70b": dict(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    ),
+}
+
+
+def plan_only(config: Config) -> None:
+    """Prints the plan for `--plan`'s cluster: no process group, no GPU and no weights are needed.
+
+    Raises UserError where nothing fits, after printing what was weighed.
+    """
+    cluster = this_machine() if config.plan == "here" else parse_cluster(config.plan)
+    llama_2 = re.fullmatch(r"meta-llama/Llama-2-(\w+?)(-chat)?-hf", config.model_name_or_path)
+    if llama_2 and llama_2[1] in LLAMA_2:
+        shape = model_shape(transformers.LlamaConfig(**LLAMA_2[llama_2[1]], max_position_embeddings=4096))
+    else:
+        shape = read_model_shape(config)[1]
+    choice = choose_plan(shape, cluster, config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        as_json = config.plan_format == "json"
+        print(json.dumps(choice_json(choice, cluster)) if as_json else describe_choice(choice, shape, cluster, config))
+    refuse_what_does_not_fit(choice, cluster)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 4. The hook
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """What the hook returns: the processes, the plan, and the few acts that differ between one device and many.
+
+    A context manager: leaving it ends the trackers and the process group.
+    """
+
+    accelerator: Accelerator
+    cluster: Cluster
+    shape: ModelShape
+    plan: Plan
+    choice: Choice | None
+    block_size: int
+    timeout: timedelta
+    quiet: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks that see different documents: all of them, as long as no rank helps another with the same one."""
+        return self.plan.dp_replicate_size * self.plan.dp_shard_size
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is None or error_type is UserError:
+            if self.accelerator.num_processes > 1:
+                time.sleep(0.1)  # gloo's threads drop the last message, for which they need the GIL; the end of a DDP
+                # model, or Python's, holds it while it waits for them: a hang or an abort, rarely
+            self.accelerator.end_training()
+        elif issubclass(error_type, torch.OutOfMemoryError):
+            print(self.explain_out_of_memory(), file=sys.stderr, flush=True)
+
+    def explain_out_of_memory(self) -> str:
+        """Returns what the plan thought, what is allocated, and the flag to change, for the rank that ran out."""
+        words = f" It ran {self.plan.describe()}."
+        remedy = f"--micro-batch-size {max(1, self.plan.micro_batch_size // 2)}"
+        if self.choice is not None and self.choice.chosen is not None:
+            memory = self.choice.chosen.memory
+            words += f" The plan expected {memory.active:.1f} GiB active and {memory.reserved[1]:.1f} reserved"
+            words += f" of {self.cluster.memory_gib:.1f}, at {memory.peak_moment}."
+            remedy = flags_for_less_memory(self.shape, self.cluster, self.plan, memory.active, self.block_size)
+        if self.device.type == "cuda":
+            words += f" PyTorch's peak was {torch.cuda.max_memory_allocated() / GIB:.1f} GiB allocated and"
+            words += f" {torch.cuda.max_memory_reserved() / GIB:.1f} reserved."
+        return (
+            f"error: rank {self.rank} ran out of memory.{words} Try {remedy}; checkpoints saved before are kept, and "
+            "the same command with it goes on from the newest"
+        )
+
+    def say(self, *words: object, always: bool = False) -> None:
+        """Prints on rank 0 alone, above a progress bar if there is one. Any rank may call it.
+
+        Under --quiet only warnings and what is to be said `always`.
+        """
+        line = " ".join(map(str, words))
+        if self.is_main and (always or not self.quiet or line.startswith("WARNING")):
+            tqdm.write(coloured(line), file=sys.stdout)  # Accelerator.print speaks once per node
+            sys.stdout.flush()
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns `tensor` summed over all ranks, on each of them. Every rank must call it. No host sync."""
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def cpu_group(self) -> dist.ProcessGroup | None:
+        """Returns a new group of all ranks for messages in host memory, None for one process. Every rank calls it."""
+        if self.accelerator.num_processes == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=self.timeout)
+
+    @contextlib.contextmanager
+    def node_main_first(self) -> Iterator[None]:
+        """Runs the body on each node's first process, then on the others, which find its files and caches made."""
+        if not self.accelerator.is_local_main_process:
+            self.accelerator.wait_for_everyone()
+        try:
+            yield
+        finally:
+            if self.accelerator.is_local_main_process:
+                self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def gradient_sync(self, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
+        """Around one micro-batch's forward and backward: decides whether its gradients travel now or wait.
+
+        DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
+        gradient (4 bytes per parameter). HSDP reduces inside the sharded group each time, and only the all-reduce
+        across replicas, which carries 1/shards of it, waits for the last.
+        """
+        if self.plan.dp_shard_size > 1:
+            model.set_requires_gradient_sync(is_last or self.plan.gradient_sync == "micro-batch")
+            model.set_requires_all_reduce(is_last)
+            yield
+        else:
+            with self.accelerator.no_sync(model) if not is_last else contextlib.nullcontext():
+                yield
+
+
+def enable_advanced_parallelization(config: Config) -> Parallel:
+    """Makes the rest of a single-GPU script run on every device there is; returns what it set up.
+
+    Where `torch.moreh` exists, MoAI takes over: the platform shows its whole cluster as one device, and the script
+    goes on as one plain process. Elsewhere the strategy is chosen from the world torchrun made, the model's own
+    config and the devices' memory. Call it once, on every rank, before the model is built.
+
+    Works for other causal LMs and other scripts: `enable_advanced_parallelization(Config(model_name_or_path=...))`.
+    Raises UserError when the model cannot be read, or the plan that was asked for cannot work.
+    """
+    on_moai = hasattr(torch, "moreh")
+    if on_moai:
+        torch.moreh.option.enable_advanced_parallelization()
+    else:
+        start_process_group(config)
+    if config.rouge_samples and importlib.util.find_spec("rouge_score") is None:
+        raise UserError(
+            "--rouge-samples needs the package rouge-score, which is not installed; pip install rouge-score"
+        )
+    if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
+        raise UserError(f"--report-to {config.report_to} needs a package that is not installed; pip install it")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.save_model_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+    quieten_libraries(accelerator.is_local_main_process, config.quiet)
+    cluster = find_cluster()
+    with agreed_by_all_ranks():
+        _, shape = read_model_shape(config)
+        check_block(shape, config)
+        choice = None if on_moai else choose_plan(shape, cluster, config)
+        if choice is not None:
+            refuse_what_does_not_fit(choice, cluster)
+    plan = choice.chosen.plan if choice is not None else moai_plan(config)
+    timeout = timedelta(minutes=config.dist_timeout_minutes)
+    parallel = Parallel(accelerator, cluster, shape, plan, choice, config.block_size, timeout, config.quiet)
+    parallel.say(describe_choice(choice, shape, cluster, config) if choice is not None else MOAI_WORDS)
+    if (gpus := torch.cuda.device_count()) > 1 and cluster.world_size == 1 and not on_moai:
+        parallel.say(f"  note      1 of {gpus} GPUs; torchrun --nproc_per_node=gpu uses them all")
+    return parallel
+
+
+def start_process_group(config: Config) -> None:
+    """Joins the ranks torchrun started, if it did. Gloo beside NCCL, because offloaded tensors live on the CPU.
+
+    After a restart by `--max-restarts` torchrun hands out the store of the attempt before, in which ranks would find
+    the addresses of the dead; with one agent a prefix per attempt keeps them apart. Several agents may disagree on
+    the attempt's number: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment does the same.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
+    if dist.is_initialized():
+        return
+    if "LOCAL_RANK" not in os.environ:
+        tasks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+        if tasks > 1:
+            raise UserError(f"{tasks} processes were started without torchrun; start one torchrun per node")
+        return
+    if torch.cuda.is_available():
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:  # found by every rank of the node, so that one can tell
+            raise UserError(f"torchrun --nproc_per_node started more processes than the {gpus} GPUs here; use gpu")
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(minutes=config.dist_timeout_minutes)
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return dist.init_process_group(backend, timeout=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def coloured(words: str) -> str:
+    """Returns the words with the first of each line in bold, warnings in yellow, where a terminal shows them."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return words
+    if words.startswith(("WARNING", "error")):
+        return f"\033[33m{words}\033[0m"
+    return re.sub(r"^(\w[\w/]*)(?=  | \d)", "\033[1m\\1\033[0m", words, flags=re.MULTILINE)
+
+
+def quieten_libraries(speaks: bool, quiet: bool) -> None:
+    """Leaves the libraries' warnings to one process per node, and their bars to it where a terminal shows them."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    if not speaks or quiet or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+        huggingface_hub.utils.disable_progress_bars()
+    if not speaks:
+        transformers.logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def agreed_by_all_ranks() -> Iterator[None]:
+    """A UserError that one rank raises in the body is raised on every rank, so that all leave together.
+
+    Every rank must enter. The body must hold no collective that a failing rank would leave the others in;
+    `node_main_first` is none, as a failing rank reaches its barrier too.
+    """
+    problems: tuple[str, ...] = ()
+    try:
+        yield
+    except UserError as error:
+        problems = error.problems
+    everyones = [problems]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyones = [()] * dist.get_world_size()
+        dist.all_gather_object(everyones, problems)
+    if found := next(filter(None, everyones), None):
+        raise UserError(*found)
+
+
+def find_cluster() -> Cluster:
+    """Returns the cluster this process is part of, from torchrun's environment and the device it was given.
+
+    Every rank must call it. Raises UserError on nodes with different numbers of ranks.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+    name, gpu, sources = find_device(ranks_per_node)
+    everyones = [(gpu.memory_gib, gpu.peak_tflops, ranks_per_node)] * world_size
+    if world_size > 1:  # the same on every rank, or each would make a plan of its own
+        dist.all_gather_object(everyones, everyones[0])
+    memory_gib, peak_tflops, _ = map(min, zip(*everyones, strict=True))
+    if len(sizes := {ranks for *_, ranks in everyones}) > 1:
+        raise UserError(f"nodes run {' and '.join(map(str, sorted(sizes)))} ranks; give all the same --nproc_per_node")
+    gpu = dataclasses.replace(gpu, memory_gib=memory_gib, peak_tflops=peak_tflops)
+    nodes, has_gpu = world_size // ranks_per_node, torch.cuda.is_available()
+    return Cluster(nodes, ranks_per_node, name, has_gpu, gpu, sources, has_flash_attention())
+
+
+def this_machine() -> Cluster:
+    """Returns the cluster that torchrun with all of this machine's GPUs would make; one process where it has none."""
+    ranks = max(1, torch.cuda.device_count())
+    name, gpu, sources = find_device(ranks_per_node=1)
+    return Cluster(1, ranks, name, torch.cuda.is_available(), gpu, sources, has_flash_attention())
+
+
+def has_flash_attention() -> bool:
+    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def find_device(ranks_per_node: int) -> tuple[str, Gpu, dict[str, str]]:
+    """Returns name and figures of this process's device, and where each is from."""
+    sources = {
+        "memory": "measured",
+        "peak": "measured",
+        "efficiency": "guess",
+        "node link": "guess",
+        "network": "guess",
+    }
+    if not torch.cuda.is_available():
+        memory_gib = psutil.virtual_memory().available / GIB / ranks_per_node
+        # Half of what bare matmuls reach, memory of 10 GB/s, 1 GB/s between processes: good enough for trying out.
+        cpu = Gpu(memory_gib, measure_matmul_tflops("cpu", torch.float32, 512), 10, 0.5, 1.0, 1, 1)
+        return platform.processor() or platform.machine(), cpu, sources
+    name, memory_gib = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / GIB
+    key = known_gpu(name, memory_gib)
+    if key is None:
+        peak = measure_matmul_tflops("cuda", torch.bfloat16, 8192)
+        return name, Gpu(memory_gib, peak, 1000, 0.9, 0.75, LINKS_GB_PER_SECOND["pcie4"], 12.5), sources
+    gpu = dataclasses.replace(GPUS[key], memory_gib=memory_gib)
+    if "PCIE" in name.upper():
+        gpu = dataclasses.replace(gpu, link_gb_per_second=LINKS_GB_PER_SECOND["pcie4"])
+    return name, gpu, {**sources, **figures_of(key)}
+
+
+def figures_of(key: str) -> dict[str, str]:
+    """Returns where the figures of an entry of GPUS are from; only these chips have published efficiencies."""
+    chip = "table" if key.split("-")[0] in ("A100", "H100", "H200", "GH200") else "guess"
+    return {"peak": "table", "efficiency": chip, "node link": chip}
+
+
+def known_gpu(device_name: str, memory_gib: float) -> str | None:
+    """Returns the key in GPUS of the device CUDA calls `device_name`, None for one it does not hold, or for a part."""
+    if re.search(r"\b(MIG|LAPTOP)\b", device_name.upper()):
+        return None
+    words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200) (?=PCIE|NVL))", r"\1\2", device_name.upper())
+    keys = [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9])", words)]
+    return min(keys, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
+
+
+def measure_matmul_tflops(device: str, dtype: torch.dtype, size: int, seconds: float = 0.05) -> float:
+    """Returns the TFLOP/s of square matmuls, measured for about `seconds` seconds."""
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+
+    def timed(repeats: int) -> float:
+        began = time.perf_counter()
+        for _ in range(repeats):
+            product = matrix @ matrix
+        product[0, 0].item()  # waits for the device
+        return time.perf_counter() - began
+
+    timed(2)
+    repeats = max(1, round(seconds / timed(1)))
+    return 2 * size**3 * repeats / timed(repeats) / 1e12
+
+
+MOAI_WORDS = "plan      moai: torch.moreh.option.enable_advanced_parallelization() was called, and the platform decides"
+
+
+def moai_plan(config: Config) -> Plan:
+    """On MoAI the platform decides: one forward takes the whole batch, and nothing is sharded or synchronised here.
+
+    Raises UserError for flags that would take the decision from it.
+    """
+    for name in ("parallelism", "cpu_offload"):
+        if (value := getattr(config, name)) not in ("auto", "none", "no"):
+            raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
+    micro_batch_size = config.micro_batch_size or config.batch_size
+    return Plan(
+        strategy="moai",
+        dp_replicate_size=1,
+        dp_shard_size=1,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=math.ceil(config.batch_size / micro_batch_size),
+        activation_checkpointing="none"
+        if config.activation_checkpointing == "auto"
+        else config.activation_checkpointing,
+        reshard_after_forward=True,
+        cpu_offload=False,
+        gradient_sync="step",
+        precision="bf16" if config.precision == "auto" else config.precision,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 5. Data
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(config: Config, parallel: Parallel) -> PreTrainedTokenizerBase:
+    """Returns the model's own tokenizer. Every rank must call it. Raises UserError where it cannot serve."""
+    with agreed_by_all_ranks(), parallel.node_main_first():
+        folder = model_folder(config.model_name_or_path, TOKENIZER_FILES)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if not encode_marks(tokenizer):
+                raise ValueError("its vocabulary is empty or missing")
+        except Exception as error:  # transformers raises what it likes on files of nonsense
+            raise UserError(
+                f"--model-name-or-path {config.model_name_or_path} has no tokenizer that loads "
+                f"({first_line(error)}); add its tokenizer.json, or pip install sentencepiece for a tokenizer.model"
+            ) from error
+        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of --model-name-or-path {config.model_name_or_path} must be a fast one with an "
+                "end-of-sequence token; use a model that has them"
+            )
+        largest = max([*encode_marks(tokenizer), tokenizer.eos_token_id, len(tokenizer) - 1])
+        if largest >= parallel.shape.vocabulary:
+            raise UserError(
+                f"the tokenizer of --model-name-or-path {config.model_name_or_path} has ids up to {largest}, but the "
+                f"model only {parallel.shape.vocabulary} embeddings; use the tokenizer that belongs to it"
+            )
+        marks = len(encode_marks(tokenizer)) + 1
+        if config.block_size < marks + 2:
+            raise UserError(
+                f"--block-size {config.block_size} leaves no room for a summary: the prompt's marks and the "
+                f"end-of-sequence token take {marks} tokens; use at least 64"
+            )
+    return tokenizer
+
+
+def encode_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(PROMPT_OPEN + PROMPT_CLOSE, split_special_tokens=True)["input_ids"]
+
+
+def load_documents(config: Config, parallel: Parallel) -> datasets.DatasetDict:
+    """Returns the splits `train` and `validation`, text columns only. Every rank must call it.
+
+    Each node's first process downloads and parses; the others read the cache it made. Without a validation split,
+    5% of the training split is held out, drawn by the seed. Raises UserError for data that cannot be used.
+    """
+    with agreed_by_all_ranks(), parallel.node_main_first():
+        splits = read_splits(config)
+    train = splits["train"]
+    if "validation" in splits:
+        validation = splits["validation"]
+    else:
+        held_out = max(1, round(HELD_OUT_SHARE * len(train)))
+        parts = train.train_test_split(test_size=held_out, seed=config.seed)
+        train, validation = parts["train"], parts["test"]
+        parallel.say(f"data      no validation split: {held_out} of the training documents are held out, by the seed")
+    train = train.select(range(min(len(train), config.max_train_samples or len(train))))
+    validation = validation.select(range(min(len(validation), config.max_eval_samples or len(validation))))
+    return datasets.DatasetDict(train=train, validation=validation)
+
+
+def read_splits(config: Config) -> datasets.DatasetDict:
+    named = config.dataset_name_or_path
+    paths = [named] if isinstance(named, str) else list(named)
+    shown = f"--dataset-name-or-path {' '.join(paths)}"
+    is_local = len(paths) > 1 or os.path.exists(paths[0]) or looks_like_a_path(paths[0])
+    try:
+        if is_local:
+            file_format, files = find_data_files(paths, shown)
+            options = {"keep_default_na": False} if file_format == "csv" else {}  # "None" is a text too
+            splits = datasets.DatasetDict(
+                {
+                    name: datasets.load_dataset(file_format, data_files=split_files, split="train", **options)
+                    for name, split_files in files.items()
+                }
+            )
+        else:
+            splits = datasets.load_dataset(paths[0], config.dataset_config)
+    except UserError:
+        raise
+    except Exception as error:
+        if is_local:
+            remedy = "repair or leave out the malformed file"
+        else:
+            remedy = "check the name, --dataset-config and the network, or name local files"
+        raise UserError(f"{shown} cannot be read ({first_line(error)}); {remedy}") from error
+    if "train" not in splits:
+        raise UserError(f"{shown} has no train split, only {', '.join(splits)}; name a file or split train")
+    for name, split in splits.items():
+        check_columns(split, name, config)
+    if len(splits["train"]) < (1 if "validation" in splits else 2):
+        raise UserError(f"{shown} has {len(splits['train'])} training documents; that is too few to train on")
+    return splits
+
+
+def looks_like_a_path(name: str) -> bool:
+    """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_FORMATS
+
+
+def find_data_files(paths: list[str], shown: str) -> tuple[str, dict[str, list[str]]]:
+    """Returns (format of `datasets`, files by split). A file's split is read off its path; train unless it says so."""
+    files: list[tuple[Path, str]] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{shown}: {path} does not exist; give a Hub id, or an existing folder or file")
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files += [(file, str(file.relative_to(path) if path.is_dir() else file.name)) for file in inside]
+    files = [(file, name) for file, name in files if file.is_file() and file.suffix.lower() in DATA_FORMATS]
+    formats = {DATA_FORMATS[file.suffix.lower()] for file, _ in files}
+    if not files or len(formats) > 1:
+        found = f"holds {' and '.join(sorted(formats))} side by side" if files else "holds no data file"
+        raise UserError(f"{shown} {found}; give files of one format: {', '.join(DATA_FORMATS)}")
+    if empty := [str(file) for file, _ in files if file.stat().st_size == 0]:
+        raise UserError(f"{shown}: {empty[0]} is empty; leave it out or fill it")
+    for file, _ in files:
+        if file.suffix.lower() == ".jsonl" and not starts_with_an_object(file):  # `null` there ends pyarrow's process
+            raise UserError(f"{shown}: {file} does not begin with a JSON object; give one object a line")
+    by_split: dict[str, list[str]] = {}
+    for file, name in files:
+        by_split.setdefault(split_of(name), []).append(str(file))
+    return formats.pop(), by_split
+
+
+def starts_with_an_object(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(2**16).lstrip().startswith(b"{")
+
+
+def split_of(name: str) -> str:
+    words = "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
+    if {"validation", "valid", "val", "dev", "eval"} & set(words):
+        return "validation"
+    return "test" if "test" in words else "train"
+
+
+def check_columns(split: datasets.Dataset, name: str, config: Config) -> None:
+    for flag_field in ("article_column", "summary_column"):
+        column = getattr(config, flag_field)
+        if column not in split.column_names:
+            raise UserError(
+                f"{flag_name(flag_field)} {column} is not a column of the {name} split; "
+                f"it has {', '.join(split.column_names)}"
+            )
+        if getattr(split.features[column], "dtype", None) not in ("string", "large_string"):
+            raise UserError(f"{flag_name(flag_field)} {column} of the {name} split holds no text; name a text column")
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents]:
+    """Returns the encoded training and validation documents. Every rank must call it; rank 0 prints an audit.
+
+    Raises UserError where nothing is left to learn from.
+    """
+    encoded = []
+    for name, split in load_documents(config, parallel).items():
+        documents = encode_documents(split, tokenizer, config, parallel)
+        if not documents.label_counts.sum() > 0:
+            raise UserError(
+                f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
+            )
+        if name == "train":
+            batches = training_batches(len(documents), epoch=0, config=config)
+        else:
+            batches = evaluation_batches(documents.lengths, parallel)
+        if parallel.is_main:  # not cheap: every document is dealt once
+            parallel.say(audit(name, len(split), documents, batches, parallel))
+        encoded.append(documents)
+    return encoded[0], encoded[1]
+
+
+def encode_documents(
+    split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, config: Config, parallel: Parallel
+) -> Documents:
+    """Returns the non-empty documents of a split as tokens. Every rank must call it.
+
+    Encoded by each node's first process, cached under a name made of all that shapes the result, and memory-mapped
+    from there by the other ranks and by later runs.
+    """
+    eos = tokenizer.eos_token_id  # from tokenizer_config.json, not part of the backend
+    recipe = (split._fingerprint, tokenizer.backend_tokenizer.to_str(), eos, PROMPT_OPEN, PROMPT_CLOSE)
+    settings = (config.article_column, config.summary_column, config.block_size, datasets.__version__)
+    with parallel.node_main_first():
+        rows = split.map(
+            lambda rows: encode_batch(
+                rows[config.article_column], rows[config.summary_column], tokenizer, config.block_size
+            ),
+            batched=True,
+            remove_columns=split.column_names,
+            num_proc=config.num_proc if len(split) > 1000 else None,
+            new_fingerprint=Hasher.hash((recipe, settings)),
+            features=datasets.Features(
+                input_ids=datasets.List(datasets.Value("int32")),
+                prompt_length=datasets.Value("int32"),
+                length=datasets.Value("int32"),
+                tokens_cut=datasets.Value("int32"),
+                summary_cut=datasets.Value("bool"),
+            ),
+            desc="tokenising",
+        )
+    columns = rows.with_format("numpy")
+    lengths, prompts = (np.asarray(columns[name][:], dtype=np.int64) for name in ("length", "prompt_length"))
+    labels = label_counts(lengths, prompts, config.loss_on)
+    return Documents(rows, lengths, labels, tokenizer, config.block_size, config.loss_on)
+
+
+def encode_batch(
+    articles: Sequence[str | None], summaries: Sequence[str | None], tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> dict[str, list]:
+    """Returns the columns of `encode_documents`, without the pairs whose article or summary is empty."""
+    pairs = [(a, s) for a, s in zip(articles, summaries, strict=True) if a and s and a.strip() and s.strip()]
+    columns: dict[str, list] = {n: [] for n in ("input_ids", "prompt_length", "length", "tokens_cut", "summary_cut")}
+    if not pairs:
+        return columns
+    # split_special_tokens: an article that happens to contain "</s>" holds four characters, not a control token.
+    encoded = tokenizer(
+        [PROMPT_OPEN + article + PROMPT_CLOSE + summary for article, summary in pairs],
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    for (article, _), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        article_end = len(PROMPT_OPEN) + len(article)
+        bounds = (len(PROMPT_OPEN), article_end, article_end + len(PROMPT_CLOSE))
+        ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(offsets))
+        if ids[-1] == tokenizer.eos_token_id and ends[-1] == 0:  # some tokenizers append it themselves
+            ids, ends = ids[:-1], ends[:-1]
+        # A token belongs to the part that holds its last character; special tokens, which end at 0, to the opening.
+        starts = [int(np.searchsorted(ends, bound, side="right")) for bound in bounds]
+        document = fit_block(ids, starts, tokenizer.eos_token_id, block_size)
+        for name, value in document.items():
+            columns[name].append(value)
+    return columns
+
+
+def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: int) -> dict[str, Any]:
+    """Returns the document in at most `block_size` tokens, end-of-sequence token included.
+
+    `starts` are the first tokens of the article, of the closing mark, and of the summary. What is too much is taken
+    from the end of the article; only a summary that does not fit by itself loses its own end.
+    """
+    article, closing, summary = starts
+    excess = max(0, len(ids) + 1 - block_size)
+    kept_article = max(article, closing - excess)
+    kept = ids[:kept_article] + ids[closing:]
+    summary_start = kept_article + summary - closing
+    summary_cut = len(kept) + 1 > block_size
+    kept = [*kept[: block_size - 1], eos_token_id]
+    return dict(
+        input_ids=kept,
+        prompt_length=summary_start,
+        length=len(kept),
+        tokens_cut=closing - kept_article,
+        summary_cut=summary_cut,
+    )
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id that fills rows up. Llama-2 has none of its own: the end-of-sequence token's serves."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def create_mask(input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Returns the attention mask of `input_ids` (..., T): 1 for a real token, 0 for padding, same shape, int64.
+
+    Padding is what trails the document, in `pad_token_id`, else `eos_token_id`. Inside the document these ids are
+    real tokens. Where both are the same id, the first of the trailing ones is the document's own end-of-sequence
+    token; a row of nothing else is all padding.
+    """
+    pad_id = padding_id(tokenizer)
+    from_the_end = (input_ids == pad_id).flip(-1)
+    trailing = from_the_end.long().cumprod(-1).flip(-1)
+    if pad_id == tokenizer.eos_token_id:
+        own_end = (trailing.cumsum(-1) == 1) & (trailing == 1)
+        has_document = (trailing == 0).any(-1, keepdim=True)
+        trailing = trailing - (own_end & has_document).long()
+    return 1 - trailing
+
+
+def mask_pads(
+    inputs: torch.Tensor, tokenizer: PreTrainedTokenizerBase, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
+    """Returns the labels of `inputs` (..., T): a copy in which padding is `ignore_index`, so it is never trained on."""
+    return inputs.masked_fill(create_mask(inputs, tokenizer) == 0, ignore_index)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Encoded documents, memory-mapped; per document its length and number of labels; how a row of them is made."""
+
+    rows: datasets.Dataset
+    lengths: np.ndarray
+    label_counts: np.ndarray
+    tokenizer: PreTrainedTokenizerBase
+    block_size: int
+    loss_on: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One rank's part of a global batch, with the counts of the whole of it.
+
+    `micro_batches` are dicts: `input_ids` and `labels` (B, T) int64; padded, `attention_mask` (B, T); packed, B is 1,
+    `position_ids` (1, T) begin anew with every document, and `cu_seq_lens` (documents + 1) int32 are its bounds. And
+    what the head needs, so that the device is not asked which positions have labels: `predict_at`, the positions in
+    the flattened row that predict one, and `targets`, that label; both (N,) int64.
+    """
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    tokens: int
+    label_tokens: int
+    squared_lengths: int
+
+    def pin_memory(self) -> GlobalBatch:
+        pinned = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in self.micro_batches]
+        return dataclasses.replace(self, micro_batches=pinned)
+
+
+class GlobalBatches(torch.utils.data.Dataset):
+    """Item i is this rank's part of the i-th of `batches`, each an array of document indices."""
+
+    def __init__(self, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel):
+        self.documents, self.batches = documents, batches
+        self.rank, self.dp_size, self.plan = parallel.rank, parallel.dp_size, parallel.plan
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> GlobalBatch:
+        batch = self.batches[index]
+        lengths = self.documents.lengths[batch]
+        dealt = deal(lengths, self.dp_size, self.plan, self.documents.block_size)
+        return GlobalBatch(
+            micro_batches=[with_targets(self.collate(batch[ranks[self.rank]])) for ranks in dealt],
+            tokens=int(lengths.sum()),
+            label_tokens=int(self.documents.label_counts[batch].sum()),
+            squared_lengths=int((lengths**2).sum()),
+        )
+
+    def collate(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """Returns the documents as one micro-batch, padded or packed; with none, a short one that trains on nothing.
+
+        Sharded forwards are collective, so a rank with nothing left still makes the call. Its row is attended to
+        like any other, since a row without a single visible token gives NaN in some attention kernels.
+        """
+        if not len(indices):
+            filler, length = [self.documents.tokenizer.eos_token_id] * PAD_MULTIPLE, [PAD_MULTIPLE]
+            if self.plan.packing:
+                return self.pack([filler], length)
+            row = self.pad([filler], length)
+            return dict(row, attention_mask=torch.ones_like(row["input_ids"]))
+        rows = self.documents.rows[indices]
+        unlabelled = rows["prompt_length"] if self.documents.loss_on == "summary" else [0] * len(indices)
+        return (self.pack if self.plan.packing else self.pad)(rows["input_ids"], unlabelled)
+
+    def pad(self, rows: list[list[int]], unlabelled: list[int]) -> dict[str, torch.Tensor]:
+        """Returns rows side by side, padded to the longest; the first `unlabelled` tokens of each have no label."""
+        input_ids = pad_rows(rows, self.documents.tokenizer, self.documents.block_size)
+        labels = mask_pads(input_ids, self.documents.tokenizer)
+        labels[torch.arange(input_ids.shape[1]) < torch.tensor(unlabelled)[:, None]] = IGNORE_INDEX
+        attention_mask = create_mask(input_ids, self.documents.tokenizer)
+        return dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    def pack(self, rows: list[list[int]], unlabelled: list[int]) -> dict[str, torch.Tensor]:
+        """Returns rows end to end; the first token of each is predicted from nothing, so it has no label either."""
+        position_ids = torch.cat([torch.arange(len(row)) for row in rows])
+        input_ids = torch.cat([torch.as_tensor(row) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        without_label = position_ids < torch.tensor(unlabelled).clamp(min=1).repeat_interleave(lengths)
+        return dict(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            labels=input_ids.masked_fill(without_label, IGNORE_INDEX)[None],
+            cu_seq_lens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+        )
+
+
+def with_targets(micro_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the micro-batch with `predict_at` and `targets`; a row without labels keeps one that is ignored."""
+    next_labels = torch.nn.functional.pad(micro_batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
+    predict_at = (next_labels != IGNORE_INDEX).nonzero().flatten()
+    if not len(predict_at):
+        predict_at = torch.zeros(1, dtype=torch.long)
+    return dict(micro_batch, predict_at=predict_at, targets=next_labels[predict_at])
+
+
+def row_width(longest: int, block_size: int) -> int:
+    """Returns the width of a micro-batch: its longest document, up to a multiple of 8 that stays in the block."""
+    return max(longest, min(block_size, math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE))
+
+
+def pad_rows(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.Tensor:
+    """Returns the rows as (B, T) int64, padded at their end."""
+    width = row_width(max(map(len, rows)), block_size)
+    pad_id = padding_id(tokenizer)
+    padded = torch.full((len(rows), width), pad_id)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = torch.as_tensor(ids)
+    return padded
+
+
+def label_counts(lengths: np.ndarray, prompt_lengths: np.ndarray, loss_on: str) -> np.ndarray:
+    """Returns how many labels each document has. The first token is predicted from nothing, so it never counts."""
+    return lengths - (np.maximum(prompt_lengths, 1) if loss_on == "summary" else 1)
+
+
+def deal_documents(lengths: np.ndarray, dp_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
+    """Returns `dealt[micro_step][rank]`, positions into `lengths`; each document exactly once.
+
+    Longest first, the ranks in turn: documents of like length share a micro-batch, so little is padded, and all
+    ranks of a micro-step carry like loads. Every rank gets the same number of micro-batches, and sizes differ by
+    one at most.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    micro_steps = math.ceil(len(order) / (dp_size * micro_batch_size))
+    size, larger = divmod(len(order), micro_steps * dp_size)  # the first `larger` micro-batches have one more
+    dealt, start = [], 0
+    for step in range(micro_steps):
+        end = start + size * dp_size + min(max(larger - step * dp_size, 0), dp_size)
+        dealt.append([order[start:end][rank::dp_size] for rank in range(dp_size)])
+        start = end
+    return dealt
+
+
+def pack_documents(lengths: np.ndarray, dp_size: int, row_tokens: int) -> list[list[np.ndarray]]:
+    """Returns `dealt[micro_step][rank]` like `deal_documents`, for rows of at most `row_tokens` tokens, few and even.
+
+    Longest first, each document into the emptiest row (Graham 1969, "Bounds on multiprocessing timing anomalies": at
+    most 4/3 of the best longest row); one row more for each rank where that overfills one. Rows of like length share
+    a micro-step, as ranks wait for each other in it.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    micro_steps = max(1, math.ceil(lengths.sum() / (dp_size * row_tokens)))
+    while True:
+        rows: list[list[int]] = [[] for _ in range(micro_steps * dp_size)]
+        loads = [(0, row) for row in range(len(rows))]
+        for position in order:
+            load, row = loads[0]
+            heapq.heapreplace(loads, (load + int(lengths[position]), row))
+            rows[row].append(position)
+        if max(loads)[0] <= row_tokens:
+            break
+        micro_steps += 1
+    by_load = [np.array(rows[row], dtype=np.int64) for _, row in sorted(loads, reverse=True)]
+    return [by_load[step * dp_size : (step + 1) * dp_size] for step in range(micro_steps)]
+
+
+def deal(lengths: np.ndarray, dp_size: int, plan: Plan, block_size: int) -> list[list[np.ndarray]]:
+    """Returns `dealt[micro_step][rank]` as the plan executes it; a packed row holds what padded ones might at most."""
+    if plan.packing:
+        return pack_documents(lengths, dp_size, plan.micro_batch_size * block_size)
+    return deal_documents(lengths, dp_size, plan.micro_batch_size)
+
+
+def training_batches(documents: int, epoch: int, config: Config) -> list[np.ndarray]:
+    """Returns the global batches of an epoch: an order drawn from seed and epoch alone, the last batch as it comes."""
+    order = np.random.default_rng((config.seed, epoch)).permutation(documents)
+    return [order[start : start + config.batch_size] for start in range(0, documents, config.batch_size)]
+
+
+def evaluation_batches(lengths: np.ndarray, parallel: Parallel) -> list[np.ndarray]:
+    """Returns all documents once, longest first, one micro-batch per rank at a time (packed, a few)."""
+    order, size = np.argsort(-lengths, kind="stable"), parallel.dp_size * parallel.plan.micro_batch_size
+    size *= 4 if parallel.plan.packing else 1
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def remaining_batches(
+    documents: Documents, step: int, total_steps: int, config: Config, parallel: Parallel
+) -> Iterator[GlobalBatch]:
+    """Yields this rank's part of every global batch from `step` on, across epochs.
+
+    Where to begin follows from the step alone, and nothing that was consumed is read again.
+    """
+    steps_per_epoch = math.ceil(len(documents) / config.batch_size)
+    while step < total_steps:
+        epoch, consumed = divmod(step, steps_per_epoch)
+        batches = training_batches(len(documents), epoch, config)[consumed:][: total_steps - step]
+        yield from data_loader(documents, batches, parallel)
+        step += len(batches)
+
+
+def data_loader(documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> DataLoader:
+    """Returns a loader of this rank's `GlobalBatch` for each of `batches`, collated one process ahead of the device."""
+    return DataLoader(
+        GlobalBatches(documents, batches, parallel),
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=4,
+        worker_init_fn=leave_process_group,
+        pin_memory=parallel.device.type == "cuda",
+    )
+
+
+def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> str:
+    """Returns one line on what encoding `total` pairs, and dealing them in `batches`, did to them."""
+    columns = documents.rows.with_format("numpy")
+    cut, summaries_cut = np.asarray(columns["tokens_cut"][:]), np.asarray(columns["summary_cut"][:])
+    executed, longest, mean = 0, 0, 0.0  # tokens computed; of the busiest rank and of the mean one, by micro-step
+    for batch in batches:
+        lengths = documents.lengths[batch]
+        for ranks in deal(lengths, parallel.dp_size, parallel.plan, documents.block_size):
+            if parallel.plan.packing:
+                loads = [int(lengths[rank].sum()) for rank in ranks]
+            else:
+                loads = [
+                    len(rank) * row_width(int(lengths[rank].max()), documents.block_size) if len(rank) else 0
+                    for rank in ranks
+                ]
+            executed, longest, mean = executed + sum(loads), longest + max(loads), mean + sum(loads) / len(loads)
+    tokens = documents.lengths.sum()
+    return (
+        f"data      {name}: {len(documents):,} documents, {tokens:,} tokens (mean {tokens / len(documents):,.0f}); "
+        f"{(cut > 0).sum():,} articles cut by {cut.sum():,} tokens; {summaries_cut.sum():,} summaries cut; "
+        f"{total - len(documents):,} empty documents dropped; {1 - tokens / executed:.1%} padding; longest rank "
+        f"{longest / mean:.3f} of the mean"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 6. Model
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
+    """Returns a local folder that holds the model's files of these patterns, downloaded where it has to be."""
+    shown = f"--model-name-or-path {name_or_path}"
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
+    if looks_like_a_path(name_or_path):
+        raise UserError(f"{shown} is not a folder; give a Hub id, or a folder with config.json and safetensors weights")
+    try:
+        return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns)))
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise UserError(
+            f"{shown} is gated: ask for access at https://huggingface.co/{name_or_path}, then run `hf auth login` "
+            "or set HF_TOKEN"
+        ) from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{shown} is not on the Hub, or is private; check the name, and log in with `hf auth login`"
+        ) from error
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise UserError(
+            f"{shown} is neither a folder nor within reach on the Hub ({first_line(error)}); check the name and the "
+            "network, or download it elsewhere and give its folder"
+        ) from error
+
+
+def read_model_shape(config: Config) -> tuple[transformers.PretrainedConfig, ModelShape]:
+    """Returns the model's config and its sizes, from `config.json` alone."""
+    folder = model_folder(config.model_name_or_path, ["config.json"])
+    try:
+        if not (folder / "config.json").is_file():
+            raise OSError("config.json is missing")
+        model_config = AutoConfig.from_pretrained(folder)
+        return model_config, model_shape(model_config)
+    except Exception as error:  # transformers raises what it likes on a config of nonsense
+        raise UserError(
+            f"--model-name-or-path {config.model_name_or_path} holds no causal language model that loads "
+            f"({first_line(error)}); give a folder with config.json and safetensors weights"
+        ) from error
+
+
+def load_model(config: Config, parallel: Parallel) -> torch.nn.Module:
+    """Returns the model in fp32, on its device, in the parallel form of the plan. Every rank must call it.
+
+    Downloaded once per node. Under FSDP and HSDP each rank reads its own shard from the files and never holds the
+    whole. dtype is said aloud: Llama-2's checkpoint is half precision, and transformers' default would keep it,
+    leaving no fp32 master weights.
+    """
+    plan = parallel.plan
+    distributed_config = None
+    if plan.dp_shard_size > 1:
+        distributed_config = DistributedConfig(
+            fsdp_size=plan.dp_shard_size,
+            dp_replicate_size=plan.dp_replicate_size,
+            fsdp_cpu_offload=plan.cpu_offload,
+            fsdp_mixed_precision=plan.precision != "fp32",
+        )
+    if config.random_init:
+        parallel.say("model     RANDOM WEIGHTS from the config alone (--random-init): good for benchmarks only")
+        model = random_model(read_model_shape(config)[0], distributed_config, parallel.device, state_dtype(plan))
+    else:
+        model = pretrained_model(config, distributed_config, parallel)
+    apply_plan(model, plan)
+    use_token_loss(model)
+    if plan.cpu_offload:
+        keep_parameters_on_cpu(model)
+    if plan.dp_shard_size > 1:
+        limit_waiting(next(model.parameters()).device_mesh, parallel.timeout)
+    return parallel.accelerator.prepare_model(model) if plan.strategy == "ddp" else model
+
+
+def state_dtype(plan: Plan) -> torch.dtype:
+    """Returns the dtype of weights, gradients and moments: fp32, but for --precision bf16-states."""
+    return torch.bfloat16 if plan.precision == "bf16-states" else torch.float32
+
+
+def apply_plan(model: PreTrainedModel, plan: Plan) -> None:
+    """Sets which layers recompute their activations, and whether FSDP frees gathered weights between the passes."""
+    if plan.activation_checkpointing != "none":
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if plan.activation_checkpointing.startswith("every-"):
+        for index, layer in enumerate(model.model.layers):
+            layer.gradient_checkpointing = plan.checkpoints_layer(index)
+    if not plan.reshard_after_forward:
+        model.set_reshard_after_forward(False)
+
+
+def limit_waiting(mesh: DeviceMesh, timeout: timedelta) -> None:
+    """Gives the groups of a mesh the run's own timeout; torch makes those of HSDP with its default of 30 minutes."""
+    for dimension in range(mesh.ndim):
+        dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(dimension))
+
+
+def pretrained_model(
+    config: Config, distributed_config: DistributedConfig | None, parallel: Parallel
+) -> PreTrainedModel:
+    with agreed_by_all_ranks(), parallel.node_main_first():
+        folder = model_folder(config.model_name_or_path, [*WEIGHT_FILES, "*.json"])
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"--model-name-or-path {config.model_name_or_path} holds no safetensors weights; convert them, or "
+                "use --random-init for a benchmark"
+            )
+    placement = {} if distributed_config else {"device_map": {"": parallel.device}}
+    attention = attention_implementation(AutoConfig.from_pretrained(folder))
+    with agreed_by_all_ranks():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=state_dtype(parallel.plan),
+                attn_implementation=attention,
+                distributed_config=distributed_config,
+                output_loading_info=True,
+                **placement,
+            )
+            if report["missing_keys"]:  # transformers would train on with these at random
+                raise OSError(f"they lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        except torch.OutOfMemoryError:
+            raise
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"--model-name-or-path {config.model_name_or_path} holds weights that cannot be read, or are not those "
+                f"of its config.json ({first_line(error)}); download the folder again"
+            ) from error
+    return model
+
+
+def attention_implementation(model_config: transformers.PretrainedConfig) -> str:
+    """Returns the name of the attention to train with: `causal_attention` wherever that is the same.
+
+    Rows are padded at their end, so no real token can see a pad under a causal mask anyway. An attention that is
+    registered without a mask function gets no mask: no B x T x T tensor, SDPA takes its flash kernel, and
+    transformers does not ask the device whether there is padding, a host sync in every forward. Models with sliding
+    windows need their masks and keep transformers' own choice.
+    """
+    if not attends_fully(model_config):
+        return "sdpa"
+    AttentionInterface.register("causal_attention", causal_attention)
+    return "causal_attention"
+
+
+def causal_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+    max_length: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Returns the attention output (B, T, heads, d) of query (B, heads, T, d), key and value (B, kv heads, T, d).
+
+    With `cu_seq_lens`, the bounds of the documents packed into the one row, no document sees another.
+    """
+    if cu_seq_lens is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    attend = varlen_flash_attention if query.device.type == "cuda" else document_attention
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return attend(query, key, value, cu_seq_lens, max_length, scaling)[None], None
+
+
+def varlen_flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """Returns causal attention inside each document; query (T, heads, d), key and value (T, kv heads, d), on CUDA.
+
+    torch's own flash kernel, in half precision: autocast leaves query and key in fp32. torch 2.11 knows no grouped
+    heads, so there they are repeated.
+    """
+    grouped = {}
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped = {"enable_gqa": True}
+        else:
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped)
+
+
+@torch.compiler.disable
+def document_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """The twin of `varlen_flash_attention` without a GPU: one causal SDPA a document."""
+    outputs = []
+    for start, end in itertools.pairwise(bounds.tolist()):
+        one = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
+        output = torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def use_token_loss(model: PreTrainedModel) -> None:
+    """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
+
+    Calls without targets (generation) stay as they were. The head is still called as a module, so FSDP gathers it.
+    Models that do more to their logits than a projection keep them.
+    """
+    plain_forward, head = model.forward, model.get_output_embeddings()
+    plain_head, text_config = head.forward, model.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
+    projects_only = head.bias is None and not any(getattr(text_config, name, None) for name in names)
+
+    @functools.wraps(plain_forward)
+    def forward(*arguments: Any, predict_at=None, targets=None, **inputs: Any) -> Any:
+        if targets is None:
+            return plain_forward(*arguments, **inputs)
+        if not projects_only:
+            logits = plain_forward(*arguments, **inputs).logits.flatten(0, 1).index_select(0, predict_at).float()
+            return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        hidden = model.base_model(*arguments, **inputs).last_hidden_state
+        return head(hidden.flatten(0, 1).index_select(0, predict_at), targets)
+
+    @functools.wraps(plain_head)
+    def head_forward(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return plain_head(hidden) if targets is None else summed_token_loss(hidden, head.weight, targets)
+
+    model.forward, head.forward = forward, head_forward
+
+
+def summed_token_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of cross-entropies in fp32 of hidden (N, h) times weight (V, h) against targets (N,).
+
+    torch's linear_cross_entropy, where torch has it, computes logits and their gradient a chunk at a time. Its own sum
+    in bf16 is wrong (torch 2.13), so the losses are summed here. Elsewhere chunks are recomputed in the backward pass.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=HEAD_CHUNK_TOKENS,
+            chunking_method=None,
+            acc_policy="balanced",  # the weight's gradient summed over chunks in fp32, on GPU and CPU alike
+            acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
+        )
+        with torch.autocast(device, enabled=False):
+            losses = torch.nn.functional.linear_cross_entropy(
+                hidden, weight, targets, reduction="none", ignore_index=IGNORE_INDEX, options=options
+            )
+        return losses.float().sum()
+    total = torch.zeros((), device=hidden.device)
+    for chunk, chunk_targets in zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True):
+        total = total + checkpoint(loss_of_chunk, chunk, weight, chunk_targets, use_reentrant=False)
+    return total
+
+
+def loss_of_chunk(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = torch.nn.functional.linear(hidden, weight).float()
+        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def compile_layers(model: torch.nn.Module, config: Config, parallel: Parallel, total_steps: int) -> bool:
+    """Compiles the decoder layers in place where that pays, and returns whether it did. Every rank must call it.
+
+    One graph serves all layers; it takes lengths of any size after its first recompilation. `auto` weighs the time
+    that the predicted steps would gain against COMPILE_SECONDS; should compiling fail, its layers run as they were.
+    """
+    wanted = config.compile == "yes"
+    if config.compile == "auto" and parallel.choice is not None and parallel.device.type == "cuda" and has_triton():
+        seconds = parallel.choice.chosen.total_seconds * total_steps
+        wanted = seconds * (1 - EAGER_SPEED) > COMPILE_SECONDS
+    if wanted:
+        # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
+        torch._dynamo.config.suppress_errors = config.compile == "auto"  # where nobody asked for it, a warning will do
+        for layer in parallel.accelerator.unwrap_model(model).model.layers:
+            layer.compile(dynamic=True)
+    return wanted
+
+
+def random_model(
+    model_config: transformers.PretrainedConfig,
+    distributed_config: DistributedConfig | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere."""
+    with torch.device("meta"):
+        attention = attention_implementation(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
+    if distributed_config is not None:
+        _, mesh = initialize_distributed_mesh(distributed_config)
+        model = type(model).maybe_distribute_model(model, distributed_config, mesh)
+    model.to_empty(device=device)
+    model.initialize_weights()
+    model.tie_weights()
+    return model
+
+
+def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
+    """Moves the shards to host memory, where FSDP2's offload policy wants them; buffers stay with the compute."""
+    buffers = {name: buffer for name, buffer in model.named_buffers()}
+    model.to("cpu")
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
+
+
+def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Returns AdamW over the parallel model's parameters; weight decay spares norms and biases.
+
+    fused: one kernel for all of a rank's shards, no temporaries, and it can skip a step without asking the host.
+    """
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    groups = [group for group in groups if group["params"]]
+    if groups[0]["params"][0].dtype == torch.bfloat16:
+        return StochasticAdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW whose weights, gradients and moments are all bf16: 8 bytes per parameter instead of 16.
+
+    Each step is computed in fp32 and rounded to bf16 up or down at random, with probabilities that make the mean
+    exact, so that updates below half a bf16 ulp are not lost (Gupta et al. 2015, "Deep Learning with Limited Numerical
+    Precision"; Zamirai et al. 2020, "Revisiting BFloat16 Training"). The second moment needs it too: at beta2 0.999 it
+    moves by less than an ulp a step. fp32 temporaries of one parameter at a time. `found_inf` skips like fused AdamW.
+    `rounding_seed`, the number of the step, and not a rank's random state decides how a step is rounded: so replicas
+    stay equal, also after resuming on other ranks.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+        self.rounding_seed = 0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        skip = getattr(self, "found_inf", None)
+        generator = torch.Generator(self.param_groups[0]["params"][0].device).manual_seed(self.rounding_seed)
+        self.rounding_seed += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, group, skip, generator)
+
+    def update(
+        self, parameter: torch.Tensor, group: dict[str, Any], skip: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+        weight, gradient, first, second = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        taken = 1.0 if skip is None else 1.0 - skip.to(weight.device)
+        state["step"] += taken
+        gradient = torch.where(taken > 0, gradient.float(), 0.0) if skip is not None else gradient.float()
+        new_first = first.float().lerp(gradient, 1 - beta1)
+        new_second = second.float() * beta2 + gradient.square() * (1 - beta2)
+        corrected = (new_second / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        new_weight = weight.float() * (1 - lr * group["weight_decay"])
+        new_weight -= lr / (1 - beta1 ** state["step"]) * new_first / corrected
+        for old, new in ((weight, new_weight), (first, new_first), (second, new_second)):
+            rounded = round_stochastically(new, generator)
+            old.copy_(rounded if skip is None else torch.where(taken > 0, rounded, old))
+
+
+def round_stochastically(tensor: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Returns an fp32 tensor as bf16, rounded up with the probability of what lies below bf16's last bit.
+
+    A bf16 number is the upper half of an fp32 one; a random number added to the lower half carries into the upper one
+    just that often.
+    """
+    bits = tensor.view(torch.int32)
+    bits = bits + torch.randint(0, 2**16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """Returns the learning rate of update number `step` (from 0): linear warm-up, then the schedule down to 0."""
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if config.lr_scheduler == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (1 - progress) if config.lr_scheduler == "linear" else config.lr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 7. Training step
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingState:
+    """Where the run stands. The tensors stay on the device, so counting costs no host sync."""
+
+    skipped: torch.Tensor
+    skipped_in_a_row: torch.Tensor
+    longest_skip: torch.Tensor
+    step: int = 0
+    tokens: int = 0
+    evaluated_step: int = 0
+    run_id: str = ""
+
+    @classmethod
+    def fresh(cls, device: torch.device) -> TrainingState:
+        return cls(*(torch.zeros((), device=device) for _ in range(3)), run_id=uuid.uuid4().hex[:12])
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss and gradient norm of one optimizer step over all ranks, as tensors on the device, and its counts."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    lr: float
+    tokens: int
+    squared_lengths: int
+    micro_batch_tokens: list[int]  # of this rank, padding included
+
+
+def token_loss_sum(model: torch.nn.Module, micro_batch: dict[str, torch.Tensor], parallel: Parallel) -> torch.Tensor:
+    """Returns the sum of the token losses of a micro-batch, fp32, on the device; differentiable."""
+    inputs: dict[str, Any] = {
+        name: tensor.to(parallel.device, non_blocking=True)
+        for name, tensor in micro_batch.items()
+        if name != "labels"  # the head is given its targets
+    }
+    if parallel.plan.packing:
+        inputs["max_length"] = parallel.block_size  # a bound that never changes, or compiled layers would
+    with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
+        return model(**inputs, use_cache=False)
+
+
+def training_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: GlobalBatch,
+    lr: float,
+    state: TrainingState,
+    config: Config,
+    parallel: Parallel,
+    stop: StopSignals | None = None,
+) -> StepResult | None:
+    """One optimizer step on a global batch. Every rank must call it. No host sync.
+
+    Returns None, with nothing changed, where all ranks agreed half-way to leave at once.
+
+    The loss is (sum of token losses over all ranks) / (label tokens over all ranks). DDP and FSDP average gradients
+    over the ranks, hence the factor dp_size. A step whose loss or gradient norm is not finite changes nothing: fused
+    AdamW leaves weights and moments alone where `found_inf` is 1, the way torch.amp.GradScaler skips.
+    """
+    model.train()
+    loss_sum = torch.zeros((), device=parallel.device)
+    for index, micro_batch in enumerate(batch.micro_batches):
+        if stop and stop.agreed_now():
+            optimizer.zero_grad()
+            return None
+        with parallel.gradient_sync(model, is_last=index == len(batch.micro_batches) - 1):
+            micro_loss = token_loss_sum(model, micro_batch, parallel)
+            (micro_loss * (parallel.dp_size / batch.label_tokens)).backward()
+        loss_sum += micro_loss.detach()
+    loss = parallel.sum_over_ranks(loss_sum) / batch.label_tokens
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor().to(parallel.device)
+    skip = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
+    parameter = optimizer.param_groups[0]["params"][0]
+    optimizer.grad_scale, optimizer.found_inf = None, skip.to(parameter.device)  # waits only where it is offloaded
+    optimizer.rounding_seed = state.step  # of StochasticAdamW
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    state.step += 1
+    state.tokens += batch.tokens
+    state.skipped += skip
+    state.skipped_in_a_row = (state.skipped_in_a_row + skip) * skip
+    state.longest_skip = torch.maximum(state.longest_skip, state.skipped_in_a_row)
+    micro_batch_tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
+    return StepResult(loss, grad_norm, lr, batch.tokens, batch.squared_lengths, micro_batch_tokens)
+
+
+def stop_if_broken(state: TrainingState, saving: bool) -> None:
+    """Ends the run after too many skipped updates in a row, on all ranks alike, as all saw the same loss and norm.
+
+    Reading the count waits for the device, so it is read every fifth step, and before a save: a checkpoint inside
+    such a row would end every run that resumes from it. What runs on meanwhile is harmless: a run that goes on
+    failing goes on being skipped.
+    """
+    if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
+        raise RuntimeError(
+            f"loss or gradient norm was not finite in {NONFINITE_LIMIT} steps in a row, up to step {state.step}; "
+            "those updates were skipped. Lower --lr, lengthen --warmup-ratio, or look at the data of these steps"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 8. Evaluation
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    loader: DataLoader,
+    parallel: Parallel,
+    max_batches: int | None = None,
+    stop: StopSignals | None = None,
+) -> float | None:
+    """Returns the mean token loss in nats over the loader's (first `max_batches`) batches, the same on every rank.
+
+    Every rank must call it. Weighted by tokens, and each document counts once on any number of ranks. None where
+    the run was asked to stop meanwhile.
+    """
+    model.eval()
+    loss_sum = torch.zeros((), device=parallel.device, dtype=torch.float64)
+    label_tokens, steps = 0, min(len(loader), max_batches or len(loader))
+    for batch in tqdm(
+        itertools.islice(loader, steps), "evaluating", steps, leave=False, disable=not shows_bars(parallel)
+    ):
+        if stop and stop.agreed():
+            return None
+        for micro_batch in batch.micro_batches:
+            loss_sum += token_loss_sum(model, micro_batch, parallel)
+        label_tokens += batch.label_tokens
+    return (parallel.sum_over_ranks(loss_sum) / label_tokens).item()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A validation document's own summary beside the model's."""
+
+    reference: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: mean token loss in nats; with --rouge-samples the summaries and their scores."""
+
+    loss: float
+    rouge: dict[str, float]
+    samples: list[Sample]
+
+
+def assess(
+    model: torch.nn.Module, loader: DataLoader, config: Config, parallel: Parallel, stop: StopSignals
+) -> Evaluation | None:
+    """Returns the evaluation of the whole validation split, None where the run was asked to stop meanwhile.
+
+    Every rank must call it.
+    """
+    loss = evaluate(model, loader, parallel, stop=stop)
+    samples = [] if loss is None else summarise(model, loader.dataset.documents, config, parallel, stop)
+    return None if loss is None or samples is None else Evaluation(loss, rouge_scores(samples), samples)
+
+
+@torch.no_grad()
+def summarise(
+    model: torch.nn.Module, documents: Documents, config: Config, parallel: Parallel, stop: StopSignals
+) -> list[Sample] | None:
+    """Returns the model's summaries of `--rouge-samples` documents drawn by the seed, the same list on every rank.
+
+    Every rank must call it; None where the run was asked to stop meanwhile. The documents are dealt to the ranks, and
+    every rank makes the same number of calls: sharded forwards are collective, so a rank with nothing left summarises
+    a document once more, and transformers keeps all ranks of a call going until the last has ended its summaries.
+    """
+    module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
+    module.eval()
+    drawn = np.random.default_rng(config.seed).permutation(len(documents))[: config.rouge_samples]
+    mine, size = drawn[parallel.rank :: parallel.dp_size], parallel.plan.micro_batch_size
+    calls = math.ceil(math.ceil(len(drawn) / parallel.dp_size) / size)
+    settings = transformers.GenerationConfig(
+        max_new_tokens=config.max_summary_tokens, num_beams=config.num_beams, do_sample=False,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer), bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    written: list[tuple[int, Sample]] = []
+    for call in tqdm(range(calls), "summarising", leave=False, disable=not shows_bars(parallel)):
+        if stop.agreed():
+            return None
+        batch = mine[call * size : (call + 1) * size]
+        rows = documents.rows[batch if len(batch) else drawn[:1]]
+        prompts, references = zip(*map(split_prompt, rows["input_ids"], rows["prompt_length"]), strict=True)
+        inputs = {name: tensor.to(parallel.device) for name, tensor in pad_prompts(prompts, tokenizer).items()}
+        with generating(module, parallel):
+            outputs = module.generate(**inputs, generation_config=settings)
+        texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        references = tokenizer.batch_decode(references, skip_special_tokens=True)
+        samples = map(Sample, map(str.strip, references), map(str.strip, texts))
+        places = range(parallel.rank + call * size * parallel.dp_size, len(drawn), parallel.dp_size)
+        written += zip(places, samples, strict=False)  # no place for the document that fills an empty share
+    everyones = [written]
+    if parallel.accelerator.num_processes > 1:
+        everyones = [written] * parallel.accelerator.num_processes
+        dist.all_gather_object(everyones, written)
+    return [sample for _, sample in sorted(itertools.chain(*everyones), key=lambda pair: pair[0])][: len(drawn)]
+
+
+def split_prompt(ids: list[int], prompt_length: int) -> tuple[list[int], list[int]]:
+    return ids[:prompt_length], ids[prompt_length:]
+
+
+def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Returns `input_ids` and `attention_mask` (B, T), padded at their beginning, so that all end at one place."""
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    rows = [[padding_id(tokenizer)] * pads + prompt for pads, prompt in zip(padding, prompts, strict=True)]
+    mask = torch.arange(width) >= torch.tensor(padding)[:, None]
+    return dict(input_ids=torch.tensor(rows), attention_mask=mask.long())
+
+
+@contextlib.contextmanager
+def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
+    """Inside, attention heeds the mask, as prompts are padded at their beginning, and no layer is compiled anew."""
+    training_attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    autocast = torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts)
+    try:
+        with autocast, torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.set_attn_implementation(training_attention)
+
+
+def rouge_scores(samples: Sequence[Sample]) -> dict[str, float]:
+    """Returns the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-Lsum (Lin 2004) in percent, with stemming; {} for no samples.
+
+    Lsum compares sentence by sentence, a line each.
+    """
+    if not samples:
+        return {}
+    from rouge_score.rouge_scorer import RougeScorer  # an optional extra
+
+    names = ("rouge1", "rouge2", "rougeLsum")
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(sentence_lines(each.reference), sentence_lines(each.summary)) for each in samples]
+    return {name: 100 * float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+
+
+def sentence_lines(text: str) -> str:
+    return re.sub(r"(?<=[.!?]) +", "\n", text)
+
+
+def check_setup(model: torch.nn.Module, loader: DataLoader, parallel: Parallel) -> None:
+    """Evaluates the two batches of the longest documents before training: a broken set-up fails in the first minute."""
+    loss = evaluate(model, loader, parallel, max_batches=SANITY_BATCHES)
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the loss is {loss} before any training; the model's weights are broken")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 9. Checkpoints
+# ----------------------------------------------------------------------------------------------------------------
+
+TORCHRUN_GRACE_SECONDS = 30.0  # between the signal that torchrun passes on and its SIGKILL, unless it is told
+SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
+CHECKPOINT_FILE_BYTES = GIB  # of one rank; a file is made whole in memory before it is written
+WRITING, REPLACED, DELETING = ".writing", ".replaced", ".deleting"
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written, or is not whole: the reason, the same on every rank."""
+
+
+def patience_seconds() -> float:
+    """Returns how long after a signal torchrun kills its ranks; without torchrun nobody does."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return math.inf
+    told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") if torch.__version__ >= "2.13" else None
+    return float(told or TORCHRUN_GRACE_SECONDS)
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a stop that all ranks agree on; a second signal leaves at once.
+
+    A context manager. Agreement is an all-reduce of one CPU integer over gloo: about 0.1 ms, no device sync.
+    """
+
+    HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, parallel: Parallel):
+        self.parallel, self.group = parallel, parallel.cpu_group()
+        self.signal_name, self.received_at, self.level = "", 0.0, 0
+        self.seconds_to_leave = 0.0  # what finishing the step and saving takes, as measured so far
+        self.parent = os.getppid()
+
+    def __enter__(self) -> StopSignals:
+        self.previous = {number: signal.signal(number, self.receive) for number in self.HANDLED}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        escalation = self.signal_name == "SIGUSR1" and number == signal.SIGTERM  # Slurm's warning, then its end
+        if self.signal_name and now - self.received_at > SAME_SIGNAL_SECONDS and not escalation:
+            os._exit(128 + number)
+        if not self.signal_name:
+            self.signal_name, self.received_at = signal.Signals(number).name, now
+            if self.parallel.is_main:
+                os.write(2, b"stopping  at the end of the step; a second signal leaves at once\n")
+
+    def agreed(self) -> bool:
+        """Returns whether any rank was asked to stop. Every rank must call it at the same point.
+
+        A rank whose torchrun has died stops too: nobody would end it when the same command is started anew.
+        """
+        if not self.level:
+            if os.getppid() != self.parent and not self.signal_name:
+                self.signal_name = "the end of its torchrun"
+            too_long = self.signal_name and self.seconds_to_leave > 0.8 * patience_seconds()
+            mine = torch.tensor((2 if too_long else 1) if self.signal_name else 0)
+            if self.group is not None:
+                dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
+            self.level = int(mine)
+            if self.level == 2:
+                self.parallel.say(
+                    "stopping  the step under way is left unfinished: it and a save outlast torchrun's "
+                    f"{patience_seconds():.0f} s"
+                )
+        return self.level > 0
+
+    def agreed_now(self) -> bool:
+        """Returns whether the step under way is to be left unfinished, as it and a save outlast torchrun's patience."""
+        return self.agreed() and self.level == 2
+
+
+def leave_process_group(worker: int) -> None:
+    """Takes a data worker out of its rank's process group, to which torchrun's SIGTERM and a Ctrl-C are sent.
+
+    A worker that died of them would end the rank with an error before it has saved. Its own rank still ends it, and
+    a worker whose rank has died leaves by itself.
+    """
+    os.setpgrp()
+    for number in StopSignals.HANDLED:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> dict[str, Any]:
+    """Returns what decides the losses of a run, by flag name. Parallelism is not in it: it changes no loss."""
+    names = (
+        "seed", "batch_size", "block_size", "loss_on", "lr", "lr_scheduler", "warmup_ratio", "weight_decay",
+        "max_grad_norm", "random_init",
+    )  # fmt: skip
+    settings = {name: getattr(config, name) for name in names}
+    settings["precision"] = parallel.plan.precision
+    tokens = hashlib.sha256(documents.label_counts.tobytes() if config.loss_on == "summary" else b"")
+    for chunk in documents.rows.data.column("input_ids").chunks:
+        tokens.update(chunk.flatten().to_numpy())
+    settings["dataset_name_or_path"] = f"{len(documents)} training documents with fingerprint {tokens.hexdigest()[:12]}"
+    incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    model = {
+        name: value for name, value in read_model_shape(config)[0].to_diff_dict().items() if name not in incidental
+    }
+    fingerprint = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    settings["model_name_or_path"] = f"a model of {parallel.shape.parameters} parameters with fingerprint {fingerprint}"
+    return settings
+
+
+class Checkpoints:
+    """Writes, finds, verifies and loads checkpoints. Made on every rank, and every rank must call each method.
+
+    `checkpoints/step-000500/` holds one or more safetensors files per rank, written by torch.distributed.checkpoint
+    and readable on any number of ranks under any strategy, and `manifest.json`: where the run stood, and size and
+    SHA-256 of every file. Nothing in it is ever unpickled. A checkpoint is written under another name, flushed, and
+    renamed when it is complete, so a folder of that name is whole.
+    """
+
+    def __init__(self, config: Config, parallel: Parallel, curve: dict[str, Any], total_steps: int):
+        self.config, self.parallel, self.curve, self.total_steps = config, parallel, curve, total_steps
+        self.folder = Path(config.save_model_dir) / "checkpoints"
+        self.group = parallel.cpu_group()  # its own: a write in the background must not meet the training's messages
+        self.bytes = 12 * parallel.shape.parameters  # fp32 weights and two moments
+        self.asynchronous = self.decide_async()
+        self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self.pending: concurrent.futures.Future | None = None
+        self.saved_step = 0
+        self.seconds = self.pause_seconds = 0.0  # of the last save: from call to rename, and with training held
+        self.check_disk()
+        self.check_host_memory()
+
+    def decide_async(self) -> bool:
+        """Writing in the background takes a copy of each rank's share in host memory."""
+        copy_gib = self.bytes / GIB / self.parallel.plan.dp_shard_size * self.parallel.cluster.ranks_per_node
+        free_gib = psutil.virtual_memory().available / GIB
+        on_host = self.parallel.device.type == "cpu" or self.parallel.plan.cpu_offload
+        resident_gib = copy_gib * 16 / 12 if on_host else 0.0  # weights, gradients and moments, still to come
+        wanted = self.config.async_save
+        usable = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted] * max(0.0, free_gib - resident_gib)
+        asynchronous = all(self.together(lambda: copy_gib <= usable))
+        if wanted != "no" and not asynchronous:
+            self.parallel.say(
+                f"save      checkpoints are written with training held: a copy to write from takes {copy_gib:.1f} GiB "
+                f"of host memory per node, and {usable:.1f} may be used for it"
+            )
+        return asynchronous
+
+    def check_disk(self) -> None:
+        """Raises UserError where `--keep-checkpoints` + 1 checkpoints and the final model will not fit."""
+        with agreed_by_all_ranks():
+            if self.parallel.is_main:
+                present = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+                free = shutil.disk_usage(self.folder.parent).free + present
+                kept = self.config.keep_checkpoints + 1
+                final = self.parallel.shape.parameters * self.bytes_saved_per_parameter()
+                if free < kept * self.bytes + final:
+                    raise UserError(
+                        f"--save-model-dir {self.folder.parent} has {free / GIB:.1f} GiB free, but {kept} checkpoints "
+                        f"of {self.bytes / GIB:.1f} and the model of {final / GIB:.1f} need "
+                        f"{(kept * self.bytes + final) / GIB:.1f}; free some, give another folder, or lower "
+                        "--keep-checkpoints"
+                    )
+
+    def check_host_memory(self) -> None:
+        """Raises UserError where a node's host memory cannot hold what the run will put there.
+
+        That is the states under --cpu-offload, in each rank's share, and on rank 0 the final model's weights while
+        they are written.
+        """
+        plan, parameters = self.parallel.plan, self.parallel.shape.parameters
+        states = 16 * parameters / plan.dp_shard_size * self.parallel.cluster.ranks_per_node
+        needs = {"--cpu-offload yes keeps weights, gradients and moments in": states if plan.cpu_offload else 0}
+        if self.parallel.is_main and self.parallel.device.type == "cuda":
+            needs["the final model is gathered in"] = parameters * self.bytes_saved_per_parameter()
+        free = psutil.virtual_memory().available
+        with agreed_by_all_ranks():
+            for what, need in needs.items():
+                if need > free:
+                    raise UserError(
+                        f"{what} host memory, {need / GIB:.1f} GiB, and node {platform.node()} has {free / GIB:.1f} "
+                        "free; use a node with more, or a smaller model"
+                    )
+
+    def bytes_saved_per_parameter(self) -> int:
+        return 2 if saves_bf16(self.config, self.parallel) else 4
+
+    def together(self, act: Callable[[], Any], main_only: bool = False) -> list[Any]:
+        """Returns what `act` returned on each rank (done on rank 0 alone if `main_only`).
+
+        Where it failed on any rank, raises CheckpointError on all of them.
+        """
+        try:
+            mine = (act() if self.parallel.is_main or not main_only else None, None)
+        except dcp.CheckpointException as error:  # derives from BaseException; the same on every rank
+            rank, (cause, _) = next(iter(error.failures.items()))
+            mine = (None, f"{first_line(cause)}, on rank {rank}")
+        except Exception as error:
+            mine = (None, f"{first_line(error)}, on rank {self.parallel.rank}")
+        everyones = [mine]
+        if self.group is not None:
+            everyones = [None] * dist.get_world_size()
+            dist.all_gather_object(everyones, mine, group=self.group)
+        if reasons := [reason for _, reason in everyones if reason]:
+            raise CheckpointError(reasons[0])
+        return [result for result, _ in everyones]
+
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+        """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
+        began = time.perf_counter()
+        self.wait()
+        tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
+        tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
+        if self.parallel.device.type == "cuda":
+            tensors[f"rng.cuda.{self.parallel.rank}"] = torch.cuda.get_rng_state()
+        facts = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "longest_skip": int(state.longest_skip.item()),
+            "evaluated_step": state.evaluated_step,
+            "skipped": int(state.skipped.item()),
+            "skipped_in_a_row": int(state.skipped_in_a_row.item()),
+            "run_id": state.run_id,
+            "curve": self.curve,
+            "total_steps": self.total_steps,
+            "strategy": self.parallel.plan.strategy,
+            "world_size": self.parallel.cluster.world_size,
+        }
+        self.pause_seconds = time.perf_counter() - began
+        if self.asynchronous:
+            self.pending = self.writer.submit(self.write, tensors, facts, began)
+        else:
+            self.write(tensors, facts, began)
+            self.pause_seconds = self.seconds
+
+    def seconds_to_save(self) -> float:
+        """Returns what the next save will take, as the last one did; twice that where one is still under way."""
+        return self.seconds * (2 if self.pending is not None and not self.pending.done() else 1)
+
+    def wait(self) -> None:
+        """Returns when no write is under way; raises what went wrong in it beyond a failed checkpoint."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def write(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], began: float) -> None:
+        """Writes one checkpoint. A failure (a full disk, say) is told aloud; the old ones stay and the run goes on."""
+        if self.parallel.device.type == "cuda":
+            torch.cuda.set_device(self.parallel.device)  # of this thread, which would begin on GPU 0
+        final = self.folder / f"step-{facts['step']:06d}"
+        writing = final.with_name(final.name + WRITING)
+        try:
+            self.together(lambda: remake_folder(writing), main_only=True)
+            storage = HuggingFaceStorageWriter(
+                str(writing), file_of_each(tensors, self.parallel.cluster.world_size), save_distributed=True
+            )
+            self.together(
+                lambda: dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=self.group is None)
+            )
+            mine = f"shard-{self.parallel.rank + 1:05d}-*"
+            sums = self.together(lambda: {file.name: file_sum(file) for file in writing.glob(mine)})
+            files = {name: value for rank_sums in sums for name, value in rank_sums.items()}
+            self.together(lambda: self.complete(writing, final, facts, files), main_only=True)
+            if not self.saved_step and patience_seconds() < math.inf:
+                self.warn_if_slow(time.perf_counter() - began)
+            self.saved_step = facts["step"]
+            size_gib = sum(file["bytes"] for file in files.values()) / GIB
+            self.parallel.say(
+                f"saved     {final} ({size_gib:.2f} GiB) in {time.perf_counter() - began:.1f} s"
+                + (f", training held for {self.pause_seconds:.1f} s" if self.asynchronous else "")
+            )
+        except CheckpointError as failure:
+            self.parallel.say(
+                f"WARNING   the checkpoint of step {facts['step']} could not be written ({failure}); the run goes on, "
+                "what was saved before is kept, and the next save tries again"
+            )
+            if self.parallel.is_main:
+                shutil.rmtree(writing, ignore_errors=True)
+        self.seconds = time.perf_counter() - began
+
+    def warn_if_slow(self, seconds: float) -> None:
+        if seconds > 0.8 * patience_seconds():
+            self.parallel.say(
+                f"WARNING   a save takes {seconds:.0f} s, and torchrun kills its ranks {patience_seconds():.0f} s "
+                f"after a SIGTERM; with torch 2.13, TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} gives more"
+            )
+
+    def complete(self, writing: Path, final: Path, facts: dict[str, Any], files: dict[str, Any]) -> None:
+        """Marks a written checkpoint complete, gives it its name, and deletes what is no longer kept. Rank 0."""
+        manifest = {"facts": facts, "files": files}
+        manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        sync_to_disk(writing / "manifest.json")
+        sync_to_disk(writing)
+        replaced = final.with_name(final.name + REPLACED)
+        if final.exists():  # the same step again: one of the two has its name at every moment, or is given it back
+            final.rename(replaced)
+        writing.rename(final)
+        sync_to_disk(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        found = self.complete_ones()
+        here = found.index(final)  # newer ones are damaged, or were left behind by going back to an older one
+        for other in found[:here] + found[here + self.config.keep_checkpoints :]:
+            discard(other)
+
+    def complete_ones(self) -> list[Path]:
+        """Returns the folders of complete checkpoints, newest first."""
+        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+        return sorted(found, key=step_of, reverse=True)
+
+    def clean_up(self) -> None:
+        """Removes what an interrupted write or deletion left, and puts back what was to be replaced. Rank 0."""
+        for former in self.folder.glob("*" + REPLACED):
+            if not former.with_suffix("").exists():
+                former.rename(former.with_suffix(""))
+            shutil.rmtree(former, ignore_errors=True)
+        for leftover in [*self.folder.glob("*" + WRITING), *self.folder.glob("*" + DELETING)]:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> TrainingState:
+        """Returns the state to go on from, model and optimizer loaded to match; a fresh one where there is none.
+
+        Raises UserError where what `--resume` names cannot be resumed.
+        """
+        state, wanted = TrainingState.fresh(device), self.config.resume
+        if wanted == "never" and any(self.together(self.complete_ones)):
+            raise UserError(
+                f"--resume never would write over the checkpoints in {self.folder}; give another --save-model-dir, or "
+                "delete them"
+            )
+        self.together(self.clean_up, main_only=True)
+        if wanted not in ("auto", "never"):
+            self.check_path(Path(wanted))
+        found = self.together(self.complete_ones, main_only=True)[0]  # rank 0's list, should a network disk lag behind
+        for folder in found if wanted == "auto" else [] if wanted == "never" else [Path(wanted)]:
+            try:
+                facts = self.verify(folder)
+            except CheckpointError as failure:
+                if wanted != "auto":
+                    raise UserError(f"--resume {wanted} is not a whole checkpoint: {failure}; name another") from None
+                self.parallel.say(f"WARNING   {folder} is damaged ({failure}); trying the one before it")
+                continue
+            self.check_curve(facts, folder)
+            self.load(folder, facts, model, optimizer, state)
+            self.parallel.say(
+                f"resume    from {folder}, saved by {facts['world_size']} rank(s) under {facts['strategy']}"
+            )
+            return state
+        if found and wanted == "auto":
+            raise UserError(f"--resume auto found no whole checkpoint in {self.folder}; delete it to start anew")
+        return state
+
+    def check_path(self, checkpoint: Path) -> None:
+        """Raises UserError where `--resume PATH` names nothing, or its run would take the place of another one."""
+        with agreed_by_all_ranks():
+            if not checkpoint.is_dir():
+                raise UserError(f"--resume {checkpoint} does not exist; give auto, never, or a checkpoint's folder")
+            if checkpoint.resolve().parent != self.folder.resolve() and self.complete_ones():
+                raise UserError(
+                    f"--resume {checkpoint} would write over the checkpoints of another run in {self.folder}; give "
+                    "another --save-model-dir"
+                )
+
+    def verify(self, folder: Path) -> dict[str, Any]:
+        """Returns the facts of a checkpoint whose every byte is as it was written; the ranks share the reading.
+
+        Raises CheckpointError, naming the file, on every rank alike.
+        """
+
+        def read() -> tuple[dict[str, Any], list[str]]:
+            try:
+                manifest = json.loads((folder / "manifest.json").read_text())
+                signature = manifest.pop("sha256")
+            except (OSError, ValueError, KeyError) as error:
+                raise CheckpointError(f"manifest.json is missing or unreadable ({first_line(error)})") from None
+            if signature != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
+                raise CheckpointError("manifest.json was changed after it was written")
+            names = sorted(manifest["files"])[self.parallel.rank :: self.parallel.cluster.world_size]
+            for name in names:
+                path, expected = folder / name, manifest["files"][name]
+                if not path.is_file():
+                    raise CheckpointError(f"{name} is missing")
+                if path.stat().st_size != expected["bytes"]:
+                    raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+                if file_sum(path) != expected:
+                    raise CheckpointError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
+            return manifest["facts"]
+
+        return self.together(read)[0]
+
+    def check_curve(self, facts: dict[str, Any], folder: Path) -> None:
+        """Raises UserError where the flags of now would not continue the checkpoint's curve. More steps are welcome."""
+        saved = facts["curve"]
+        changed = [name for name, value in self.curve.items() if saved.get(name) != value]
+        if {"block_size", "loss_on", "model_name_or_path"} & set(changed):  # these change the tokens or labels too
+            changed = [name for name in changed if name != "dataset_name_or_path"]
+        remedy = "set it back, give another --save-model-dir, or add --resume-anyway"
+        problems = [
+            f"{flag_name(name)} is now {self.curve[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
+            for name in changed
+        ]
+        if self.total_steps < facts["total_steps"] and not changed:
+            problems.append(
+                f"--num-train-epochs and --max-steps now give {self.total_steps} steps, but {folder} was trained "
+                f"towards {facts['total_steps']}, which set its learning rates; {remedy}"
+            )
+        if problems and not self.config.resume_anyway:
+            raise UserError(*problems)
+        if facts["step"] > self.total_steps:
+            raise UserError(
+                f"{folder} is past the {self.total_steps} steps of this run; raise --max-steps or --num-train-epochs"
+            )
+
+    def load(
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainingState,
+    ) -> None:
+        reader = HuggingFaceStorageReader(str(folder))
+        tensors = checkpoint_tensors(model, optimizer, copy=False)
+        stored = reader.read_metadata().state_dict_metadata
+        for name in (f"rng.{self.parallel.rank}", f"rng.cuda.{self.parallel.rank}"):
+            if name in stored:
+                tensors[name] = torch.empty(stored[name].size, dtype=torch.uint8)
+        dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        restore_tensors(model, optimizer, tensors)
+        if f"rng.{self.parallel.rank}" in tensors:
+            torch.set_rng_state(tensors[f"rng.{self.parallel.rank}"])
+        if self.parallel.device.type == "cuda" and f"rng.cuda.{self.parallel.rank}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.cuda.{self.parallel.rank}"])
+        for name in ("step", "tokens", "evaluated_step", "run_id"):
+            setattr(state, name, facts[name])
+        state.skipped += facts["skipped"]
+        state.skipped_in_a_row += facts["skipped_in_a_row"]
+        state.longest_skip += facts["longest_skip"]
+
+
+def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, copy: bool) -> dict[str, torch.Tensor]:
+    """Returns this rank's share of weights and moments by name, as DTensors where they are sharded.
+
+    copy: in host memory, safe from the training that goes on. Scalars get one dimension, which safetensors wants.
+    """
+    options = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=copy)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
+    on_cpu = next(model.parameters()).device.type == "cpu"  # there, cpu_offload has copied nothing
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()} if copy and on_cpu else tensors
+
+
+def restore_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts what `checkpoint_tensors` named back into model and optimizer. Hyperparameters stay those of the flags."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    weights = {name: tensors[f"model.{name}"] for name in weights}
+    for name, value in moments.items():
+        if isinstance(value, torch.Tensor):
+            moments[name] = tensors[f"optimizer.{name}"].reshape(value.shape)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
+
+
+def file_of_each(tensors: dict[str, torch.Tensor], ranks: int) -> dict[str, int]:
+    """Returns the number of the file each tensor of any rank goes to, so that files stay near CHECKPOINT_FILE_BYTES."""
+    numbers = {f"rng.{device}{rank}": 1 for rank in range(ranks) for device in ("", "cuda.")}
+    number, filled = 1, 0
+    for name, tensor in sorted(tensors.items()):
+        if name not in numbers:
+            numbers[name] = number
+            filled += tensor.numel() * tensor.element_size() // ranks
+            if filled > CHECKPOINT_FILE_BYTES:
+                number, filled = number + 1, 0
+    return numbers
+
+
+def file_sum(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(16 * 2**20):
+            digest.update(chunk)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def remake_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def discard(folder: Path) -> None:
+    """Deletes a checkpoint, by another name first: a half-deleted one is never taken for a whole one."""
+    leaving = folder.with_name(folder.name + DELETING)
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 10. The final model
+# ----------------------------------------------------------------------------------------------------------------
+
+LOCK_WAIT_SECONDS = 90  # for a former run to finish the step and the save it is in
+STAGING, STAGED, MOVING = ".final-model.writing", ".final-model.complete", ".final-model.moving"
+
+
+def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, parallel: Parallel) -> None:
+    """Writes model and tokenizer in Hugging Face format into the save folder. Every rank must call it.
+
+    Everything is written and flushed beside its place, marked complete by a rename, then moved in, `config.json`
+    last: without it no loader takes the folder for a model. A crash at any moment leaves the former model, no
+    model, or the complete new one that `finish_interrupted_save` moves in at the next start.
+    """
+    model = parallel.accelerator.unwrap_model(model)
+    weights = gather_weights(model, torch.bfloat16 if saves_bf16(config, parallel) else torch.float32, parallel)
+    if parallel.is_main:
+        folder = Path(config.save_model_dir)
+        shutil.rmtree(folder / STAGING, ignore_errors=True)
+        write_model(model, weights, tokenizer, folder / STAGING)
+        shutil.rmtree(folder / STAGED, ignore_errors=True)
+        (folder / STAGING).rename(folder / STAGED)
+        sync_to_disk(folder)
+        finish_interrupted_save(folder)
+    parallel.accelerator.wait_for_everyone()
+
+
+def saves_bf16(config: Config, parallel: Parallel) -> bool:
+    return config.save_dtype == "bf16" or (config.save_dtype == "auto" and parallel.plan.precision == "bf16")
+
+
+def gather_weights(model: PreTrainedModel, dtype: torch.dtype, parallel: Parallel) -> dict[str, torch.Tensor]:
+    """Returns the full weights on rank 0, in host memory, and nothing on the others. Every rank must call it.
+
+    One tensor at a time: a device holds its own share and a single whole matrix, never the model.
+    """
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if parallel.is_main:
+            weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+    return weights
+
+
+def write_model(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Writes a model folder that `from_pretrained` loads in one plain process, and flushes it to disk.
+
+    The model is written through a shell without storage: the parallel one would gather its fp32 weights once more.
+    """
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(model.config, dtype=next(iter(weights.values())).dtype)
+    shell.config.distributed_config = None
+    pad_id = padding_id(tokenizer)
+    shell.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id
+    )
+    shell.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    sentencepiece = Path(str(tokenizer.name_or_path)) / "tokenizer.model"
+    if sentencepiece.is_file() and not (folder / sentencepiece.name).exists():  # what llama.cpp's converter looks for
+        shutil.copyfile(sentencepiece, folder / sentencepiece.name)
+    readable = (folder / "config.json").stat().st_mode
+    for file in folder.iterdir():
+        file.chmod(readable)  # safetensors makes its files readable by their owner alone
+        sync_to_disk(file)
+    sync_to_disk(folder)
+
+
+def finish_interrupted_save(folder: Path) -> None:
+    """Moves a complete staged model into its place, if there is one. May be interrupted and repeated at any point."""
+    staged, moving = folder / STAGED, folder / MOVING
+    if staged.is_dir():  # nothing has moved yet, so these are all the names of the new model
+        new = {file.name for file in staged.iterdir()}
+        (folder / "config.json").unlink(missing_ok=True)
+        for old in folder.glob("model*.safetensors*"):
+            if old.name not in new:
+                old.unlink()
+        staged.rename(moving)
+    if moving.is_dir():
+        for file in sorted(moving.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
+        sync_to_disk(folder)
+        moving.rmdir()
+
+
+def write_model_card(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> None:
+    """Writes `README.md` into the save folder: what was trained, how, on what, and how well. Rank 0 writes.
+
+    A run that found all steps taken leaves the card of the run that took them.
+    """
+    folder = Path(config.save_model_dir)
+    if not parallel.is_main or (log.steps_of_this_run == 0 and (folder / "README.md").exists()):
+        return
+    on_hub = not (os.path.exists(config.model_name_or_path) or looks_like_a_path(config.model_name_or_path))
+    named = [config.dataset_name_or_path] if isinstance(config.dataset_name_or_path, str) else []
+    data = huggingface_hub.ModelCardData(
+        language="en",
+        license="llama2" if re.search("llama-?2", config.model_name_or_path, re.IGNORECASE) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["summarization", "full-fine-tuning"],
+        base_model=config.model_name_or_path if on_hub else None,
+        datasets=[name for name in named if not os.path.exists(name) and not looks_like_a_path(name)] or None,
+    )
+    written = folder / ".README.md"
+    try:
+        text = card_text(config, parallel, state, log)
+        huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(written)
+        written.replace(folder / "README.md")
+    except (OSError, ValueError) as error:  # a full disk must not end a run whose model is saved
+        parallel.say(f"WARNING   the model card could not be written ({first_line(error)})")
+
+
+def command_of(config: Config, parallel: Parallel) -> str:
+    """Returns the command of this run, to be pasted into a shell; several nodes run it each, HOST being one of them."""
+    nodes, ranks, words = parallel.cluster.nodes, parallel.cluster.ranks_per_node, [Path(__file__).name]
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            words += [flag_name(field.name), *map(str, value if isinstance(value, tuple) else [value])]
+            words = words[:-1] if value is True else words
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if nodes * ranks > 1 else ["python"]
+    if nodes > 1:
+        launcher[1:2] = [f"--nnodes={nodes}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
+    return shlex.join([*launcher, *words])
+
+
+def card_text(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> str:
+    """Returns the body of the model card, in Markdown. Results are those of the files, also of runs before this one."""
+    folder = Path(config.save_model_dir)
+    shown = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    changed = {
+        flag_name(field.name): shown[field.name]
+        for field in dataclasses.fields(Config)
+        if getattr(config, field.name) != field.default and field.name != "save_model_dir"
+    }
+    lines, samples = read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
+    trained = next((line for line in reversed(lines) if "loss" in line), {})
+    evaluated = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    results = {"optimizer steps": state.step, "tokens": f"{state.tokens:,}", "training loss": trained.get("loss")}
+    results |= {name.replace("eval_", "validation "): value for name, value in evaluated.items() if name != "step"}
+    samples = [sample for sample in samples if sample["step"] == evaluated.get("step")][:SHOWN_SAMPLES]
+    parts = [
+        f"# {Path(config.model_name_or_path).name} fine-tuned for summarisation",
+        f"All weights of `{config.model_name_or_path}` were trained on `{shown['dataset_name_or_path']}` with "
+        f"`{Path(__file__).name}`. Prompt: `{PROMPT_OPEN}` + article + `{PROMPT_CLOSE.strip()}` + newline; the summary "
+        "ends with the end-of-sequence token.",
+        "## Results\n\n| | |\n| --- | --- |\n"
+        + "\n".join(
+            f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
+            for name, value in results.items()
+        ),
+        "![curves](curves.png)" if (folder / "curves.png").exists() else "",
+        f"## Training\n\n```bash\n{command_of(config, parallel)}\n```",
+        "| flag | value |\n| --- | --- |\n" + "\n".join(f"| `{name}` | `{value}` |" for name, value in changed.items()),
+        f"Plan: {parallel.plan.describe()} on {parallel.cluster.world_size} x {parallel.cluster.device_name}.",
+        f"```\n{describe_check(log.checked)}\n```" if log.checked else "",
+        "## Samples" if samples else "",
+        *(f"**Reference.** {sample['reference']}\n\n**Summary.** {sample['summary']}" for sample in samples),
+        "## Licence\n\nLlama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "
+        "All Rights Reserved. Where the base model is Llama 2, this model is a derivative of it, and its use is bound "
+        "by that licence and its acceptable use policy.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def check_hub_access(config: Config, parallel: Parallel) -> None:
+    """Raises UserError before training where `--push-to-hub` could not be done after it. Every rank must call it."""
+    with agreed_by_all_ranks():
+        if config.push_to_hub and parallel.is_main:
+            try:
+                huggingface_hub.create_repo(config.push_to_hub, private=True, exist_ok=True)
+            except Exception as error:  # the Hub's client and the HTTP library under it raise what they like
+                raise UserError(
+                    f"--push-to-hub {config.push_to_hub} cannot be written to ({first_line(error)}); run "
+                    "`hf auth login` with a token that may write, and give owner/name"
+                ) from error
+
+
+def push_model(config: Config, parallel: Parallel) -> None:
+    """Uploads the final model, card and curves. A failure is told; the model in the folder stays what it is."""
+    if not config.push_to_hub or not parallel.is_main:
+        return
+    try:
+        huggingface_hub.upload_folder(
+            repo_id=config.push_to_hub,
+            folder_path=config.save_model_dir,
+            allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "README.md", "curves.png", "*.jsonl"],
+            ignore_patterns=["*/*", ".*"],  # checkpoints, a tracker's files, locks
+            delete_patterns=["model*.safetensors*"],  # of a model before this one, in other shards
+        )
+        parallel.say(f"pushed    to https://huggingface.co/{config.push_to_hub}")
+    except Exception as error:  # as above; nothing of it may end a run whose model is saved
+        parallel.say(
+            f"WARNING   the model could not be pushed ({first_line(error)}); `hf upload {config.push_to_hub} "
+            f"{config.save_model_dir}` does it"
+        )
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hold_folder(folder: Path) -> None:
+    """Takes the folder for this process until it ends; two runs would delete each other's checkpoints. Rank 0.
+
+    Waits for a former run that is on its way out. Raises UserError where it stays. A POSIX record lock: it is not
+    inherited by data workers, ends with the process however that ends, and holds on network disks too.
+    """
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    for _ in range(LOCK_WAIT_SECONDS):
+        try:
+            return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            time.sleep(1)
+        except OSError:  # a filesystem without locks
+            return None
+    raise UserError(f"--save-model-dir {folder} is being written to by another run; end it, or give another folder")
+
+
+def prepare_save_folder(config: Config, parallel: Parallel) -> None:
+    """Makes the save folder and sees that it can be written to. Every rank must call it."""
+    folder = Path(config.save_model_dir)
+    with agreed_by_all_ranks():
+        if parallel.is_main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ".writable").touch()
+                (folder / ".writable").unlink()
+            except OSError as error:
+                raise UserError(
+                    f"--save-model-dir {folder} cannot be written to ({error.strerror}); give a folder that can"
+                ) from error
+            if folder.resolve() == Path(config.model_name_or_path).resolve() and not (folder / "checkpoints").exists():
+                raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
+            hold_folder(folder)
+            finish_interrupted_save(folder)
+            (folder / ".shared").touch()
+    with agreed_by_all_ranks():
+        if not (folder / ".shared").exists():
+            raise UserError(
+                f"--save-model-dir {folder} is not shared: what rank 0 writes does not appear on every node; give a "
+                "folder on a filesystem that all nodes share"
+            )
+    if parallel.is_main:
+        (folder / ".shared").unlink()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 11. Reporting
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def shows_bars(parallel: Parallel) -> bool:
+    return parallel.is_main and sys.stderr.isatty() and not parallel.quiet
+
+
+def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
+    """Returns the FLOPs that training on these documents takes, without recomputation.
+
+    PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * hidden per pair of
+    tokens in a document, not halved for causality. `squared_lengths` sums length**2 over the documents.
+    """
+    return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.hidden * squared_lengths
+
+
+def peak_flops(cluster: Cluster) -> float | None:
+    """Returns the dense bf16 peak of one device in FLOP/s; None for a device the table does not know."""
+    known = cluster.has_gpu and cluster.sources.get("peak") == "table"
+    return cluster.gpu.peak_tflops * 1e12 if known else None
+
+
+def peak_memory_gib(parallel: Parallel) -> float:
+    """Returns the peak so far of this rank: allocated device memory, or resident host memory on CPU."""
+    if parallel.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+class RunLog:
+    """Progress bar, console lines, `metrics.jsonl` and trackers. Made on every rank; rank 0 speaks and writes."""
+
+    def __init__(
+        self, config: Config, parallel: Parallel, state: TrainingState, total_steps: int, steps_per_epoch: int
+    ):
+        self.config, self.parallel = config, parallel
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.started = self.interval_started = time.perf_counter()
+        self.interval_steps = self.interval_tokens = self.interval_squares = 0
+        self.interval_waited = 0.0
+        self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
+        self.last_loss, self.last_evaluation = math.nan, None
+        self.steps_of_this_run, self.checked = 0, None
+        self.folder = Path(config.save_model_dir)
+        self.bar = tqdm(
+            total=total_steps, initial=state.step, desc="training", unit="step", disable=not shows_bars(parallel)
+        )
+        if parallel.is_main:
+            self.metrics = continue_lines(self.folder / "metrics.jsonl", state.step).open("ab", buffering=0)
+            if (self.folder / "samples.jsonl").exists():
+                continue_lines(self.folder / "samples.jsonl", state.step)
+            self.unwritten = b""
+            self.write_config()
+        if config.report_to != "none":
+            parallel.accelerator.init_trackers(
+                "train_llama2",
+                {
+                    name: str(value)
+                    for name, value in {**dataclasses.asdict(config), "plan": parallel.plan.describe()}.items()
+                },
+                init_kwargs={  # a resumed run goes on in its own curves, without the steps it takes again
+                    "wandb": {"id": state.run_id, "resume": "allow"},
+                    "tensorboard": {"purge_step": state.step + 1},
+                },
+            )
+
+    def step(self, state: TrainingState, result: StepResult) -> None:
+        """Counts a step; every `--log-interval` steps, and at the last one, waits for the device and reports."""
+        self.bar.update()
+        self.check_plan(result)
+        self.interval_steps += 1
+        self.interval_tokens += result.tokens
+        self.interval_squares += result.squared_lengths
+        if state.step % self.config.log_interval and state.step != self.total_steps:
+            return
+        loss, grad_norm, skipped = torch.stack([result.loss, result.grad_norm, state.skipped]).tolist()
+        seconds = time.perf_counter() - self.interval_started
+        peak = peak_flops(self.parallel.cluster) if self.parallel.plan.precision == "bf16" else None
+        flops = training_flops(self.parallel.shape, self.interval_tokens, self.interval_squares)
+        line = dict(
+            step=state.step,
+            epoch=state.step / self.steps_per_epoch,
+            loss=loss,
+            lr=result.lr,
+            grad_norm=grad_norm,
+            tokens=state.tokens,
+            tokens_per_second=self.interval_tokens / seconds,
+            step_seconds=seconds / self.interval_steps,
+            mfu=flops / seconds / self.parallel.cluster.world_size / peak if peak else None,
+            data_wait_share=self.interval_waited / seconds,
+            peak_memory_gib=peak_memory_gib(self.parallel),
+            skipped_steps=int(skipped),
+        )
+        self.write(line)
+        left = (self.total_steps - state.step) * line["step_seconds"]
+        self.bar.set_postfix(
+            loss=f"{loss:.4f}", lr=f"{result.lr:.2e}", tokens_per_s=f"{line['tokens_per_second']:,.0f}"
+        )
+        self.say(
+            f"step {state.step}/{self.total_steps}  loss {loss:.4f}  lr {result.lr:.2e}  grad norm {grad_norm:.3f}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s"
+            + (f"  MFU {line['mfu']:.1%}" if peak else "")
+            + f"  {timedelta(seconds=round(left))} left"
+            + (f"  {int(skipped)} updates skipped (not finite)" if skipped else "")
+        )
+        self.training_seconds += seconds
+        self.training_tokens += self.interval_tokens
+        self.step_seconds, self.last_loss = line["step_seconds"], loss
+        self.interval_steps = self.interval_tokens = self.interval_squares = 0
+        self.interval_waited = 0.0
+        self.interval_started = time.perf_counter()
+
+    def check_plan(self, result: StepResult) -> None:
+        """After the second step of this run, prints and keeps predicted against measured. Waits for the device twice.
+
+        The prediction is made anew for the lengths of that step's documents, as the plan's is for full blocks.
+        """
+        self.steps_of_this_run += 1
+        if self.steps_of_this_run > 2 or not self.parallel.is_main or self.parallel.choice is None:
+            return
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.steps_of_this_run == 1:
+            self.first_step_ended = time.perf_counter()
+            return
+        self.checked = check_of_plan(self.parallel, result, time.perf_counter() - self.first_step_ended)
+        self.say(describe_check(self.checked))
+        self.write_config()
+
+    def write_config(self) -> None:
+        description = run_description(self.config, self.parallel, self.checked)
+        (self.folder / "train_config.json").write_text(json.dumps(description, indent=2))
+
+    def evaluation_due(self, state: TrainingState) -> bool:
+        """Returns whether this step is one to evaluate at and has not been yet, the same on every rank."""
+        due = state.step == self.total_steps or state.step % self.config.eval_interval == 0
+        return due and state.step > state.evaluated_step
+
+    def evaluation(self, state: TrainingState, evaluation: Evaluation | None) -> None:
+        """Reports an evaluation, and draws the curves anew; None is one that was broken off."""
+        if evaluation is None:
+            return
+        state.evaluated_step, self.last_evaluation = state.step, evaluation
+        perplexity = math.exp(evaluation.loss) if evaluation.loss < 700 else math.inf
+        line = dict(step=state.step, eval_loss=evaluation.loss, eval_perplexity=perplexity, **evaluation.rouge)
+        self.write(line)
+        rouge = "".join(f"  {name} {score:.2f}" for name, score in evaluation.rouge.items())
+        at = f"step {state.step}/{self.total_steps}"
+        self.say(f"{at}  eval loss {evaluation.loss:.4f}  perplexity {perplexity:.2f}{rouge}")
+        for sample in evaluation.samples[:SHOWN_SAMPLES]:
+            self.say(f"{at}  reference  {' '.join(sample.reference.split())}")
+            self.say(f"{at}  summary    {' '.join(sample.summary.split())}")
+        self.write_samples(state.step, evaluation.samples)
+        if self.parallel.is_main:
+            try:
+                draw_curves(self.folder)
+            except Exception as error:  # a picture must not end the run
+                self.say(f"WARNING   curves.png could not be drawn ({first_line(error)})")
+
+    def write_samples(self, step: int, samples: list[Sample]) -> None:
+        """Appends summaries to `samples.jsonl` and shows them in trackers that take text."""
+        if not samples or not self.parallel.is_main:
+            return
+        path = self.folder / "samples.jsonl"
+        lines = [json.dumps(dict(step=step, **dataclasses.asdict(sample))) + "\n" for sample in samples]
+        try:
+            with path.open("a") as stream:
+                stream.writelines(lines)
+        except OSError as error:  # a full disk must not end the run
+            self.say(f"WARNING   {path} could not be written ({first_line(error)})")
+        rows = [[sample.reference, sample.summary] for sample in samples[:SHOWN_SAMPLES]]
+        for tracker in self.parallel.accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.log_table("samples", columns=["reference", "summary"], data=rows, step=step)
+            elif tracker.name == "tensorboard":
+                text = "\n\n".join(f"**reference** {reference}\n\n**summary** {summary}" for reference, summary in rows)
+                tracker.writer.add_text("samples", text, step)
+
+    def timing_the_wait(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
+        """Yields the batches, and counts how long training waits for each of them."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.interval_waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leaves the body (an evaluation, a save) out of the step time and the throughput."""
+        began = time.perf_counter()
+        yield
+        self.interval_started += time.perf_counter() - began
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.parallel.is_main:
+            finite = {
+                name: None if value != value or value in (math.inf, -math.inf) else value
+                for name, value in line.items()
+            }
+            self.unwritten += json.dumps(finite).encode() + b"\n"
+            try:
+                while self.unwritten:
+                    self.unwritten = self.unwritten[self.metrics.write(self.unwritten) :]
+            except OSError as error:  # a full disk must not end the run
+                self.say(f"WARNING   metrics.jsonl could not be written ({first_line(error)}); kept for the next line")
+        if self.config.report_to != "none":
+            values = {name: value for name, value in line.items() if name != "step" and value is not None}
+            self.parallel.accelerator.log(values, step=line["step"])
+
+    def say(self, line: str, always: bool = False) -> None:
+        self.parallel.say(line, always=always)
+
+    def stopped(self, state: TrainingState, signal_name: str, saved: bool) -> None:
+        self.bar.close()
+        if saved:
+            outcome = "the checkpoint is saved, and the same command goes on from it"
+        else:
+            outcome = "its checkpoint could NOT be saved; the same command goes on from the newest that was"
+        words = f"stopped   by {signal_name or 'a signal to another rank'} after step {state.step}; {outcome}"
+        self.say(words, always=True)
+
+    def summary(self, state: TrainingState) -> None:
+        self.bar.close()
+        if not self.training_tokens:
+            words = f"done      already at step {state.step}; the model in {self.folder} was written again"
+            return self.say(words, always=True)
+        rate = self.training_tokens / self.training_seconds if self.training_seconds else math.nan
+        eval_loss = f", eval loss {self.last_evaluation.loss:.4f}" if self.last_evaluation else ""
+        self.say(
+            f"done      {state.step} steps, {state.tokens:,} tokens in "
+            f"{timedelta(seconds=round(time.perf_counter() - self.started))} ({rate:,.0f} tokens/s in training); "
+            f"loss {self.last_loss:.4f}{eval_loss}; {int(state.skipped.item())} updates skipped; model in "
+            f"{self.folder}",
+            always=True,
+        )
+
+
+def continue_lines(path: Path, step: int) -> Path:
+    """Returns `path` with the lines past `step` taken out: a resumed run writes those steps again. All or nothing.
+
+    Where a run starts anew in a folder that has lost its checkpoints, its former lines are put aside.
+    """
+    if step == 0 and path.exists() and path.stat().st_size:
+        former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
+        path.replace(next(name for name in former if not name.exists()))
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a line that a kill cut short
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    shortened = path.with_name(path.name + ".new")
+    shortened.write_text("".join(kept))
+    sync_to_disk(shortened)
+    shortened.replace(path)
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def draw_curves(folder: Path) -> None:
+    """Draws `curves.png` from `metrics.jsonl` where matplotlib, an optional extra, is installed. Rank 0."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+
+    lines = read_lines(folder / "metrics.jsonl")
+    steps, evaluations = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
+    if not steps:
+        return
+    figure = Figure(figsize=(11, 7))
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.9, wspace=0.18, hspace=0.5)
+    panels = (("loss", "loss (nats a token)"), ("lr", "learning rate"), ("grad_norm", "gradient norm before clipping"),
+              ("tokens_per_second", "real tokens a second"))  # fmt: skip
+    at, tokens = [line["step"] for line in steps], [line["tokens"] / 1e6 for line in steps]
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        values = [math.nan if line[name] is None else line[name] for line in steps]
+        axes.plot(at, values, color="#1f5fa8", linewidth=1.4, label="training", marker="." if len(at) < 30 else None)
+        if name == "loss" and evaluations:
+            validation = [math.nan if line["eval_loss"] is None else line["eval_loss"] for line in evaluations]
+            axes.plot([line["step"] for line in evaluations], validation, "o-", color="#d1602c", label="validation")
+            axes.legend(frameon=False)
+        if name == "tokens_per_second":
+            axes.set_ylim(bottom=0)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axes.set_xlabel("optimizer steps")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        above, shown = axes.twiny(), np.linspace(at[0], at[-1], 5 if len(at) > 4 else 2)
+        above.set_xlim(axes.get_xlim())
+        above.set_xticks(shown, [f"{count:.3g}" for count in np.interp(shown, at, tokens)], fontsize=8)
+        above.set_xlabel("million tokens", fontsize=8)
+        above.spines[["top", "right"]].set_visible(False)
+    drawn = folder / ".curves.png"
+    figure.savefig(drawn, dpi=110, format="png")
+    drawn.replace(folder / "curves.png")
+
+
+def check_of_plan(parallel: Parallel, result: StepResult, seconds: float) -> dict[str, dict[str, Any]]:
+    """Returns predicted and measured for a step that took `seconds`: active and reserved GiB of this rank, seconds.
+
+    `band` is what the prediction claims. On a CPU nothing counts the memory, and no time is claimed.
+    """
+    tokens = result.micro_batch_tokens
+    memory = predict_memory(parallel.shape, parallel.plan, max(tokens), parallel.cluster.has_gpu)
+    plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens))
+    attended = result.squared_lengths / result.tokens
+    predicted = predict_seconds(parallel.shape, parallel.cluster, plan, sum(tokens) / len(tokens), attended)["total"]
+    on_gpu = parallel.device.type == "cuda"
+    low, expected, high = memory.reserved
+    time_band = [predicted / STEP_FACTOR, predicted * STEP_FACTOR] if on_gpu else None  # a CPU's cores are shared
+    return dict(
+        active_gib=dict(
+            predicted=memory.active,
+            measured=torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
+            band=[memory.active * (1 - ACTIVE_BAND), memory.active * (1 + ACTIVE_BAND)],
+        ),
+        reserved_gib=dict(
+            predicted=expected, measured=torch.cuda.max_memory_reserved() / GIB if on_gpu else None, band=[low, high]
+        ),
+        step_seconds=dict(predicted=predicted, measured=seconds, band=time_band),
+    )
+
+
+def describe_check(check: dict[str, dict[str, Any]]) -> str:
+    """Returns predicted against measured in a line, and one more for each that lies outside its band."""
+    parts, misses = [], []
+    for name, value in check.items():
+        quantity, unit = name.split("_")
+        unit = {"gib": "GiB", "seconds": "s"}[unit]
+        if value["measured"] is None:
+            parts.append(f"{quantity} {value['predicted']:.2f} {unit} / not measured on CPU")
+            continue
+        parts.append(f"{quantity} {value['predicted']:.2f} / {value['measured']:.2f} {unit}")
+        if value["band"] and not value["band"][0] <= value["measured"] <= value["band"][1]:
+            within = " to ".join(f"{limit:.2f}" for limit in value["band"])
+            misses.append(f"WARNING   the plan missed: {quantity} {value['measured']:.2f} {unit} is outside {within}")
+    return "\n".join([f"check     predicted / measured, step 2: {', '.join(parts)}", *misses])
+
+
+def run_description(config: Config, parallel: Parallel, check: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns what `train_config.json` holds: every flag's value, the versions, the machine, the plan, its check."""
+    packages = (torch, transformers, datasets, accelerate)
+    return dict(
+        flags=dataclasses.asdict(config),
+        versions=dict(
+            {p.__name__: p.__version__ for p in packages}, python=platform.python_version(), cuda=torch.version.cuda
+        ),
+        cluster=dataclasses.asdict(parallel.cluster),
+        model=dataclasses.asdict(parallel.shape),
+        plan=dataclasses.asdict(parallel.plan),
+        choice=choice_json(parallel.choice, parallel.cluster) if parallel.choice is not None else None,
+        plan_check=check,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 12. main()
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One run, top to bottom. Raises UserError for what the user can put right."""
+    config = parse_config(argv)
+    if config.plan:
+        return plan_only(config)
+    with enable_advanced_parallelization(config) as parallel, StopSignals(parallel) as stop:
+        set_seed(config.seed)
+        prepare_save_folder(config, parallel)
+        check_hub_access(config, parallel)
+        tokenizer = load_tokenizer(config, parallel)
+        train_documents, eval_documents = load_data(config, tokenizer, parallel)
+        eval_loader = data_loader(eval_documents, evaluation_batches(eval_documents.lengths, parallel), parallel)
+        steps_per_epoch = math.ceil(len(train_documents) / config.batch_size)
+        total_steps = min(config.max_steps or sys.maxsize, config.num_train_epochs * steps_per_epoch)
+
+        curve = curve_settings(config, parallel, train_documents)
+        checkpoints = Checkpoints(config, parallel, curve, total_steps)
+        model = load_model(config, parallel)
+        compile_layers(model, config, parallel, total_steps)
+        optimizer = build_optimizer(model, config)
+        state = checkpoints.resume(model, optimizer, parallel.device)
+
+        check_setup(model, eval_loader, parallel)
+        log = RunLog(config, parallel, state, total_steps, steps_per_epoch)
+        if log.evaluation_due(state):  # the run before was stopped at it
+            log.evaluation(state, assess(model, eval_loader, config, parallel, stop))
+        batches = remaining_batches(train_documents, state.step, total_steps, config, parallel)
+        for batch in log.timing_the_wait(batches):
+            lr = learning_rate(state.step, total_steps, config)
+            result = training_step(model, optimizer, batch, lr, state, config, parallel, stop)
+            if result is not None:
+                log.step(state, result)
+            if not stop.agreed() and log.evaluation_due(state):
+                with log.clock_stopped():
+                    log.evaluation(state, assess(model, eval_loader, config, parallel, stop))
+            stopping = stop.agreed()  # asked once: a signal from here on is for the next step to find, and to save
+            saving = stopping or state.step == total_steps or state.step % config.save_interval == 0
+            stop_if_broken(state, saving)
+            if saving:
+                with log.clock_stopped():
+                    checkpoints.save(model, optimizer, state)
+            if stopping:
+                break
+            stop.seconds_to_leave = log.step_seconds + checkpoints.seconds_to_save()
+        checkpoints.wait()
+
+        if state.step < total_steps:
+            log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
+        else:
+            save_model(model, tokenizer, config, parallel)
+            write_model_card(config, parallel, state, log)
+            push_model(config, parallel)
+            log.summary(state)
+
+
+def command_line(argv: Sequence[str] | None = None) -> int:
+    """Runs `main` and returns the exit code. Under torchrun every rank finds the same mistakes and rank 0 tells them.
+
+    The others wait a little before they leave, because torchrun ends every rank as soon as one has left.
+    """
+    try:
+        main(argv)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)
+        return 2
+    except torch.OutOfMemoryError:  # told by the hook's context, which knows the plan
+        return 1
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        words = (
+            f"error: rank {os.environ.get('RANK', 0)} has lost the others ({first_line(error)}): a rank, its node or "
+            "the network is gone for longer than --dist-timeout-minutes; the same command goes on from the newest "
+            "checkpoint"
+        )
+        print(words, file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Returns whether another rank is out of reach. NCCL and the store have errors of their own, gloo has words."""
+    words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
