@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_llama2.py"
@@ -115,6 +116,27 @@ def read_metrics(save_model_dir: Path) -> tuple[list[dict], list[dict]]:
     """Returns the training lines and the evaluation lines of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (save_model_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
+
+
+@pytest.fixture(scope="session")
+def three_rank_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
+    """Returns a run of 5 steps (34 documents by 8) under FSDP on 3 ranks, and its folder; one for all test files.
+
+    The rows of the matrices (64, 172, 1024) and the 8 validation documents do not divide by 3 ranks or 3 x 2
+    documents. What each rank prints is in ../logs/**/<rank>/stdout.log. pytest-xdist's processes share it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "three_ranks"
+    console = folder / "console.json"
+    with FileLock(f"{folder}.lock"):
+        if not console.exists():
+            flags = dict(parallelism="fsdp", micro_batch_size=2, block_size=1024, eval_interval=2)
+            torchrun = dict(PET_TEE="3", PET_LOG_DIR=str(folder / "logs"))
+            run = run_script(*small_run(folder / "run", **flags), processes=3, **torchrun)
+            assert run.returncode == 0, run.stderr
+            console.write_text(json.dumps([run.stdout, run.stderr]))
+    stdout, stderr = json.loads(console.read_text())
+    return subprocess.CompletedProcess([], 0, stdout, stderr), folder / "run"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import NEWS, read_metrics, run_script, small_run
+from conftest import NEWS, read_metrics, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_llama2
-
-
-@functools.cache
-def three_rank_run() -> tuple[subprocess.CompletedProcess, Path]:
-    """Returns a run of 5 steps (34 documents by 8) under FSDP on 3 ranks; test_saving and test_reporting read it too.
-
-    The rows of the matrices (64, 172, 1024) and the 8 validation documents do not divide by 3 ranks or 3 x 2
-    documents. What each rank prints is in logs/**/<rank>/stdout.log.
-    """
-    folder = Path(three_rank_folder.name)
-    flags = dict(parallelism="fsdp", micro_batch_size=2, block_size=1024, eval_interval=2)
-    torchrun = dict(PET_TEE="3", PET_LOG_DIR=str(folder / "logs"))
-    run = run_script(*small_run(folder / "run", **flags), processes=3, **torchrun)
-    assert run.returncode == 0, run.stderr
-    return run, folder / "run"
-
-
-three_rank_folder = tempfile.TemporaryDirectory(prefix="three_ranks_")
 
 
 def mean_token_loss(model_folder: Path) -> float:
@@ -50,8 +29,8 @@ def mean_token_loss(model_folder: Path) -> float:
     return loss / labels
 
 
-def test_on_three_ranks_with_ragged_ends_the_loss_is_the_mean_over_all_tokens():
-    _, folder = three_rank_run()
+def test_on_three_ranks_with_ragged_ends_the_loss_is_the_mean_over_all_tokens(three_rank_run):
+    _, folder = three_rank_run
     assert read_metrics(folder)[1][-1]["eval_loss"] == pytest.approx(mean_token_loss(folder), rel=1e-5)
 
 
@@ -65,5 +44,5 @@ def test_on_one_process_the_loss_is_the_mean_over_all_tokens(tmp_path, micro_bat
     assert evaluation["eval_perplexity"] == pytest.approx(2.718281828459045**expected, rel=1e-4)
 
 
-def test_evaluations_come_at_the_interval_and_at_the_end():
-    assert [line["step"] for line in read_metrics(three_rank_run()[1])[1]] == [2, 4, 5]
+def test_evaluations_come_at_the_interval_and_at_the_end(three_rank_run):
+    assert [line["step"] for line in read_metrics(three_rank_run[1])[1]] == [2, 4, 5]

@@ -20,7 +20,6 @@ import transformers
 from accelerate.state import AcceleratorState
 from conftest import NEWS, TINY_LLAMA, read_metrics, small_run
 from test_checkpoints import start, stop_after
-from test_evaluation import three_rank_run
 from transformers import AutoTokenizer, LlamaConfig
 
 import train_llama2
@@ -50,8 +49,8 @@ def whole_set_run(tmp_path_factory):
     return folder
 
 
-def test_training_lines_have_the_contracts_fields(whole_set_run):
-    for line in read_metrics(whole_set_run)[0] + read_metrics(three_rank_run()[1])[0]:
+def test_training_lines_have_the_contracts_fields(whole_set_run, three_rank_run):
+    for line in read_metrics(whole_set_run)[0] + read_metrics(three_rank_run[1])[0]:
         assert set(line) - {"skipped_steps"} == TRAINING_FIELDS
         assert line["mfu"] is None
         assert line["step_seconds"] > 0
@@ -75,8 +74,8 @@ def test_training_lines_hold_steps_epochs_tokens_and_rates_counted_by_hand(whole
         assert line["tokens_per_second"] * line["step_seconds"] * steps_since == pytest.approx(steps_since * tokens)
 
 
-def test_on_three_ranks_the_tokens_of_all_are_counted_once():
-    steps, _ = read_metrics(three_rank_run()[1])
+def test_on_three_ranks_the_tokens_of_all_are_counted_once(three_rank_run):
+    steps, _ = read_metrics(three_rank_run[1])
     assert [line["epoch"] for line in steps] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])  # 34 documents by 8
     assert steps[-1]["tokens"] == sum(token_counts(1024))
 
@@ -88,8 +87,8 @@ def test_losses_are_written_with_full_precision(whole_set_run):
         assert len(repr(value)) >= 8
 
 
-def test_train_config_holds_every_flag_the_versions_and_the_plan():
-    written = json.loads((three_rank_run()[1] / "train_config.json").read_text())
+def test_train_config_holds_every_flag_the_versions_and_the_plan(three_rank_run):
+    written = json.loads((three_rank_run[1] / "train_config.json").read_text())
     flags = written["flags"]
     assert set(flags) == {field.name for field in dataclasses.fields(Config)}
     given = dict(model_name_or_path=str(TINY_LLAMA), batch_size=8, lr=1e-3, parallelism="fsdp", eval_interval=2)
@@ -101,9 +100,9 @@ def test_train_config_holds_every_flag_the_versions_and_the_plan():
     assert {name: written["plan"][name] for name in plan} == plan
 
 
-def test_the_console_has_plan_audit_steps_evaluations_and_a_summary():
-    steps, evaluations = read_metrics(three_rank_run()[1])
-    (log,) = (three_rank_run()[1].parent / "logs").rglob("0/stdout.log")
+def test_the_console_has_plan_audit_steps_evaluations_and_a_summary(three_rank_run):
+    steps, evaluations = read_metrics(three_rank_run[1])
+    (log,) = (three_rank_run[1].parent / "logs").rglob("0/stdout.log")
     lines = log.read_text().splitlines()
     assert lines[0].startswith("plan      3 x ")
     assert any(line.startswith("  chosen  fsdp, micro-batch 2") for line in lines)
@@ -118,8 +117,8 @@ def test_the_console_has_plan_audit_steps_evaluations_and_a_summary():
     assert f"eval loss {evaluations[-1]['eval_loss']:.4f}" in lines[-1]
 
 
-def test_ranks_other_than_0_print_nothing():
-    logs = three_rank_run()[1].parent / "logs"
+def test_ranks_other_than_0_print_nothing(three_rank_run):
+    logs = three_rank_run[1].parent / "logs"
     for rank in (1, 2):
         for stream in ("stdout", "stderr"):
             (log,) = logs.rglob(f"{rank}/{stream}.log")

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from conftest import TINY_LLAMA, read_metrics, small_run
 from safetensors import safe_open
-from test_evaluation import mean_token_loss, three_rank_run
+from test_evaluation import mean_token_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train_llama2
@@ -36,15 +37,15 @@ def fresh_accelerate():
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_saved_model_is_the_trained_one():
-    _, folder = three_rank_run()
+def test_the_saved_model_is_the_trained_one(three_rank_run):
+    _, folder = three_rank_run
     last = read_metrics(folder)[1][-1]["eval_loss"]
     assert mean_token_loss(folder) == pytest.approx(last, rel=1e-5)
     assert mean_token_loss(TINY_LLAMA) > last + 0.05, "training changed too little for this test to tell"
 
 
-def test_the_saved_model_generates_and_stops_at_the_end_of_sequence_token():
-    _, folder = three_rank_run()
+def test_the_saved_model_generates_and_stops_at_the_end_of_sequence_token(three_rank_run):
+    _, folder = three_rank_run
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("[SUMMARIZE] The bridge opened. [/SUMMARIZE]\n", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=4, do_sample=False)
@@ -58,11 +59,13 @@ def test_the_saved_model_generates_and_stops_at_the_end_of_sequence_token():
     assert written[0, prompt["input_ids"].shape[1] :].tolist() == [2]
 
 
-def test_config_and_tokenizer_are_those_of_the_model_that_was_loaded():
-    _, folder = three_rank_run()
+def test_config_and_tokenizer_are_those_of_the_model_that_was_loaded(three_rank_run):
+    _, folder = three_rank_run
     saved, original = (json.loads((path / "config.json").read_text()) for path in (folder, TINY_LLAMA))
     assert saved.pop("dtype") == "float32"
     assert original.pop("dtype") == "float16"
+    assert saved.pop("transformers_version") == transformers.__version__
+    original.pop("transformers_version")
     assert saved == original
     assert [path.name for path in folder.glob(".*")] == [".lock"], "staging is left behind"
     text = "The bridge </s> opened\n"
@@ -70,8 +73,8 @@ def test_config_and_tokenizer_are_those_of_the_model_that_was_loaded():
     assert tokenizers[0](text) == tokenizers[1](text)
 
 
-def test_the_files_are_as_readable_as_any_new_file(tmp_path):
-    _, folder = three_rank_run()
+def test_the_files_are_as_readable_as_any_new_file(tmp_path, three_rank_run):
+    _, folder = three_rank_run
     (tmp_path / "new").touch()
     expected = (tmp_path / "new").stat().st_mode
     files = [file for file in folder.iterdir() if file.is_file()]

@@ -19,7 +19,6 @@ import pytest
 import transformers
 from accelerate.state import AcceleratorState
 from conftest import SCRIPT, small_run
-from test_evaluation import three_rank_run
 
 import train_llama2
 
@@ -52,7 +51,8 @@ def run_on_a_terminal(*flags: object, **environment: str) -> tuple[int, str]:
 
 
 def test_a_terminal_shows_bars_of_everything_that_takes_long_and_colours(tmp_path):
-    code, shown = run_on_a_terminal(*small_run(tmp_path, **SHORT, block_size=203))
+    # A bar is drawn every 0.1 s at most unless told otherwise, and these end sooner.
+    code, shown = run_on_a_terminal(*small_run(tmp_path, **SHORT, block_size=203), TQDM_MININTERVAL="0")
     assert code == 0, shown
     for bar in ("tokenising", "Loading weights", "evaluating", "training", "Writing model shards"):
         assert re.search(rf"\r{bar}[^\r]*100%", shown), bar
@@ -76,8 +76,8 @@ def test_files_get_plain_lines_and_with_quiet_one(tmp_path, capfd, quiet):
         assert "step 2/2  loss" in printed
 
 
-def test_files_get_plain_lines_of_several_processes():
-    run, folder = three_rank_run()
+def test_files_get_plain_lines_of_several_processes(three_rank_run):
+    run, folder = three_rank_run
     logs = [log.read_text() for log in (folder.parent / "logs").rglob("std*.log")]
     assert len(logs) == 6
     for text in (run.stdout, run.stderr, *logs):
