@@ -1375,7 +1375,8 @@ class Parallel:
         """Returns a new group of all ranks for messages in host memory, None for one process. Every rank calls it."""
         if self.accelerator.num_processes == 1:
             return None
-        return dist.new_group(backend="gloo", timeout=self.timeout)
+        # sooner than NCCL, whose watchdog would end the process without a word of ours
+        return dist.new_group(backend="gloo", timeout=0.8 * self.timeout)
 
     @contextlib.contextmanager
     def node_main_first(self) -> Iterator[None]:
@@ -2615,7 +2616,7 @@ def training_step(
     model.train()
     loss_sum = torch.zeros((), device=parallel.device)
     for index, micro_batch in enumerate(batch.micro_batches):
-        if stop and stop.agreed_now():
+        if stop and stop.agreed_to_leave_step():
             optimizer.zero_grad()
             return None
         with parallel.gradient_sync(model, is_last=index == len(batch.micro_batches) - 1):
@@ -2817,8 +2818,8 @@ def check_setup(model: torch.nn.Module, loader: DataLoader, parallel: Parallel) 
 
 TORCHRUN_GRACE_SECONDS = 30.0  # between the signal that torchrun passes on and its SIGKILL, unless it is told
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
-CHECKPOINT_FILE_BYTES = GIB  # of one rank; a file is made whole in memory before it is written
-WRITING, REPLACED, DELETING = ".writing", ".replaced", ".deleting"
+CHECKPOINT_FILE_BYTES = GIB // 8  # of one rank; a file is made whole in memory, which holds Python up meanwhile
+WRITING, REPLACED, DELETING, ASIDE = ".writing", ".replaced", ".deleting", ".aside"
 
 
 class CheckpointError(Exception):
@@ -2834,21 +2835,24 @@ def patience_seconds() -> float:
 
 
 class StopSignals:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a stop that all ranks agree on; a second signal leaves at once.
+    """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on; a second signal leaves
+    at once.
 
     A context manager. Agreement is an all-reduce of one CPU integer over gloo: about 0.1 ms, no device sync.
     """
 
-    HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, parallel: Parallel):
         self.parallel, self.group = parallel, parallel.cpu_group()
-        self.signal_name, self.received_at, self.level = "", 0.0, 0
+        self.signal_name, self.received_at = "", 0.0
+        self.stopping = self.leaves_step = False  # what all ranks agreed on
         self.seconds_to_leave = 0.0  # what finishing the step and saving takes, as measured so far
-        self.parent = os.getppid()
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> StopSignals:
-        self.previous = {number: signal.signal(number, self.receive) for number in self.HANDLED}
+        heard = [number for number in self.HANDLED if signal.getsignal(number) is not signal.SIG_IGN]  # under nohup
+        self.previous = {number: signal.signal(number, self.receive) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -2860,9 +2864,9 @@ class StopSignals:
         escalation = self.signal_name == "SIGUSR1" and number == signal.SIGTERM  # Slurm's warning, then its end
         if self.signal_name and now - self.received_at > SAME_SIGNAL_SECONDS and not escalation:
             os._exit(128 + number)
-        if not self.signal_name:
-            self.signal_name, self.received_at = signal.Signals(number).name, now
-            if self.parallel.is_main:
+        if not self.signal_name or escalation:
+            first, self.signal_name, self.received_at = not self.signal_name, signal.Signals(number).name, now
+            if first and self.parallel.is_main:
                 os.write(2, b"stopping  at the end of the step; a second signal leaves at once\n")
 
     def agreed(self) -> bool:
@@ -2870,24 +2874,24 @@ class StopSignals:
 
         A rank whose torchrun has died stops too: nobody would end it when the same command is started anew.
         """
-        if not self.level:
-            if os.getppid() != self.parent and not self.signal_name:
+        if not self.stopping:
+            if self.torchrun not in (None, os.getppid()) and not self.signal_name:
                 self.signal_name = "the end of its torchrun"
             too_long = self.signal_name and self.seconds_to_leave > 0.8 * patience_seconds()
-            mine = torch.tensor((2 if too_long else 1) if self.signal_name else 0)
+            mine = torch.tensor([bool(self.signal_name), bool(too_long)]).int()
             if self.group is not None:
                 dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
-            self.level = int(mine)
-            if self.level == 2:
+            self.stopping, self.leaves_step = map(bool, mine.tolist())
+            if self.leaves_step:
                 self.parallel.say(
                     "stopping  the step under way is left unfinished: it and a save outlast torchrun's "
                     f"{patience_seconds():.0f} s"
                 )
-        return self.level > 0
+        return self.stopping
 
-    def agreed_now(self) -> bool:
+    def agreed_to_leave_step(self) -> bool:
         """Returns whether the step under way is to be left unfinished, as it and a save outlast torchrun's patience."""
-        return self.agreed() and self.level == 2
+        return self.agreed() and self.leaves_step
 
 
 def leave_process_group(worker: int) -> None:
@@ -2898,7 +2902,7 @@ def leave_process_group(worker: int) -> None:
     """
     os.setpgrp()
     for number in StopSignals.HANDLED:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> dict[str, Any]:
@@ -2935,21 +2939,25 @@ class Checkpoints:
         self.config, self.parallel, self.curve, self.total_steps = config, parallel, curve, total_steps
         self.folder = Path(config.save_model_dir) / "checkpoints"
         self.group = parallel.cpu_group()  # its own: a write in the background must not meet the training's messages
-        self.bytes = 12 * parallel.shape.parameters  # fp32 weights and two moments
+        self.checkpoint_bytes = 3 * parallel.plan.state_bytes * parallel.shape.parameters  # weights and two moments
         self.asynchronous = self.decide_async()
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
         self.saved_step = 0
         self.seconds = self.pause_seconds = 0.0  # of the last save: from call to rename, and with training held
+        self.origin = "auto"  # the --resume that this curve began with
         self.check_disk()
         self.check_host_memory()
 
     def decide_async(self) -> bool:
-        """Writing in the background takes a copy of each rank's share in host memory."""
-        copy_gib = self.bytes / GIB / self.parallel.plan.dp_shard_size * self.parallel.cluster.ranks_per_node
-        free_gib = psutil.virtual_memory().available / GIB
+        """Returns whether checkpoints are written in the background, the same on every rank.
+
+        That takes a copy of each rank's share in host memory.
+        """
+        copy_gib = self.checkpoint_bytes / GIB / self.parallel.plan.dp_shard_size * self.parallel.cluster.ranks_per_node
+        free_gib = free_host_memory() / GIB
         on_host = self.parallel.device.type == "cpu" or self.parallel.plan.cpu_offload
-        resident_gib = copy_gib * 16 / 12 if on_host else 0.0  # weights, gradients and moments, still to come
+        resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # these and the gradients, still to come
         wanted = self.config.async_save
         usable = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted] * max(0.0, free_gib - resident_gib)
         asynchronous = all(self.together(lambda: copy_gib <= usable))
@@ -2968,33 +2976,34 @@ class Checkpoints:
                 free = shutil.disk_usage(self.folder.parent).free + present
                 kept = self.config.keep_checkpoints + 1
                 final = self.parallel.shape.parameters * self.bytes_saved_per_parameter()
-                if free < kept * self.bytes + final:
+                if free < kept * self.checkpoint_bytes + final:
                     raise UserError(
                         f"--save-model-dir {self.folder.parent} has {free / GIB:.1f} GiB free, but {kept} checkpoints "
-                        f"of {self.bytes / GIB:.1f} and the model of {final / GIB:.1f} need "
-                        f"{(kept * self.bytes + final) / GIB:.1f}; free some, give another folder, or lower "
+                        f"of {self.checkpoint_bytes / GIB:.1f} and the model of {final / GIB:.1f} need "
+                        f"{(kept * self.checkpoint_bytes + final) / GIB:.1f}; free some, give another folder, or lower "
                         "--keep-checkpoints"
                     )
 
     def check_host_memory(self) -> None:
         """Raises UserError where a node's host memory cannot hold what the run will put there.
 
-        That is the states under --cpu-offload, in each rank's share, and on rank 0 the final model's weights while
-        they are written.
+        That is the states under --cpu-offload, in each rank's share, and on rank 0 beside them the final model's
+        weights while they are written.
         """
-        plan, parameters = self.parallel.plan, self.parallel.shape.parameters
-        states = 16 * parameters / plan.dp_shard_size * self.parallel.cluster.ranks_per_node
-        needs = {"--cpu-offload yes keeps weights, gradients and moments in": states if plan.cpu_offload else 0}
+        plan, parameters, needs = self.parallel.plan, self.parallel.shape.parameters, {}
+        if plan.cpu_offload:
+            states = 4 * plan.state_bytes * parameters / plan.dp_shard_size * self.parallel.cluster.ranks_per_node
+            needs["weights, gradients and moments under --cpu-offload"] = states
         if self.parallel.is_main and self.parallel.device.type == "cuda":
-            needs["the final model is gathered in"] = parameters * self.bytes_saved_per_parameter()
-        free = psutil.virtual_memory().available
+            needs["the final model, gathered"] = parameters * self.bytes_saved_per_parameter()
+        free = free_host_memory()
         with agreed_by_all_ranks():
-            for what, need in needs.items():
-                if need > free:
-                    raise UserError(
-                        f"{what} host memory, {need / GIB:.1f} GiB, and node {platform.node()} has {free / GIB:.1f} "
-                        "free; use a node with more, or a smaller model"
-                    )
+            if sum(needs.values()) > free:
+                parts = " and ".join(f"{size / GIB:.1f} GiB for {what}" for what, size in needs.items())
+                raise UserError(
+                    f"node {platform.node()} has {free / GIB:.1f} GiB of host memory free, and the run will take "
+                    f"{parts}; use a node with more, or a smaller model"
+                )
 
     def bytes_saved_per_parameter(self) -> int:
         return 2 if saves_bf16(self.config, self.parallel) else 4
@@ -3023,6 +3032,8 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
+        if self.saved_step == state.step:  # the step after it was left unfinished
+            return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
         if self.parallel.device.type == "cuda":
@@ -3037,6 +3048,8 @@ class Checkpoints:
             "run_id": state.run_id,
             "curve": self.curve,
             "total_steps": self.total_steps,
+            "save_seconds": self.seconds,
+            "origin": self.origin,
             "strategy": self.parallel.plan.strategy,
             "world_size": self.parallel.cluster.world_size,
         }
@@ -3045,7 +3058,7 @@ class Checkpoints:
             self.pending = self.writer.submit(self.write, tensors, facts, began)
         else:
             self.write(tensors, facts, began)
-            self.pause_seconds = self.seconds
+            self.pause_seconds = time.perf_counter() - began
 
     def seconds_to_save(self) -> float:
         """Returns what the next save will take, as the last one did; twice that where one is still under way."""
@@ -3068,6 +3081,8 @@ class Checkpoints:
             storage = HuggingFaceStorageWriter(
                 str(writing), file_of_each(tensors, self.parallel.cluster.world_size), save_distributed=True
             )
+            if self.asynchronous:  # the tensors are in host memory; to copy ahead would wait for the training's stream
+                storage.per_thread_copy_ahead = 0
             self.together(
                 lambda: dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=self.group is None)
             )
@@ -3075,14 +3090,15 @@ class Checkpoints:
             sums = self.together(lambda: {file.name: file_sum(file) for file in writing.glob(mine)})
             files = {name: value for rank_sums in sums for name, value in rank_sums.items()}
             self.together(lambda: self.complete(writing, final, facts, files), main_only=True)
-            if not self.saved_step and patience_seconds() < math.inf:
-                self.warn_if_slow(time.perf_counter() - began)
-            self.saved_step = facts["step"]
+            seconds = time.perf_counter() - began
             size_gib = sum(file["bytes"] for file in files.values()) / GIB
             self.parallel.say(
-                f"saved     {final} ({size_gib:.2f} GiB) in {time.perf_counter() - began:.1f} s"
+                f"saved     {final} ({size_gib:.2f} GiB) in {seconds:.1f} s"
                 + (f", training held for {self.pause_seconds:.1f} s" if self.asynchronous else "")
             )
+            if seconds > 0.8 * patience_seconds() >= self.seconds:
+                self.warn_of_slow_saves(seconds)
+            self.saved_step, self.seconds = facts["step"], seconds
         except CheckpointError as failure:
             self.parallel.say(
                 f"WARNING   the checkpoint of step {facts['step']} could not be written ({failure}); the run goes on, "
@@ -3090,14 +3106,12 @@ class Checkpoints:
             )
             if self.parallel.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
-        self.seconds = time.perf_counter() - began
 
-    def warn_if_slow(self, seconds: float) -> None:
-        if seconds > 0.8 * patience_seconds():
-            self.parallel.say(
-                f"WARNING   a save takes {seconds:.0f} s, and torchrun kills its ranks {patience_seconds():.0f} s "
-                f"after a SIGTERM; with torch 2.13, TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} gives more"
-            )
+    def warn_of_slow_saves(self, seconds: float) -> None:
+        self.parallel.say(
+            f"WARNING   a save takes {seconds:.0f} s, and torchrun kills its ranks {patience_seconds():.0f} s "
+            f"after a SIGTERM; with torch 2.13, TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} gives more"
+        )
 
     def complete(self, writing: Path, final: Path, facts: dict[str, Any], files: dict[str, Any]) -> None:
         """Marks a written checkpoint complete, gives it its name, and deletes what is no longer kept. Rank 0."""
@@ -3114,8 +3128,12 @@ class Checkpoints:
         shutil.rmtree(replaced, ignore_errors=True)
         found = self.complete_ones()
         here = found.index(final)  # newer ones are damaged, or were left behind by going back to an older one
-        for other in found[:here] + found[here + self.config.keep_checkpoints :]:
-            discard(other)
+        aside = list(self.folder.glob("*" + ASIDE))
+        for other in found[:here] + found[here + self.config.keep_checkpoints :] + aside:
+            try:
+                discard(other)
+            except OSError as error:  # the new one is whole all the same
+                self.parallel.say(f"WARNING   {other} could not be deleted ({first_line(error)})")
 
     def complete_ones(self) -> list[Path]:
         """Returns the folders of complete checkpoints, newest first."""
@@ -3137,6 +3155,10 @@ class Checkpoints:
         Raises UserError where what `--resume` names cannot be resumed.
         """
         state, wanted = TrainingState.fresh(device), self.config.resume
+        if wanted != "auto":
+            self.origin = wanted if wanted == "never" else str(Path(wanted).resolve())
+            if self.together(self.newest_began_like_this, main_only=True)[0]:
+                wanted = "auto"  # this very command was stopped, or is restarted: it goes on
         if wanted == "never" and any(self.together(self.complete_ones)):
             raise UserError(
                 f"--resume never would write over the checkpoints in {self.folder}; give another --save-model-dir, or "
@@ -3146,7 +3168,7 @@ class Checkpoints:
         if wanted not in ("auto", "never"):
             self.check_path(Path(wanted))
         found = self.together(self.complete_ones, main_only=True)[0]  # rank 0's list, should a network disk lag behind
-        for folder in found if wanted == "auto" else [] if wanted == "never" else [Path(wanted)]:
+        for folder in found if wanted in ("auto", "never") else [Path(wanted)]:
             try:
                 facts = self.verify(folder)
             except CheckpointError as failure:
@@ -3159,10 +3181,28 @@ class Checkpoints:
             self.parallel.say(
                 f"resume    from {folder}, saved by {facts['world_size']} rank(s) under {facts['strategy']}"
             )
+            if wanted == "auto":
+                self.origin = facts["origin"]
+            else:
+                self.together(lambda: self.put_aside(state.step), main_only=True)
             return state
-        if found and wanted == "auto":
+        if found:  # and none is whole
             raise UserError(f"--resume auto found no whole checkpoint in {self.folder}; delete it to start anew")
         return state
+
+    def newest_began_like_this(self) -> bool:
+        """Returns whether the newest checkpoint is of an unfinished run that began with the `--resume` of now."""
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            facts = json.loads((self.complete_ones()[0] / "manifest.json").read_text())["facts"]
+            return facts["origin"] == self.origin and facts["step"] < self.total_steps
+        return False
+
+    def put_aside(self, step: int) -> None:
+        """Renames the checkpoints after `step`, which `auto` would go on from; the next save deletes them. Rank 0."""
+        for later in self.complete_ones():
+            if step_of(later) > step:
+                self.parallel.say(f"resume    {later} is put aside as {later.name}{ASIDE}; the next save deletes it")
+                later.rename(later.with_name(later.name + ASIDE))
 
     def check_path(self, checkpoint: Path) -> None:
         """Raises UserError where `--resume PATH` names nothing, or its run would take the place of another one."""
@@ -3247,9 +3287,28 @@ class Checkpoints:
             torch.cuda.set_rng_state(tensors[f"rng.cuda.{self.parallel.rank}"])
         for name in ("step", "tokens", "evaluated_step", "run_id"):
             setattr(state, name, facts[name])
+        self.seconds = facts["save_seconds"]
+        self.saved_step = state.step if folder.resolve().parent == self.folder.resolve() else 0
         state.skipped += facts["skipped"]
         state.skipped_in_a_row += facts["skipped_in_a_row"]
         state.longest_skip += facts["longest_skip"]
+
+
+def free_host_memory() -> int:
+    """Returns the bytes this process may still take: the node's, or what the job's cgroup (Slurm, a container) leaves.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html: every group above has a limit too; a file cache is given back.
+    """
+    free, root = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        group = root / own[3:].strip("/")
+        for folder in [group, *group.parents]:
+            if (folder / "memory.max").is_file() and (limit := (folder / "memory.max").read_text().strip()) != "max":
+                cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                used = int((folder / "memory.current").read_text()) - int(cached[1] if cached else 0)
+                free = min(free, max(0, int(limit) - used))
+    return free
 
 
 def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, copy: bool) -> dict[str, torch.Tensor]:
@@ -3263,7 +3322,21 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items() if isinstance(tensor, torch.Tensor)}
     tensors = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
     on_cpu = next(model.parameters()).device.type == "cpu"  # there, cpu_offload has copied nothing
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()} if copy and on_cpu else tensors
+    if copy and on_cpu:
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return with_own_storage(tensors)
+
+
+def with_own_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors, those copied that share their storage with one before: tied weights, which safetensors
+    refuses."""
+    seen, owned = set(), {}
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        place = (local.device, local.untyped_storage().data_ptr())
+        owned[name] = tensor.detach().clone() if place in seen and local.numel() else tensor
+        seen.add(place)
+    return owned
 
 
 def restore_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
@@ -3344,7 +3417,7 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, confi
 
 
 def saves_bf16(config: Config, parallel: Parallel) -> bool:
-    return config.save_dtype == "bf16" or (config.save_dtype == "auto" and parallel.plan.precision == "bf16")
+    return config.save_dtype == "bf16" or (config.save_dtype == "auto" and parallel.plan.precision != "fp32")
 
 
 def gather_weights(model: PreTrainedModel, dtype: torch.dtype, parallel: Parallel) -> dict[str, torch.Tensor]:
@@ -3525,21 +3598,34 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def hold_folder(folder: Path) -> None:
+def hold_folder(folder: Path, parallel: Parallel) -> None:
     """Takes the folder for this process until it ends; two runs would delete each other's checkpoints. Rank 0.
 
     Waits for a former run that is on its way out. Raises UserError where it stays. A POSIX record lock: it is not
     inherited by data workers, ends with the process however that ends, and holds on network disks too.
     """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    for _ in range(LOCK_WAIT_SECONDS):
+    patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.timeout.total_seconds())  # the other ranks are waiting
+    deadline, holder = time.monotonic() + patience, ""
+    while True:
         try:
-            return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+            return
         except (BlockingIOError, PermissionError):
-            time.sleep(1)
-        except OSError:  # a filesystem without locks
-            return None
-    raise UserError(f"--save-model-dir {folder} is being written to by another run; end it, or give another folder")
+            if not holder:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another run"
+                parallel.say(f"waiting   for {holder} to leave {folder}")
+        except OSError as error:
+            parallel.say(f"WARNING   {folder} cannot be locked ({first_line(error)}); let no second run write to it")
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--save-model-dir {folder} is being written to by another run, {holder}; end it, or give another "
+                f"folder; if its node is gone, delete {folder / '.lock'}"
+            )
+        time.sleep(min(1.0, patience))
 
 
 def prepare_save_folder(config: Config, parallel: Parallel) -> None:
@@ -3557,7 +3643,7 @@ def prepare_save_folder(config: Config, parallel: Parallel) -> None:
                 ) from error
             if folder.resolve() == Path(config.model_name_or_path).resolve() and not (folder / "checkpoints").exists():
                 raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
-            hold_folder(folder)
+            hold_folder(folder, parallel)
             finish_interrupted_save(folder)
             (folder / ".shared").touch()
     with agreed_by_all_ranks():
@@ -3620,9 +3706,9 @@ class RunLog:
             total=total_steps, initial=state.step, desc="training", unit="step", disable=not shows_bars(parallel)
         )
         if parallel.is_main:
-            self.metrics = continue_lines(self.folder / "metrics.jsonl", state.step).open("ab", buffering=0)
+            self.metrics = continue_lines(self.folder / "metrics.jsonl", state).open("ab", buffering=0)
             if (self.folder / "samples.jsonl").exists():
-                continue_lines(self.folder / "samples.jsonl", state.step)
+                continue_lines(self.folder / "samples.jsonl", state)
             self.unwritten = b""
             self.write_config()
         if config.report_to != "none":
@@ -3670,7 +3756,7 @@ class RunLog:
         self.bar.set_postfix(
             loss=f"{loss:.4f}", lr=f"{result.lr:.2e}", tokens_per_s=f"{line['tokens_per_second']:,.0f}"
         )
-        self.say(
+        self.parallel.say(
             f"step {state.step}/{self.total_steps}  loss {loss:.4f}  lr {result.lr:.2e}  grad norm {grad_norm:.3f}  "
             f"{line['tokens_per_second']:,.0f} tokens/s"
             + (f"  MFU {line['mfu']:.1%}" if peak else "")
@@ -3698,12 +3784,22 @@ class RunLog:
             self.first_step_ended = time.perf_counter()
             return
         self.checked = check_of_plan(self.parallel, result, time.perf_counter() - self.first_step_ended)
-        self.say(describe_check(self.checked))
+        self.parallel.say(describe_check(self.checked))
         self.write_config()
+
+    def seconds_per_step(self) -> float:
+        """Returns the seconds of a step as last reported; until then of the steps so far."""
+        so_far = (time.perf_counter() - self.interval_started) / max(1, self.interval_steps)
+        return self.step_seconds or so_far
 
     def write_config(self) -> None:
         description = run_description(self.config, self.parallel, self.checked)
-        (self.folder / "train_config.json").write_text(json.dumps(description, indent=2))
+        written = self.folder / "train_config.json.new"
+        try:
+            written.write_text(json.dumps(description, indent=2))
+            written.replace(self.folder / "train_config.json")
+        except OSError as error:  # a full disk must not end the run
+            self.parallel.say(f"WARNING   train_config.json could not be written ({first_line(error)})")
 
     def evaluation_due(self, state: TrainingState) -> bool:
         """Returns whether this step is one to evaluate at and has not been yet, the same on every rank."""
@@ -3720,16 +3816,16 @@ class RunLog:
         self.write(line)
         rouge = "".join(f"  {name} {score:.2f}" for name, score in evaluation.rouge.items())
         at = f"step {state.step}/{self.total_steps}"
-        self.say(f"{at}  eval loss {evaluation.loss:.4f}  perplexity {perplexity:.2f}{rouge}")
+        self.parallel.say(f"{at}  eval loss {evaluation.loss:.4f}  perplexity {perplexity:.2f}{rouge}")
         for sample in evaluation.samples[:SHOWN_SAMPLES]:
-            self.say(f"{at}  reference  {' '.join(sample.reference.split())}")
-            self.say(f"{at}  summary    {' '.join(sample.summary.split())}")
+            self.parallel.say(f"{at}  reference  {' '.join(sample.reference.split())}")
+            self.parallel.say(f"{at}  summary    {' '.join(sample.summary.split())}")
         self.write_samples(state.step, evaluation.samples)
         if self.parallel.is_main:
             try:
                 draw_curves(self.folder)
             except Exception as error:  # a picture must not end the run
-                self.say(f"WARNING   curves.png could not be drawn ({first_line(error)})")
+                self.parallel.say(f"WARNING   curves.png could not be drawn ({first_line(error)})")
 
     def write_samples(self, step: int, samples: list[Sample]) -> None:
         """Appends summaries to `samples.jsonl` and shows them in trackers that take text."""
@@ -3741,7 +3837,7 @@ class RunLog:
             with path.open("a") as stream:
                 stream.writelines(lines)
         except OSError as error:  # a full disk must not end the run
-            self.say(f"WARNING   {path} could not be written ({first_line(error)})")
+            self.parallel.say(f"WARNING   {path} could not be written ({first_line(error)})")
         rows = [[sample.reference, sample.summary] for sample in samples[:SHOWN_SAMPLES]]
         for tracker in self.parallel.accelerator.trackers:
             if tracker.name == "wandb":
@@ -3770,7 +3866,7 @@ class RunLog:
     def write(self, line: dict[str, Any]) -> None:
         if self.parallel.is_main:
             finite = {
-                name: None if value != value or value in (math.inf, -math.inf) else value
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in line.items()
             }
             self.unwritten += json.dumps(finite).encode() + b"\n"
@@ -3778,13 +3874,12 @@ class RunLog:
                 while self.unwritten:
                     self.unwritten = self.unwritten[self.metrics.write(self.unwritten) :]
             except OSError as error:  # a full disk must not end the run
-                self.say(f"WARNING   metrics.jsonl could not be written ({first_line(error)}); kept for the next line")
+                self.parallel.say(
+                    f"WARNING   metrics.jsonl could not be written ({first_line(error)}); kept for the next line"
+                )
         if self.config.report_to != "none":
             values = {name: value for name, value in line.items() if name != "step" and value is not None}
             self.parallel.accelerator.log(values, step=line["step"])
-
-    def say(self, line: str, always: bool = False) -> None:
-        self.parallel.say(line, always=always)
 
     def stopped(self, state: TrainingState, signal_name: str, saved: bool) -> None:
         self.bar.close()
@@ -3793,17 +3888,17 @@ class RunLog:
         else:
             outcome = "its checkpoint could NOT be saved; the same command goes on from the newest that was"
         words = f"stopped   by {signal_name or 'a signal to another rank'} after step {state.step}; {outcome}"
-        self.say(words, always=True)
+        self.parallel.say(words, always=True)
 
     def summary(self, state: TrainingState) -> None:
         self.bar.close()
         if not self.training_tokens:
             words = f"done      already at step {state.step}; the model in {self.folder} was written again"
-            return self.say(words, always=True)
+            return self.parallel.say(words, always=True)
         rate = self.training_tokens / self.training_seconds if self.training_seconds else math.nan
         eval_loss = f", eval loss {self.last_evaluation.loss:.4f}" if self.last_evaluation else ""
-        self.say(
-            f"done      {state.step} steps, {state.tokens:,} tokens in "
+        self.parallel.say(
+            f"done      {state.step} steps, {state.tokens:,} tokens, the last {self.steps_of_this_run} of them in "
             f"{timedelta(seconds=round(time.perf_counter() - self.started))} ({rate:,.0f} tokens/s in training); "
             f"loss {self.last_loss:.4f}{eval_loss}; {int(state.skipped.item())} updates skipped; model in "
             f"{self.folder}",
@@ -3811,18 +3906,19 @@ class RunLog:
         )
 
 
-def continue_lines(path: Path, step: int) -> Path:
-    """Returns `path` with the lines past `step` taken out: a resumed run writes those steps again. All or nothing.
+def continue_lines(path: Path, state: TrainingState) -> Path:
+    """Returns `path` without the lines that a run resumed at `state` writes again. All or nothing.
 
     Where a run starts anew in a folder that has lost its checkpoints, its former lines are put aside.
     """
-    if step == 0 and path.exists() and path.stat().st_size:
+    if state.step == 0 and path.exists() and path.stat().st_size:
         former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
         path.replace(next(name for name in former if not name.exists()))
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):  # a line that a kill cut short
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= (state.step if "loss" in record else state.evaluated_step):
                 kept.append(line + "\n")
     shortened = path.with_name(path.name + ".new")
     shortened.write_text("".join(kept))
@@ -3961,17 +4057,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         check_setup(model, eval_loader, parallel)
         log = RunLog(config, parallel, state, total_steps, steps_per_epoch)
-        if log.evaluation_due(state):  # the run before was stopped at it
-            log.evaluation(state, assess(model, eval_loader, config, parallel, stop))
+
+        def evaluate_if_due() -> None:
+            if log.evaluation_due(state) and not stop.agreed():
+                with log.clock_stopped():
+                    log.evaluation(state, assess(model, eval_loader, config, parallel, stop))
+
+        evaluate_if_due()  # the run before may have been stopped at it
         batches = remaining_batches(train_documents, state.step, total_steps, config, parallel)
         for batch in log.timing_the_wait(batches):
             lr = learning_rate(state.step, total_steps, config)
             result = training_step(model, optimizer, batch, lr, state, config, parallel, stop)
             if result is not None:
                 log.step(state, result)
-            if not stop.agreed() and log.evaluation_due(state):
-                with log.clock_stopped():
-                    log.evaluation(state, assess(model, eval_loader, config, parallel, stop))
+            evaluate_if_due()
             stopping = stop.agreed()  # asked once: a signal from here on is for the next step to find, and to save
             saving = stopping or state.step == total_steps or state.step % config.save_interval == 0
             stop_if_broken(state, saving)
@@ -3980,7 +4079,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     checkpoints.save(model, optimizer, state)
             if stopping:
                 break
-            stop.seconds_to_leave = log.step_seconds + checkpoints.seconds_to_save()
+            stop.seconds_to_leave = log.seconds_per_step() + checkpoints.seconds_to_save()
         checkpoints.wait()
 
         if state.step < total_steps:

@@ -79,7 +79,8 @@ def main() -> None:
                     meanwhile.append(step())
                 checkpoints.wait()
                 written[asynchronous].append(checkpoints.seconds)
-            print(f"checkpoint of {checkpoints.bytes / script.GIB:.2f} GiB, {options.saves} saves each, medians")
+            size_gib = checkpoints.checkpoint_bytes / script.GIB
+            print(f"checkpoint of {size_gib:.2f} GiB, {options.saves} saves each, medians")
             for asynchronous, kind in ((False, "synchronous"), (True, "asynchronous")):
                 pause, total = statistics.median(pauses[asynchronous]), statistics.median(written[asynchronous])
                 print(f"{kind:>12}: pause {pause:6.2f} s, written after {total:6.2f} s")

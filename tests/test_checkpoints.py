@@ -235,7 +235,7 @@ def stages(tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, Pat
 
     HSDP 2 x 2, SIGTERM in step 2 -> FSDP on 2, SIGUSR1 in step 5
       -> DDP on 2, Ctrl-C in step 7 -> FSDP on 2, SIGUSR1 to torchrun in step 8
-      -> DDP on 2, SIGKILL of torchrun in step 6 -> one process, SIGTERM in step 7 -> FSDP on 4, killed inside the
+      -> FSDP on 2, SIGKILL of torchrun in step 6 -> one process, SIGTERM in step 7 -> FSDP on 4, killed inside the
          save of step 8 -> one process
     """
     base, stages = tmp_path_factory.mktemp("stages"), {}
@@ -250,7 +250,7 @@ def stages(tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, Pat
     part("fsdp 2 again", 2, SIGUSR1_TO_TORCHRUN, ("--signals-to-handle=SIGTERM,SIGUSR1",), parallelism="fsdp")
     shutil.rmtree(folder)
     shutil.copytree(stages["fsdp 2"][1], folder)
-    part("ddp 2 orphaned", 2, SIGKILL_OF_TORCHRUN, parallelism="ddp")
+    part("fsdp 2 orphaned", 2, SIGKILL_OF_TORCHRUN, parallelism="fsdp")
     stop_after(folder, 7)
     part("fsdp 4", 4, KILL_INSIDE_A_SAVE, parallelism="fsdp")
     with (folder / "metrics.jsonl").open("a") as metrics:
@@ -274,7 +274,7 @@ def first_steps(folder: Path, steps: int, expected: Path) -> None:
         ("fsdp 2", "step-000002, saved by 4 rank(s) under hsdp", 5),
         ("ddp 2", "step-000005, saved by 2 rank(s) under fsdp", 7),
         ("fsdp 2 again", "step-000007, saved by 2 rank(s) under ddp", 8),
-        ("ddp 2 orphaned", "step-000005, saved by 2 rank(s) under fsdp", 6),
+        ("fsdp 2 orphaned", "step-000005, saved by 2 rank(s) under fsdp", 6),
         ("fsdp 4", "step-000007, saved by 1 rank(s) under none", 8),
     ],
 )
@@ -305,7 +305,7 @@ def test_sigusr1_to_torchrun_saves_where_it_was_told_to_pass_it_on(stages):
 
 
 def test_ranks_whose_torchrun_was_killed_save_and_leave(stages):
-    run, folder = stages["ddp 2 orphaned"]
+    run, folder = stages["fsdp 2 orphaned"]
     assert run.returncode == -signal.SIGKILL
     assert "stopped   by the end of its torchrun after step 6; the checkpoint is saved" in run.stdout
     assert saved(folder) == ["step-000005", "step-000006"]
@@ -448,6 +448,58 @@ def test_resume_never_beside_checkpoints_is_refused_and_deletes_nothing(stopped,
     assert tree(folder) == before
 
 
+def test_an_evaluation_made_up_for_and_then_lost_with_a_kill_is_told_once(tmp_path, uninterrupted):
+    """Stopped at step 4, which ends in an evaluation; the resumed run evaluates, and is killed before its next save."""
+
+    class Kill(BaseException):
+        pass
+
+    def kill():
+        raise Kill
+
+    stop_after(tmp_path, 4)
+    with at_steps({5: kill}), pytest.raises(Kill):
+        start(tmp_path)
+    (tmp_path / ".lock").open().close()
+    assert [line["step"] for line in read_metrics(tmp_path)[1]] == [4]
+    assert start(tmp_path) == 0
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("where", ["never", "in the same folder", "in another folder"])
+def test_the_same_command_goes_on_whatever_it_said_of_resuming(stopped, copy_of, tmp_path, uninterrupted, where):
+    """A run that began with --resume never or PATH is stopped, as before a requeue; its command is started again."""
+    folder, resume, first = tmp_path / "run", "never", 1
+    if where != "never":
+        copy = copy_of(stopped)
+        folder = copy if where == "in the same folder" else folder
+        resume, first = copy / "checkpoints" / "step-000002", 1 if folder == copy else 3
+    stop_after(folder, 4, resume=resume)
+    stop_after(folder, 6, resume=resume)
+    assert start(folder, resume=resume) == 0
+    assert [line["step"] for line in read_metrics(folder)[0]] == list(range(first, 10))
+    losses, expected = ([line["loss"] for line in read_metrics(f)[0][first - 10 :]] for f in (folder, uninterrupted))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    if where == "never":
+        assert start(folder, resume=resume) == 2, "a finished run is not written over"
+
+
+def test_a_run_that_goes_back_and_is_killed_before_its_first_save_goes_on_from_where_it_went_back_to(
+    stopped, copy_of, uninterrupted, capsys
+):
+    folder = copy_of(stopped)
+    path = folder / "checkpoints" / "step-000002"
+    with at_steps({3: lambda: (_ for _ in ()).throw(KeyboardInterrupt)}), pytest.raises(KeyboardInterrupt):
+        start(folder, resume=path)
+    (folder / ".lock").open().close()
+    assert saved(folder) == ["step-000002", "step-000004.aside", "step-000005.aside"]
+    assert "step-000005 is put aside as step-000005.aside; the next save deletes it" in capsys.readouterr().out
+    assert start(folder) == 0
+    assert f"resume    from {path}" in capsys.readouterr().out
+    assert saved(folder) == ["step-000008", "step-000009"]
+    assert_same_run(folder, uninterrupted)
+
+
 def test_resume_never_in_a_folder_without_checkpoints_starts_anew(tmp_path):
     assert start(tmp_path, resume="never", max_steps=1) == 0
     assert saved(tmp_path) == ["step-000001"]
@@ -495,13 +547,17 @@ def another_run_in(folder: Path, seconds: float) -> Iterator[subprocess.Popen]:
 
 def test_a_second_run_waits_for_the_folder_and_is_refused_where_the_first_stays(stopped, copy_of, monkeypatch, capsys):
     folder = copy_of(stopped)
+    (folder / ".lock").write_text("process 7 on node-3")
     before, began = tree(folder), time.monotonic()
     monkeypatch.setattr(train_llama2, "LOCK_WAIT_SECONDS", 2)
     with another_run_in(folder, 60):
         assert start(folder) == 2
     assert time.monotonic() - began > 2
-    said = f"error: --save-model-dir {folder} is being written to by another run; end it, or give another folder"
-    assert said in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"waiting   for process 7 on node-3 to leave {folder}" in said.out
+    assert (
+        f"error: --save-model-dir {folder} is being written to by another run, process 7 on node-3; end it" in said.err
+    )
     assert tree(folder) == before
 
 
@@ -686,9 +742,12 @@ def test_a_stop_after_five_skipped_steps_in_a_row_saves_nothing_that_would_end_e
 # ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", HEARD, ids=lambda number: number.name)
 def test_a_signal_stops_after_its_step_with_exit_0_and_a_line_how_to_go_on(tmp_path, capsys, number):
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    before = [signal.getsignal(each) for each in HEARD]
     with at_steps({1: lambda: signal_myself(number)}):
         assert start(tmp_path) == 0
     assert (
@@ -697,7 +756,18 @@ def test_a_signal_stops_after_its_step_with_exit_0_and_a_line_how_to_go_on(tmp_p
     )
     assert saved(tmp_path) == ["step-000001"]
     assert not (tmp_path / "model.safetensors").exists()
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+    assert [signal.getsignal(each) for each in HEARD] == before
+
+
+def test_under_nohup_neither_the_end_of_the_terminal_nor_that_of_the_shell_stops_the_run(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    try:
+        with at_steps({1: lambda: (signal_myself(signal.SIGHUP), monkeypatch.setattr(os, "getppid", lambda: 1))}):
+            assert start(tmp_path, max_steps=3) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
@@ -907,29 +977,52 @@ def test_a_copy_is_made_where_it_takes_so_much_of_what_the_run_leaves_free(
 
 
 @pytest.mark.parametrize(
-    ("device", "offload", "need", "words"),
+    ("device", "precision", "offload", "need", "words"),
     [
-        ("cpu", True, 16 * 329_280, "--cpu-offload yes keeps weights, gradients and moments in host memory, 5.0 GiB"),
-        ("cuda", False, 4 * 329_280, "the final model is gathered in host memory, 1.3 GiB"),
+        ("cpu", "fp32", True, 16, ["5.0 GiB for weights, gradients and moments under --cpu-offload"]),
+        ("cuda", "fp32", False, 4, ["1.3 GiB for the final model, gathered"]),
+        ("cuda", "bf16", True, 16 + 2, ["5.0 GiB for weights, gradients and moments", "0.6 GiB for the final model"]),
+        ("cuda", "bf16-states", True, 8 + 2, ["2.5 GiB for weights, gradients and moments", "0.6 GiB for the final"]),
     ],
 )
-def test_too_little_host_memory_is_refused_before_training(
-    small_checkpoints, monkeypatch, device, offload, need, words
+def test_too_little_host_memory_for_all_of_a_run_is_refused_before_training(
+    small_checkpoints, monkeypatch, device, precision, offload, need, words
 ):
-    """16 bytes a parameter are 5,268,480, and 4 are 1,317,120; of 2**20 bytes, 5.02 and 1.26."""
+    """`need` in bytes a parameter; 16 of them are 5.02 of 2**20 bytes."""
     config, parallel = (getattr(small_checkpoints(), name) for name in ("config", "parallel"))
-    parallel = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, cpu_offload=offload))
+    plan = dataclasses.replace(parallel.plan, cpu_offload=offload, precision=precision)
+    parallel = dataclasses.replace(parallel, plan=plan)
     monkeypatch.setattr(train_llama2.Parallel, "device", property(lambda self: torch.device(device)))
     monkeypatch.setattr(train_llama2, "GIB", 2**20)
-    for available in (need, need - 1):
+    available = need * PARAMETERS
+    monkeypatch.setattr(train_llama2.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    Checkpoints(config, parallel, {}, total_steps=9)
+    available -= 1
+    with pytest.raises(train_llama2.UserError, match="GiB of host memory free, and the run will take") as refusal:
+        Checkpoints(config, parallel, {}, total_steps=9)
+    assert all(part in str(refusal.value) for part in words)
+
+
+def test_host_memory_is_what_the_jobs_own_limits_leave(tmp_path, monkeypatch):
+    """A step's limit of 10 GB with 6 used, 2 of these a file cache, inside a job's of 5 GB with 1 used."""
+    limits = {"job": ("5000", "1000", "inactive_file 0"), "job/step": ("10000", "6000", "anon 1\ninactive_file 2000")}
+    for name, (limit, used, details) in {**limits, "": ("max", "9000", "inactive_file 0")}.items():
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        for file, content in (("memory.max", limit), ("memory.current", used), ("memory.stat", details)):
+            (folder / file).write_text(content + "\n")
+    (tmp_path / "own").write_text("3:memory:/old\n0::/job/step\n")
+    places = {"/sys/fs/cgroup": tmp_path, "/proc/self/cgroup": tmp_path / "own"}
+    monkeypatch.setattr(train_llama2, "Path", lambda name: places[name])
+    for available, expected in ((20_000, 4000), (3_999, 3_999)):
         monkeypatch.setattr(
             train_llama2.psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available)
         )
-        if available == need:
-            Checkpoints(config, parallel, {}, total_steps=9)
-            continue
-        with pytest.raises(train_llama2.UserError, match=f"{words}, and node .* has .* free"):
-            Checkpoints(config, parallel, {}, total_steps=9)
+        assert train_llama2.free_host_memory() == expected
+    (tmp_path / "job" / "memory.current").write_text("4500\n")
+    assert train_llama2.free_host_memory() == 500
+    (tmp_path / "own").unlink()
+    assert train_llama2.free_host_memory() == 3_999
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1030,6 +1123,55 @@ def test_every_byte_is_flushed_before_the_checkpoint_gets_its_name(tmp_path, sma
     assert len(named) == 1
     assert len(named[0]) == 3
     assert all(named[0].values()), named
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_new_one(
+    tmp_path, small_checkpoints, monkeypatch, capsys
+):
+    checkpoints = small_checkpoints(async_save="no", keep_checkpoints=1)
+    checkpoints.save(*model_of(0.5), state_at(1))
+
+    def busy(folder):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(train_llama2, "discard", busy)
+    checkpoints.save(*model_of(0.5), state_at(2))
+    said = capsys.readouterr().out
+    assert "step-000001 could not be deleted ([Errno 16] Device or resource busy)" in said
+    assert "could not be written" not in said
+    assert checkpoints.saved_step == 2
+
+
+def test_a_step_that_is_saved_is_not_saved_again(tmp_path, small_checkpoints, monkeypatch):
+    checkpoints, writes = small_checkpoints(async_save="no"), []
+    write = Checkpoints.write
+    monkeypatch.setattr(Checkpoints, "write", lambda self, *all: (writes.append(1), write(self, *all)))
+    for step in (1, 1, 2):
+        checkpoints.save(*model_of(0.5), state_at(step))
+    assert len(writes) == 2
+    checkpoints = small_checkpoints(async_save="no")
+    model, optimizer = model_of(0.0)
+    checkpoints.save(model, optimizer, checkpoints.resume(model, optimizer, torch.device("cpu")))
+    assert len(writes) == 2, "nothing was trained since"
+    assert checkpoints.seconds_to_save() > 0, "what the former process's saves took is known from the start"
+
+
+@pytest.mark.parametrize("choice", ["yes", "no"])
+def test_tied_weights_are_saved_and_come_back_tied(small_checkpoints, choice):
+    model, optimizer = model_of(0.5)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    optimizer.step()
+    checkpoints = small_checkpoints(async_save=choice)
+    checkpoints.save(model, optimizer, state_at(1))
+    checkpoints.wait()
+    assert checkpoints.saved_step == 1
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert small_checkpoints().resume(model, optimizer, torch.device("cpu")).step == 1
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.unique().tolist() == [0.5]
 
 
 def test_large_states_are_spread_over_files(tmp_path, small_checkpoints, monkeypatch):
@@ -1236,6 +1378,10 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(tmp_pat
 def test_bf16_states_go_on_with_the_same_rounding(tmp_path):
     """Stopped in step 5 and resumed with another random state: what is drawn for a step follows from its number."""
     assert start(tmp_path / "whole", precision="bf16-states") == 0
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000009"
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    assert 6 * PARAMETERS < size < 6.3 * PARAMETERS, "two bytes for each weight and each of its two moments"
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["dtype"] == "bfloat16"
     stop_after(tmp_path / "run", 5, precision="bf16-states")
     torch.manual_seed(99)
     assert start(tmp_path / "run", precision="bf16-states", max_steps=9) == 0
