@@ -18,9 +18,9 @@ instead, which pads almost as little; the padding share says what is left to gai
 the script's plan in every way.
 
 Real tokens are those of documents, end-of-sequence included, padding not; what truncation cut away does not count.
-MFU: the script's `training_flops` of the real tokens over `peak_flops`; null on a CPU. Ratios are medians over rounds
-in which every way took the same documents, so noise that lasts longer than a round cancels. CPU numbers are good for
-ratios only. Figures of one process: run it on one GPU.
+MFU: the script's `training_flops` of the real tokens over `peak_flops`; null on a CPU. In each round every way
+takes the same documents; rates and ratios are of the sums over all rounds, so a slow spell meets every way. CPU
+numbers are good for ratios only. Figures of one process: run it on one GPU.
 """
 
 from __future__ import annotations
@@ -679,40 +679,36 @@ def row_of(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     lengths = way.trained_lengths(task)
     tokens = [int(lengths[documents].sum()) for documents in cell.round_documents]
     squares = [int((lengths[documents] ** 2).sum()) for documents in cell.round_documents]
-    rates = [count / seconds for count, seconds in zip(tokens, cell.round_seconds, strict=True)]
+    seconds = sum(cell.round_seconds)
     peak = script.peak_flops(task.parallel.cluster)
     if task.parallel.plan.precision == "fp32":
         peak = None
-    flops = [script.training_flops(task.parallel.shape, *each) for each in zip(tokens, squares, strict=True)]
-    used = [each / seconds for each, seconds in zip(flops, cell.round_seconds, strict=True)]
+    flops = script.training_flops(task.parallel.shape, sum(tokens), sum(squares))
     all_documents = np.concatenate(task.batches[: cell.steps_taken])
     tokens_cut_share, summaries_cut_share = way.cut_shares(task)
     return row | dict(
         micro_batch_size=way.micro_batch(task),
         execution=way.description(task),
-        tokens_per_second=statistics.median(rates),
-        documents_per_second=statistics.median(
-            len(d) / s for d, s in zip(cell.round_documents, cell.round_seconds, strict=True)
-        ),
-        mfu=statistics.median(used) / peak if peak else None,
+        tokens_per_second=sum(tokens) / seconds,
+        documents_per_second=sum(map(len, cell.round_documents)) / seconds,
+        mfu=flops / seconds / peak if peak else None,
         peak_memory_gib=cell.peak_bytes / script.GIB if cell.peak_bytes else None,
         padding_share=1 - float(lengths[all_documents].sum()) / cell.executed_tokens,
         tokens_cut_share=tokens_cut_share,
         summaries_cut_share=summaries_cut_share,
-        step_seconds=statistics.median(cell.round_seconds) / options.round_steps,
+        step_seconds=seconds / len(cell.round_seconds) / options.round_steps,
         build_seconds=cell.build_seconds,
         first_step_seconds=cell.first_step_seconds,
         first_loss=cell.first_loss,
-        rounds_tokens_per_second=rates,
-        rounds_tokens_per_cpu_second=[
-            count / seconds for count, seconds in zip(tokens, cell.round_cpu_seconds, strict=True)
-        ],
+        rounds_tokens=tokens,
+        rounds_seconds=cell.round_seconds,
+        rounds_cpu_seconds=cell.round_cpu_seconds,
         documents_of_first_step=task.batches[0].tolist(),
     )
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds `over_tutorial` and `over_trainer`: the median over rounds of real tokens/s against theirs.
+    """Adds `over_tutorial` and `over_trainer`: real tokens/s against theirs, over the rounds that both took.
 
     `cpu_over_...`: the same per second of this process's CPU time, which a busy machine disturbs less. CPU runs only.
     """
@@ -726,11 +722,15 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
                 and all(other[name] == row[name] for name in ("model", "block_size", "batch_size"))
                 and not other["skipped"]
             ]
-            for prefix, rates in (("", "rounds_tokens_per_second"), ("cpu_", "rounds_tokens_per_cpu_second")):
+            for prefix in ("", "cpu_"):
                 row[f"{prefix}over_{base}"] = None
                 if others and not row["skipped"] and not (prefix and torch.cuda.is_available()):
-                    pairs = zip(row[rates], others[0][rates], strict=False)
-                    row[f"{prefix}over_{base}"] = statistics.median(mine / theirs for mine, theirs in pairs)
+                    rounds = min(len(row["rounds_tokens"]), len(others[0]["rounds_tokens"]))
+                    mine, theirs = (
+                        sum(each["rounds_tokens"][:rounds]) / sum(each[f"rounds_{prefix}seconds"][:rounds])
+                        for each in (row, others[0])
+                    )
+                    row[f"{prefix}over_{base}"] = mine / theirs
 
 
 def interleaves(ways: Sequence[str], task: Task) -> bool:

@@ -171,14 +171,21 @@ class Training:
         found = [path.name[5:] for path in self.folder.glob("checkpoints/step-*")]
         return max((int(step) for step in found if step.isdigit()), default=0)
 
-    def metrics(self) -> tuple[list[int], dict[str, dict[int, float]]]:
-        """Returns the steps in the order of metrics.jsonl, and by name the values of each step."""
+    def lines(self) -> list[dict]:
         path, lines = self.folder / "metrics.jsonl", []
         for text in path.read_text().splitlines() if path.exists() else []:
             try:
                 lines.append(json.loads(text))
             except ValueError:
                 break  # the last line, which a kill cut short
+        return lines
+
+    def evaluated_steps(self) -> list[int]:
+        return [line["step"] for line in self.lines() if "eval_loss" in line]
+
+    def metrics(self) -> tuple[list[int], dict[str, dict[int, float]]]:
+        """Returns the steps in the order of metrics.jsonl, and by name the values of each step."""
+        lines = self.lines()
         names = ("loss", "tokens", "eval_loss")
         values = {name: {line["step"]: line[name] for line in lines if name in line} for name in names}
         return [line["step"] for line in lines if "loss" in line], values
@@ -190,6 +197,8 @@ class Training:
         found = []
         if steps != list(range(1, len(steps) + 1)):
             found.append(f"steps {steps} are not consecutive")
+        if len(evaluated := self.evaluated_steps()) != len(set(evaluated)):
+            found.append(f"evaluations of steps {evaluated} are told twice")
         for name in values:
             for step, value in values[name].items():
                 if abs(value - expected[name].get(step, float("inf"))) > 1e-5 * abs(value):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from accelerate.state import AcceleratorState
-from conftest import read_metrics, run_script_several_times, small_run
+from conftest import TINY_LLAMA, read_metrics, run_script_several_times, small_run
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 import train_llama2
 
@@ -15,7 +19,7 @@ PARITY = {
     "block_size": 512, "max_eval_samples": 5,
 }  # fmt: skip
 # Batches of 3 documents on 4 ranks: one rank has nothing in each step and still makes every call.
-FEW = {"batch_size": 3, "max_steps": 4, "max_eval_samples": 5, "block_size": 512}
+FEW = {"batch_size": 3, "max_steps": 3, "max_eval_samples": 5, "block_size": 512}
 
 RUNS = {
     ("1", "one process"): {**PARITY, "micro_batch_size": 7},
@@ -82,20 +86,31 @@ torch.nn.Module.compile = lambda module, **options: compile_module(module, backe
 """
 
 
+def small_model(folder: Path) -> Path:
+    """Writes a Llama of two layers, which is enough for one to be recomputed, sharded and gathered beside another."""
+    torch.manual_seed(0)
+    shape = AutoConfig.from_pretrained(TINY_LLAMA)
+    shape.num_hidden_layers = 2
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_LLAMA).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[list[dict], list[dict], str]]:
     """Returns the training lines, the evaluations, and the console of each of RUNS."""
     base, consoles, before = tmp_path_factory.mktemp("runs"), {}, TELL_TIMEOUTS + WITHOUT_INDUCTOR
     folders = {key: base / f"run {number}" for number, key in enumerate(RUNS)}
+    model = small_model(base / "model")
     for processes in ("2", "4"):
         keys = [key for key in RUNS if key[0] == processes]
-        flags = [small_run(folders[key], **RUNS[key]) for key in keys]
+        flags = [small_run(folders[key], model_name_or_path=model, **RUNS[key]) for key in keys]
         for key, run in zip(keys, run_script_several_times(flags, int(processes), before), strict=True):
             assert run.returncode == 0, run.stderr
             consoles[key] = run.stdout
     for key in [key for key in RUNS if key[0] == "1"]:
         AcceleratorState._reset_state(reset_partial_state=True)
-        train_llama2.main(small_run(folders[key], **RUNS[key]))
+        train_llama2.main(small_run(folders[key], model_name_or_path=model, **RUNS[key]))
     return {key: (*read_metrics(folders[key]), consoles.get(key, "")) for key in RUNS}
 
 
