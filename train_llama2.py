@@ -113,6 +113,7 @@ GIB = 2**30
 
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
@@ -157,6 +158,11 @@ def flag(
         help=help, convert=convert, unset=unset, const=const, minimum=minimum, above=above, below=below, choices=choices
     )
     return dataclasses.field(default=default, metadata=rule)
+
+
+def usable_cores() -> int:
+    """Returns the cores this process may run on, which a Slurm job or a container may have fewer of than the node."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -260,7 +266,7 @@ class Config:
         "none", "experiment tracker", choices=("none", *sorted(str(name) for name in LOGGER_TYPE_TO_CLASS))
     )
     num_proc: int = flag(
-        max(1, min(16, (os.cpu_count() or 1) // 2)),
+        max(1, min(16, usable_cores() // 2)),
         "processes that tokenise: half the cores, at most 16",
         int,
         minimum=1,
@@ -3578,7 +3584,7 @@ def push_model(config: Config, parallel: Parallel) -> None:
         huggingface_hub.upload_folder(
             repo_id=config.push_to_hub,
             folder_path=config.save_model_dir,
-            allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "README.md", "curves.png", "*.jsonl"],
+            allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "README.md", "curves.png", *LOG_FILES],
             ignore_patterns=["*/*", ".*"],  # checkpoints, a tracker's files, locks
             delete_patterns=["model*.safetensors*"],  # of a model before this one, in other shards
         )
@@ -3706,9 +3712,10 @@ class RunLog:
             total=total_steps, initial=state.step, desc="training", unit="step", disable=not shows_bars(parallel)
         )
         if parallel.is_main:
-            self.metrics = continue_lines(self.folder / "metrics.jsonl", state).open("ab", buffering=0)
-            if (self.folder / "samples.jsonl").exists():
-                continue_lines(self.folder / "samples.jsonl", state)
+            metrics, samples = (self.folder / name for name in LOG_FILES)
+            self.metrics = continue_lines(metrics, state).open("ab", buffering=0)
+            if samples.exists():
+                continue_lines(samples, state)
             self.unwritten = b""
             self.write_config()
         if config.report_to != "none":
