@@ -889,6 +889,9 @@ TRACKED = {
 }
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="before torch 2.13 its tracker counts shards of fake tensors whole"
+)
 @pytest.mark.parametrize("name", TRACKED)
 def test_active_memory_is_within_half_a_percent_of_pytorchs_tracker(name):
     plan, tokens = TRACKED[name]
