@@ -1147,7 +1147,9 @@ def parse_cluster(text: str) -> Cluster:
 def named_gpu(name: str, text: str) -> Gpu:
     wanted = name.upper().replace(" ", "").replace("NVIDIA", "").replace("-SXM4", "").replace("-SXM", "")
     found = [key for key in GPUS if wanted in (key, key.split("-")[0])]
-    if len(found) != 1:
+    if len(found) > 1:
+        raise UserError(f"--plan {text}: {name} may be {' or '.join(found)}; give the whole name")
+    if not found:
         raise UserError(
             f"--plan {text}: {name} is not one of the GPUs known, {', '.join(GPUS)}; or give (48GB,181TFLOPS)"
         )
@@ -1203,10 +1205,23 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
         f"  step      compute {seconds['compute']:.2f} s, exposed communication "
         f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
         f"optimizer {seconds['optimizer']:.2f} s",
+        *host_line(shape, cluster, best.plan),
         f"  lever     {choice.lever}",
         f"  assumed   every document fills its block; {assumed}; reserved guess",
     ]
     return "\n".join(piece for line in lines for piece in wrapped(line))
+
+
+def host_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
+    """Returns what weights, gradients and moments take of a node's host memory under CPU offload, in GiB."""
+    return 4 * plan.state_bytes * shape.parameters / plan.dp_shard_size * cluster.ranks_per_node / GIB
+
+
+def host_line(shape: ModelShape, cluster: Cluster, plan: Plan) -> list[str]:
+    if not plan.cpu_offload:
+        return []
+    taken = host_gib(shape, cluster, plan)
+    return [f"  host      weights, gradients and moments take {taken:.1f} GiB of each node's own memory"]
 
 
 def in_words(parameters: int) -> str:
@@ -2998,8 +3013,8 @@ class Checkpoints:
         """
         plan, parameters, needs = self.parallel.plan, self.parallel.shape.parameters, {}
         if plan.cpu_offload:
-            states = 4 * plan.state_bytes * parameters / plan.dp_shard_size * self.parallel.cluster.ranks_per_node
-            needs["weights, gradients and moments under --cpu-offload"] = states
+            states_gib = host_gib(self.parallel.shape, self.parallel.cluster, plan)
+            needs["weights, gradients and moments under --cpu-offload"] = states_gib * GIB
         if self.parallel.is_main and self.parallel.device.type == "cuda":
             needs["the final model, gathered"] = parameters * self.bytes_saved_per_parameter()
         free = free_host_memory()

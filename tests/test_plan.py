@@ -232,8 +232,23 @@ def test_nonsense_is_refused_with_how_a_cluster_is_written(text):
         parse_cluster(text)
 
 
-@pytest.mark.parametrize("text", ["8xV100", "8xA100", "1x1x1xH100", "8xH100-40GB"])
-def test_an_unknown_or_ambiguous_name_lists_the_known_ones(text):
+def test_a_name_of_two_gpus_lists_them():
+    with pytest.raises(UserError, match="--plan 8xA100: A100 may be A100-40GB or A100-80GB; give the whole name"):
+        parse_cluster("8xA100")
+
+
+def test_a_plan_with_offload_tells_the_host_memory_it_takes(capsys):
+    """16 bytes for each of 13,015,864,320 parameters are 193.96 GiB, all on one node, or a half on each of two."""
+    for cluster, gib in (("2xRTX3090", "194.0"), ("2x1xRTX3090", "97.0")):
+        train_llama2.main(["--plan", cluster, "--parallelism", "fsdp", "--cpu-offload", "yes"])
+        said = capsys.readouterr().out
+        assert f"weights, gradients and moments take {gib} GiB of each node's own memory" in said
+    train_llama2.main(["--plan", "8xH100-80GB"])
+    assert "each node's own memory" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["8xV100", "1x1x1xH100", "8xH100-40GB"])
+def test_an_unknown_name_lists_the_known_ones(text):
     with pytest.raises(UserError) as refused:
         parse_cluster(text)
     assert all(name in str(refused.value) for name in GPUS)
