@@ -108,6 +108,7 @@ SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails i
 HEAD_CHUNK_TOKENS = 1024  # whose logits are held at a time
 COMPILE_SECONDS = 120.0  # what compiling the layers may take, forward and backward, for fixed and for varying lengths
 SHOWN_SAMPLES = 3  # summaries beside their references in the log, the trackers and the model card
+MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 GIB = 2**30
 
@@ -123,6 +124,10 @@ class UserError(Exception):
     def __init__(self, *problems: str):
         super().__init__("; ".join(problems))
         self.problems = problems
+
+
+class RunError(Exception):
+    """A run that cannot go on, found by every rank alike: told in one `error:` line, exit code 1, no traceback."""
 
 
 def first_line(error: BaseException) -> str:
@@ -401,10 +406,11 @@ def flag_problems(values: dict[str, Any]) -> list[str]:
 class Gpu:
     """What the plan knows of a kind of GPU.
 
-    `memory_gib` as CUDA reports it. `peak_tflops`: dense bf16, from NVIDIA's data sheet, as is `hbm_gb_per_second`.
-    `matmul_efficiency`: the share of the peak that large matmuls reach end to end. `attention_efficiency`: that of
-    flash attention, relative to matmuls. `link_gb_per_second`: bus bandwidth of collectives among the GPUs of a node.
-    `network_gbit_per_second`: usual network of a node, per GPU.
+    `memory_gib` as CUDA reports it. `peak_tflops`: dense bf16, from NVIDIA's data sheet, as are `hbm_gb_per_second` and
+    `fp32_tflops` (None: the 1/16 of the bf16 peak that an A100 has). `matmul_efficiency`: the share of the peak that
+    large matmuls reach end to end. `attention_efficiency`: that of flash attention, relative to matmuls.
+    `link_gb_per_second`: bus bandwidth of collectives among the GPUs of a node. `network_gbit_per_second`: usual
+    network of a node, per GPU.
     """
 
     memory_gib: float
@@ -414,32 +420,44 @@ class Gpu:
     attention_efficiency: float
     link_gb_per_second: float
     network_gbit_per_second: float
+    fp32_tflops: float | None = None
+
+    def flops_per_second(self, precision: str) -> float:
+        """Returns the peak of matmuls in the compute precision, without TF32, as torch's default has it."""
+        fp32_tflops = self.peak_tflops / 16 if self.fp32_tflops is None else self.fp32_tflops
+        return 1e12 * (fp32_tflops if precision == "fp32" else self.peak_tflops)
 
 
+# Data sheets: NVIDIA's for A100, H100, H200, GH200, L40S, A10 and HGX B200; AWS's for the A10G (G5); the GA102, Ada and
+# RTX Blackwell white papers for the GeForce cards. Networks: DGX A100 and H100, AWS p4d for the A100-40GB, or guesses.
 # Efficiencies of A100 and H100: model FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in the
 # benchmark table of mosaicml/llm-foundry (0.79, 0.59 of the peak with all overheads). Attention: FlashAttention-2
 # reaches 0.50 to 0.73 of an A100 and 0.35 of an H100 (Dao 2023; Shah et al. 2024). Links: nccl-tests all-gather and
 # all-reduce bus bandwidth published for 8 GPUs. H200 has the H100's chip; every other efficiency is a guess from these.
 GPUS = {
-    "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 200),
-    "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200),
-    "H100-80GB": Gpu(79.1, 989, 3350, 0.60, 0.58, 345, 400),
-    "H200-141GB": Gpu(139.8, 989, 4800, 0.60, 0.58, 345, 400),
-    "B200-180GB": Gpu(178.3, 2250, 8000, 0.60, 0.58, 690, 400),
-    "L40S-48GB": Gpu(44.4, 362, 864, 0.60, 0.75, 20, 25),
-    "A10G-24GB": Gpu(22.0, 70, 600, 0.60, 0.75, 20, 12.5),
-    "RTX3090-24GB": Gpu(23.6, 71, 936, 0.80, 0.75, 20, 12.5),
-    "RTX4090-24GB": Gpu(23.5, 165.2, 1008, 0.70, 0.75, 20, 12.5),
-    "RTX5090-32GB": Gpu(31.4, 209.5, 1792, 0.70, 0.75, 28, 12.5),
-    "H100PCIE-80GB": Gpu(79.1, 756, 2039, 0.60, 0.58, 20, 100),
-    "H100NVL-94GB": Gpu(93.0, 835, 3938, 0.60, 0.58, 20, 100),
-    "H200NVL-141GB": Gpu(139.8, 835, 4800, 0.60, 0.58, 20, 100),
-    "GH200-96GB": Gpu(94.5, 989, 4000, 0.60, 0.58, 345, 400),
-    "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5),
+    "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 50, 19.5),
+    "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200, 19.5),
+    "H100-80GB": Gpu(79.1, 989, 3350, 0.60, 0.58, 345, 400, 67),
+    "H200-141GB": Gpu(139.8, 989, 4800, 0.60, 0.58, 345, 400, 67),
+    "B200-180GB": Gpu(178.3, 2250, 8000, 0.60, 0.58, 690, 400, 75),
+    "L40S-48GB": Gpu(44.4, 362, 864, 0.60, 0.75, 20, 25, 91.6),
+    "A10G-24GB": Gpu(22.0, 70, 600, 0.60, 0.75, 20, 12.5, 35),
+    "RTX3090-24GB": Gpu(23.6, 71, 936, 0.80, 0.75, 20, 12.5, 35.6),
+    "RTX4090-24GB": Gpu(23.5, 165.2, 1008, 0.70, 0.75, 20, 12.5, 82.6),
+    "RTX5090-32GB": Gpu(31.4, 209.5, 1792, 0.70, 0.75, 28, 12.5, 104.8),
+    "H100PCIE-80GB": Gpu(79.1, 756, 2039, 0.60, 0.58, 20, 100, 51),
+    "H100NVL-94GB": Gpu(93.0, 835, 3938, 0.60, 0.58, 20, 100, 60),
+    "H200NVL-141GB": Gpu(139.8, 835, 4800, 0.60, 0.58, 20, 100, 60),
+    "GH200-96GB": Gpu(94.5, 989, 4000, 0.60, 0.58, 345, 400, 67),
+    "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5, 31.2),
 }
+# pcie4, pcie5, nvlink3 and nvlink4: nccl-tests, as above; pcie3 and nvlink5 by the ratio of the nominal rates.
 LINKS_GB_PER_SECOND = {"pcie3": 10, "pcie4": 20, "pcie5": 28, "nvlink3": 231, "nvlink4": 345, "nvlink5": 690}
-HOST_LINK_GB_PER_SECOND = 20  # one GPU's PCIe 4 x16 link to host memory, as reached
-HOST_MEMORY_GB_PER_SECOND = 20  # one rank's part of the host's memory bandwidth, for an offloaded optimizer
+# Guesses: what pinned copies reach of a PCIe 4 x16 link's 32 GB/s, one rank's share of a host's memory bandwidth for an
+# offloaded optimizer, and the memory bandwidth of a GPU that is not in the table.
+HOST_LINK_GB_PER_SECOND = 20
+HOST_MEMORY_GB_PER_SECOND = 20
+UNKNOWN_HBM_GB_PER_SECOND = 1000
 
 # Two constants fitted to four rows of the same table (MPT-13B, sequences of 1,024 and 2,048, on A100 and H100), and
 # one ratio of torchtitan's (Llama-3.1-8B on 8 H100, eager 5,762 and compiled 6,667 tokens/s).
@@ -452,16 +470,17 @@ NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68
 # slack (0.2 to 0.37 of active memory published without expandable segments, which the hook turns on).
 CONTEXT_GIB = (0.5, 1.0, 1.6)
 ALLOCATOR_SLACK = (0.0, 0.08, 0.20)
-HEADROOM = 0.95  # share of a device's memory that the expected reserved memory may take
+HEADROOM = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
-TIME_BAND = 0.05  # predicted times nearer than this are too close to call
+TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
 
 PLAN_FLAGS = (  # that the plan decides where they are left alone
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
-    "precision", "hsdp_shard_size", "parallelism",
+    "precision", "compile", "hsdp_shard_size", "parallelism",
 )  # fmt: skip
 GRADIENT_SYNCS = ("micro-batch", "step")
+CAN_REPLICATE_SHARDS = "dp_replicate_size" in inspect.signature(DistributedConfig).parameters  # transformers 5.23
 CHECKPOINTING_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # which layers are recomputed: every k-th
 
 
@@ -549,6 +568,7 @@ class Plan:
     gradient_sync: str
     precision: str
     packing: bool = False
+    compiled: bool = False
 
     @property
     def state_bytes(self) -> int:
@@ -730,9 +750,9 @@ def memory_moments(shape: ModelShape, plan: Plan, tokens: int) -> dict[str, dict
     """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens."""
     step = StepMemory(shape, plan, tokens)
     moments = sharded_moments(step) if plan.dp_shard_size > 1 else replicated_moments(step)
-    # fp32 copies of one parameter, to round it; fused AdamW has none
+    # what StochasticAdamW makes of one parameter, in fp32 and as random bits; fused AdamW makes nothing
     largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
-    rounding = 20 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
+    rounding = 32 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
     return {**moments, "optimizer": step.moment(0, rounding, 0, shape.parameters)}
 
 
@@ -751,10 +771,10 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
         ),
     }  # fmt: skip
     if plan.holds_gradients_back:
-        held = step.moment(step.layer_input + 8 * h + rotary, 0, 3 * width * layer, 0)
+        held = step.moment(step.layer_input + 4 * width * h + rotary, 0, 3 * width * layer, 0)
         moments["end of the first backward"] = held
     mlp = step.tokens * (step.whole_layer + 2 * width * f + width * h) + width * h * f
-    attention = step.tokens * 13 * width * h + width * layer
+    attention = step.tokens * (26 if width == 2 else 24) * h + width * layer
     for i in reversed(range(layers)):
         ahead = layer if i else embedding  # gathered before its turn
         reducing = 4 * layer if i < layers - 1 else 0  # the layer after it, as fp32; the head's is gone by then
@@ -804,7 +824,7 @@ def peak_of(moments: dict[str, dict[str, float]], has_gpu: bool = True) -> Memor
 
 
 def predict_seconds(
-    shape: ModelShape, cluster: Cluster, plan: Plan, tokens: float, attended: float, compiled: bool = False
+    shape: ModelShape, cluster: Cluster, plan: Plan, tokens: float, attended: float
 ) -> dict[str, float]:
     """Returns the seconds of one optimizer step by term, for micro-batches of `tokens` tokens on each rank.
 
@@ -820,7 +840,8 @@ def predict_seconds(
     recomputed = sum(map(plan.checkpoints_layer, range(shape.layers))) / shape.layers
     matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
     attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
-    rate = gpu.peak_tflops * 1e12 * gpu.matmul_efficiency * (EAGER_SPEED if cluster.has_gpu and not compiled else 1)
+    slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
+    rate = gpu.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
     ramp = HALF_EFFICIENCY_TOKENS / tokens if cluster.has_gpu else 0
     flops = matmul * (1 + ramp) + attention / gpu.attention_efficiency
     compute = steps * tokens * flops / rate
@@ -877,7 +898,7 @@ def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> 
     step_tokens = config.batch_size * block
     rate = step_tokens / seconds["total"] / cluster.world_size
     flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
-    mfu = flops / seconds["total"] / (cluster.gpu.peak_tflops * 1e12)
+    mfu = flops / seconds["total"] / cluster.gpu.flops_per_second(plan.precision)
     limit = HEADROOM * cluster.memory_gib
     fits = memory.reserved[1] <= limit
     reason = "" if fits else f"needs {memory.reserved[1]:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
@@ -895,6 +916,8 @@ def shard_sizes(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) ->
         )
     if strategy != "hsdp":
         return (1, world) if strategy == "fsdp" else (world, 1)
+    if not CAN_REPLICATE_SHARDS:
+        raise UserError("--parallelism hsdp needs transformers 5.23, and so Python 3.11; use fsdp")
     shard = hsdp_shard_size or (cluster.ranks_per_node if cluster.nodes > 1 else world // 2)
     if world < 4:
         raise UserError(
@@ -921,9 +944,11 @@ def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
 def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list[Plan]:
     """Returns every plan the flags and the cluster leave open. Raises UserError where they leave none."""
     packing = packs(shape, cluster, config)
+    compiled = config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu)
     strategies = [config.parallelism]
     if config.parallelism == "auto":
-        several = ["ddp", "fsdp"] + (["hsdp"] if cluster.nodes > 1 and cluster.ranks_per_node > 1 else [])
+        groups = cluster.nodes > 1 and cluster.ranks_per_node > 1 and CAN_REPLICATE_SHARDS
+        several = ["ddp", "fsdp", "hsdp"] if groups else ["ddp", "fsdp"]
         strategies = several if cluster.world_size > 1 else ["none"]
     if config.cpu_offload == "yes":
         if not cluster.has_gpu:
@@ -955,9 +980,8 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
             if config.reshard_after_forward == "auto" or not sharded:
                 reshards = [True, False] if sharded else [True]
             for sync, offload, reshard in itertools.product(syncs, offloads, reshards):
-                plans.append(
-                    Plan(strategy, replicas, shards, size, steps, level, reshard, offload, sync, precision, packing)
-                )
+                layout = (strategy, replicas, shards, size, steps, level, reshard, offload, sync)
+                plans.append(Plan(*layout, precision, packing, compiled))
     return plans
 
 
@@ -993,7 +1017,8 @@ def simplicity(candidate: Candidate) -> tuple:
 
 
 def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
-    """Returns the fastest candidate that fits with headroom; of those too close to call, the simplest.
+    """Returns the fastest candidate that fits with headroom; of those too close to call, the simplest whose whole band
+    of reserved memory fits.
 
     Raises UserError for flags that cannot work on the cluster, or with the model.
     """
@@ -1006,7 +1031,7 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
         )
     fastest = fitting[0].total_seconds
     contenders = [each for each in fitting if each.total_seconds <= fastest * (1 + TIME_BAND)]
-    chosen = min(contenders, key=simplicity)
+    chosen = min(contenders, key=lambda each: (each.memory.reserved[2] > cluster.memory_gib, simplicity(each)))
     reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
     if chosen is not fitting[0]:
         reason = f"too close to call with {fitting[0].plan.describe()}; the simpler of them"
@@ -1105,11 +1130,9 @@ def lever_to_fit(shape: ModelShape, cluster: Cluster, config: Config) -> str:
 
 def lever_to_speed(shape: ModelShape, cluster: Cluster, config: Config, chosen: Candidate) -> str:
     """Returns the cheapest change that would train more tokens a second, as predicted."""
-    changes = [
-        (f"--batch-size {2 * config.batch_size}", dataclasses.replace(config, batch_size=2 * config.batch_size)),
-        (f"--block-size {config.block_size // 2}", dataclasses.replace(config, block_size=config.block_size // 2)),
-    ]
-    for words, changed in freed_flags(config) + changes:
+    larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
+    changes = [*freed_flags(config), (f"--batch-size {larger.batch_size} (another curve)", larger)]
+    for words, changed in changes:
         with contextlib.suppress(UserError):
             better = best_of(shape, cluster, changed)
             gain = better.tokens_per_second_per_gpu / chosen.tokens_per_second_per_gpu - 1 if better else 0.0
@@ -1130,21 +1153,22 @@ def parse_cluster(text: str) -> Cluster:
             f"--plan {text} is no cluster; write [NODES x]GPUS x NAME, such as 8xH100-80GB or 2x8xA100-40GB,ib=200, or "
             "8x(48GB,181TFLOPS,pcie4)"
         )
-    name = match[3]
-    gpu = described_gpu(name, text) if name.startswith("(") else named_gpu(name, text)
+    name, sources = match[3], {"memory": "table", "network": "guess"}
     if name.startswith("("):
-        sources = {"memory": "given", "peak": "given", "efficiency": "guess", "node link": "table", "network": "guess"}
+        gpu, link = described_gpu(name, text)
+        sources |= {"memory": "given", "peak": "given", "efficiency": "guess", "node link": link}
     else:
-        sources = {"memory": "table", **figures_of(name.upper()), "network": "guess"}
+        key = named_gpu(name, text)
+        gpu = GPUS[key]
+        sources |= figures_of(key)
     if match[4]:
-        gpu, sources = (
-            dataclasses.replace(gpu, network_gbit_per_second=float(match[4])),
-            {**sources, "network": "given"},
-        )
+        gpu = dataclasses.replace(gpu, network_gbit_per_second=float(match[4]))
+        sources["network"] = "given"
     return Cluster(int(match[1] or 1), int(match[2]), name.strip("()"), True, gpu, sources)
 
 
-def named_gpu(name: str, text: str) -> Gpu:
+def named_gpu(name: str, text: str) -> str:
+    """Returns the key in GPUS that `name` means. Raises UserError where it means none, or several."""
     wanted = name.upper().replace(" ", "").replace("NVIDIA", "").replace("-SXM4", "").replace("-SXM", "")
     found = [key for key in GPUS if wanted in (key, key.split("-")[0])]
     if len(found) > 1:
@@ -1153,11 +1177,11 @@ def named_gpu(name: str, text: str) -> Gpu:
         raise UserError(
             f"--plan {text}: {name} is not one of the GPUs known, {', '.join(GPUS)}; or give (48GB,181TFLOPS)"
         )
-    return GPUS[found[0]]
+    return found[0]
 
 
-def described_gpu(name: str, text: str) -> Gpu:
-    """Returns the GPU that `(48GB,181TFLOPS,pcie4)` describes; memory and peak are needed."""
+def described_gpu(name: str, text: str) -> tuple[Gpu, str]:
+    """Returns the GPU that `(48GB,181TFLOPS,pcie4)` describes, and whether its link was `given` or is a `guess`."""
     values: dict[str, float] = {}
     for part in name.strip("()").replace(" ", "").lower().split(","):
         amount = re.fullmatch(r"(\d+(?:\.\d+)?)(gb/s|gb|tflops)", part)
@@ -1170,19 +1194,22 @@ def described_gpu(name: str, text: str) -> Gpu:
             raise UserError(f"--plan {text}: {part} is no memory (48GB), peak (181TFLOPS) or link ({links})")
     if not values.get("gb") or not values.get("tflops"):
         raise UserError(f"--plan {text}: a GPU without a name needs memory and peak; write (48GB,181TFLOPS,pcie4)")
-    link = values.get("gb/s", LINKS_GB_PER_SECOND["pcie4"])
-    return Gpu(values["gb"] * 1e9 / GIB, values["tflops"], 1000, 0.60, 0.75, link, 12.5)
+    link, source = (values["gb/s"], "given") if "gb/s" in values else (LINKS_GB_PER_SECOND["pcie4"], "guess")
+    memory_gib = values["gb"] * 1e9 / GIB
+    return Gpu(memory_gib, values["tflops"], UNKNOWN_HBM_GB_PER_SECOND, 0.60, 0.75, link, 12.5), source
 
 
 def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config: Config) -> str:
     """Returns the plan as a table of at most 100 columns: the chosen one, the best of each other kind, and why."""
     nodes = f"{cluster.nodes} x " if cluster.nodes > 1 else ""
+    first, device = choice.candidates[0].plan, "a GPU" if cluster.has_gpu else "a rank"
+    rows, layers = "packed" if first.packing else "padded", "compiled" if first.compiled else "eager"
     lines = [
         f"plan      {nodes}{cluster.ranks_per_node} x {cluster.device_name} of {cluster.memory_gib:.1f} GiB; "
         f"{in_words(shape.parameters)} parameters; {config.batch_size} documents a step, of up to "
         f"{config.block_size} tokens",
-        f"          {'':44}{'GiB a GPU':>17} {'step':>8} {'tokens/s':>9}",
-        f"          {'':44}{'active':>8}{'reserved':>9} {'seconds':>8} {'a GPU':>9} {'MFU':>5}",
+        f"          {f'{first.precision}, {rows}, {layers}':44}{'GiB ' + device:>17} {'step':>8} {'tokens/s':>9}",
+        f"          {'':44}{'active':>8}{'reserved':>9} {'seconds':>8} {device:>9} {'MFU':>5}",
     ]
     for candidate in best_of_each_kind(choice):
         memory, is_chosen = candidate.memory, candidate is choice.chosen
@@ -1207,7 +1234,8 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
         f"optimizer {seconds['optimizer']:.2f} s",
         *host_line(shape, cluster, best.plan),
         f"  lever     {choice.lever}",
-        f"  assumed   every document fills its block; {assumed}; reserved guess",
+        f"  assumed   every document fills its block; {assumed}; overlap fitted; reserved guess"
+        + ("; host link and memory guess" if best.plan.cpu_offload else ""),
     ]
     return "\n".join(piece for line in lines for piece in wrapped(line))
 
@@ -1351,7 +1379,7 @@ class Parallel:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is None or error_type is UserError:
+        if error_type in (None, UserError, RunError):
             if self.accelerator.num_processes > 1:
                 time.sleep(0.1)  # gloo's threads drop the last message, for which they need the GIL; the end of a DDP
                 # model, or Python's, holds it while it waits for them: a hang or an abort, rarely
@@ -1447,7 +1475,10 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
             "--rouge-samples needs the package rouge-score, which is not installed; pip install rouge-score"
         )
     if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
-        raise UserError(f"--report-to {config.report_to} needs a package that is not installed; pip install it")
+        raise UserError(
+            f"--report-to {config.report_to} needs its package, which is not installed; "
+            f"pip install {config.report_to.replace('_', '-')}"
+        )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=None if config.report_to == "none" else config.report_to,
@@ -1589,7 +1620,8 @@ def find_device(ranks_per_node: int) -> tuple[str, Gpu, dict[str, str]]:
     key = known_gpu(name, memory_gib)
     if key is None:
         peak = measure_matmul_tflops("cuda", torch.bfloat16, 8192)
-        return name, Gpu(memory_gib, peak, 1000, 0.9, 0.75, LINKS_GB_PER_SECOND["pcie4"], 12.5), sources
+        measured = Gpu(memory_gib, peak, UNKNOWN_HBM_GB_PER_SECOND, 0.9, 0.75, LINKS_GB_PER_SECOND["pcie4"], 12.5)
+        return name, measured, sources  # 0.9 of what bare matmuls reach is a guess
     gpu = dataclasses.replace(GPUS[key], memory_gib=memory_gib)
     if "PCIE" in name.upper():
         gpu = dataclasses.replace(gpu, link_gb_per_second=LINKS_GB_PER_SECOND["pcie4"])
@@ -1652,6 +1684,7 @@ def moai_plan(config: Config) -> Plan:
         cpu_offload=False,
         gradient_sync="step",
         precision="bf16" if config.precision == "auto" else config.precision,
+        compiled=config.compile == "yes",
     )
 
 
@@ -1739,7 +1772,7 @@ def read_splits(config: Config) -> datasets.DatasetDict:
         raise
     except Exception as error:
         if is_local:
-            remedy = "repair or leave out the malformed file"
+            remedy = "repair or leave out the malformed file: each needs the same columns, and at least one row"
         else:
             remedy = "check the name, --dataset-config and the network, or name local files"
         raise UserError(f"{shown} cannot be read ({first_line(error)}); {remedy}") from error
@@ -1750,6 +1783,12 @@ def read_splits(config: Config) -> datasets.DatasetDict:
     if len(splits["train"]) < (1 if "validation" in splits else 2):
         raise UserError(f"{shown} has {len(splits['train'])} training documents; that is too few to train on")
     return splits
+
+
+def data_folders(config: Config) -> list[Path]:
+    """Returns the local folders among what `--dataset-name-or-path` names."""
+    named = config.dataset_name_or_path
+    return [path for path in map(Path, [named] if isinstance(named, str) else named) if path.is_dir()]
 
 
 def looks_like_a_path(name: str) -> bool:
@@ -1773,17 +1812,25 @@ def find_data_files(paths: list[str], shown: str) -> tuple[str, dict[str, list[s
     if empty := [str(file) for file, _ in files if file.stat().st_size == 0]:
         raise UserError(f"{shown}: {empty[0]} is empty; leave it out or fill it")
     for file, _ in files:
-        if file.suffix.lower() == ".jsonl" and not starts_with_an_object(file):  # `null` there ends pyarrow's process
-            raise UserError(f"{shown}: {file} does not begin with a JSON object; give one object a line")
+        if problem := json_problem(file):
+            raise UserError(f"{shown}: {file} {problem}")
     by_split: dict[str, list[str]] = {}
     for file, name in files:
         by_split.setdefault(split_of(name), []).append(str(file))
     return formats.pop(), by_split
 
 
-def starts_with_an_object(file: Path) -> bool:
+def json_problem(file: Path) -> str:
+    """Returns what is wrong with the beginning of a JSON file, on which pyarrow would end the process (a `null`)."""
+    if DATA_FORMATS[file.suffix.lower()] != "json":
+        return ""
     with file.open("rb") as stream:
-        return stream.read(2**16).lstrip().startswith(b"{")
+        beginning = stream.read(2**16)
+    if beginning.startswith(b"\xef\xbb\xbf"):
+        return "begins with a byte-order mark; save it as UTF-8 without one"
+    if re.match(rb"\s*\{" if file.suffix.lower() == ".jsonl" else rb"\s*(\[\s*)?\{", beginning):
+        return ""
+    return "does not begin with a JSON object; give one object a line, or in .json a list of objects"
 
 
 def split_of(name: str) -> str:
@@ -1838,24 +1885,30 @@ def encode_documents(
     eos = tokenizer.eos_token_id  # from tokenizer_config.json, not part of the backend
     recipe = (split._fingerprint, tokenizer.backend_tokenizer.to_str(), eos, PROMPT_OPEN, PROMPT_CLOSE)
     settings = (config.article_column, config.summary_column, config.block_size, datasets.__version__)
-    with parallel.node_main_first():
-        rows = split.map(
-            lambda rows: encode_batch(
-                rows[config.article_column], rows[config.summary_column], tokenizer, config.block_size
-            ),
-            batched=True,
-            remove_columns=split.column_names,
-            num_proc=config.num_proc if len(split) > 1000 else None,
-            new_fingerprint=Hasher.hash((recipe, settings)),
-            features=datasets.Features(
-                input_ids=datasets.List(datasets.Value("int32")),
-                prompt_length=datasets.Value("int32"),
-                length=datasets.Value("int32"),
-                tokens_cut=datasets.Value("int32"),
-                summary_cut=datasets.Value("bool"),
-            ),
-            desc="tokenising",
-        )
+    features = datasets.Features(
+        input_ids=datasets.List(datasets.Value("int32")),
+        prompt_length=datasets.Value("int32"),
+        length=datasets.Value("int32"),
+        tokens_cut=datasets.Value("int32"),
+        summary_cut=datasets.Value("bool"),
+    )
+    with agreed_by_all_ranks(), parallel.node_main_first():
+        try:
+            rows = split.map(
+                lambda rows: encode_batch(
+                    rows[config.article_column], rows[config.summary_column], tokenizer, config.block_size
+                ),
+                batched=True,
+                remove_columns=split.column_names,
+                num_proc=config.num_proc if len(split) > MANY_DOCUMENTS else None,
+                new_fingerprint=Hasher.hash((recipe, settings)),
+                features=features,
+                desc="tokenising",
+            )
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--dataset-name-or-path {config.dataset_name_or_path} is not UTF-8 ({error}); convert it"
+            ) from error
     columns = rows.with_format("numpy")
     lengths, prompts = (np.asarray(columns[name][:], dtype=np.int64) for name in ("length", "prompt_length"))
     labels = label_counts(lengths, prompts, config.loss_on)
@@ -2233,11 +2286,12 @@ def load_model(config: Config, parallel: Parallel) -> torch.nn.Module:
     plan = parallel.plan
     distributed_config = None
     if plan.dp_shard_size > 1:
+        replicas = {"dp_replicate_size": plan.dp_replicate_size} if plan.dp_replicate_size > 1 else {}
         distributed_config = DistributedConfig(
             fsdp_size=plan.dp_shard_size,
-            dp_replicate_size=plan.dp_replicate_size,
             fsdp_cpu_offload=plan.cpu_offload,
             fsdp_mixed_precision=plan.precision != "fp32",
+            **replicas,
         )
     if config.random_init:
         parallel.say("model     RANDOM WEIGHTS from the config alone (--random-init): good for benchmarks only")
@@ -2438,23 +2492,27 @@ def loss_of_chunk(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def compile_layers(model: torch.nn.Module, config: Config, parallel: Parallel, total_steps: int) -> bool:
-    """Compiles the decoder layers in place where that pays, and returns whether it did. Every rank must call it.
+def compile_layers(model: torch.nn.Module, config: Config, parallel: Parallel, steps: int) -> bool:
+    """Compiles the decoder layers in place where the plan says so and it pays, and returns whether it did.
 
-    One graph serves all layers; it takes lengths of any size after its first recompilation. `auto` weighs the time
-    that the predicted steps would gain against COMPILE_SECONDS; should compiling fail, its layers run as they were.
+    Every rank must call it. One graph serves all layers; it takes lengths of any size after its first recompilation.
+    `auto` weighs the time that the `steps` to come are predicted to gain against COMPILE_SECONDS; should compiling fail
+    then, the layers run as they were.
     """
-    wanted = config.compile == "yes"
-    if config.compile == "auto" and parallel.choice is not None and parallel.device.type == "cuda" and has_triton():
-        seconds = parallel.choice.chosen.total_seconds * total_steps
-        wanted = seconds * (1 - EAGER_SPEED) > COMPILE_SECONDS
-    if wanted:
-        # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
-        torch._dynamo.config.suppress_errors = config.compile == "auto"  # where nobody asked for it, a warning will do
-        for layer in parallel.accelerator.unwrap_model(model).model.layers:
-            layer.compile(dynamic=True)
-    return wanted
+    if not parallel.plan.compiled:
+        return False
+    if config.compile == "auto":
+        gained_seconds = parallel.choice.chosen.seconds["compute"] * (1 / EAGER_SPEED - 1) * steps
+        if not has_triton() or gained_seconds <= COMPILE_SECONDS:
+            gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
+            parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
+            return False
+    # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
+    torch._dynamo.config.suppress_errors = config.compile == "auto"  # where nobody asked for it, a warning will do
+    for layer in parallel.accelerator.unwrap_model(model).model.layers:
+        layer.compile(dynamic=True)
+    return True
 
 
 def random_model(
@@ -2673,7 +2731,7 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
     failing goes on being skipped.
     """
     if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
-        raise RuntimeError(
+        raise RunError(
             f"loss or gradient norm was not finite in {NONFINITE_LIMIT} steps in a row, up to step {state.step}; "
             "those updates were skipped. Lower --lr, lengthen --warmup-ratio, or look at the data of these steps"
         )
@@ -2733,9 +2791,14 @@ def assess(
 ) -> Evaluation | None:
     """Returns the evaluation of the whole validation split, None where the run was asked to stop meanwhile.
 
-    Every rank must call it.
+    Every rank must call it. Raises RunError where the loss is not finite.
     """
     loss = evaluate(model, loader, parallel, stop=stop)
+    if loss is not None and not math.isfinite(loss):
+        raise RunError(
+            f"the validation loss is {loss}: the weights are broken, and are not saved; what was saved before is kept. "
+            "Go back with --resume to an earlier checkpoint and lower --lr, or lengthen --warmup-ratio"
+        )
     samples = [] if loss is None else summarise(model, loader.dataset.documents, config, parallel, stop)
     return None if loss is None or samples is None else Evaluation(loss, rouge_scores(samples), samples)
 
@@ -2753,7 +2816,7 @@ def summarise(
     module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
     module.eval()
     drawn = np.random.default_rng(config.seed).permutation(len(documents))[: config.rouge_samples]
-    mine, size = drawn[parallel.rank :: parallel.dp_size], parallel.plan.micro_batch_size
+    mine, size = drawn[parallel.rank :: parallel.dp_size], prompts_at_a_time(config, parallel)
     calls = math.ceil(math.ceil(len(drawn) / parallel.dp_size) / size)
     settings = transformers.GenerationConfig(
         max_new_tokens=config.max_summary_tokens, num_beams=config.num_beams, do_sample=False,
@@ -2779,6 +2842,22 @@ def summarise(
         everyones = [written] * parallel.accelerator.num_processes
         dist.all_gather_object(everyones, written)
     return [sample for _, sample in sorted(itertools.chain(*everyones), key=lambda pair: pair[0])][: len(drawn)]
+
+
+def prompts_at_a_time(config: Config, parallel: Parallel) -> int:
+    """Returns how many documents a rank summarises in one call: a micro-batch, or fewer where their caches need more
+    memory than weights and moments leave. The same on every rank, as the plan counts with the smallest device.
+
+    A cache holds keys and values of every layer, per token of prompt and summary and per beam.
+    """
+    shape, plan, cluster = parallel.shape, parallel.plan, parallel.cluster
+    step = StepMemory(shape, plan, tokens=1)
+    gathered = 2 * step.width * (shape.layer_parameters + shape.head_parameters)
+    room = HEADROOM * cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
+    token_bytes = 2 * shape.layers * shape.kv_width * (4 if plan.autocasts else step.width)
+    beams_reordered = 2 if config.num_beams > 1 else 1  # beam search copies the cache to reorder it
+    document_bytes = token_bytes * (config.block_size + config.max_summary_tokens) * config.num_beams * beams_reordered
+    return max(1, min(plan.micro_batch_size, int(room // document_bytes)))
 
 
 def split_prompt(ids: list[int], prompt_length: int) -> tuple[list[int], list[int]]:
@@ -2830,7 +2909,7 @@ def check_setup(model: torch.nn.Module, loader: DataLoader, parallel: Parallel) 
     """Evaluates the two batches of the longest documents before training: a broken set-up fails in the first minute."""
     loss = evaluate(model, loader, parallel, max_batches=SANITY_BATCHES)
     if not math.isfinite(loss):
-        raise RuntimeError(f"the loss is {loss} before any training; the model's weights are broken")
+        raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -3229,7 +3308,8 @@ class Checkpoints:
         """Raises UserError where `--resume PATH` names nothing, or its run would take the place of another one."""
         with agreed_by_all_ranks():
             if not checkpoint.is_dir():
-                raise UserError(f"--resume {checkpoint} does not exist; give auto, never, or a checkpoint's folder")
+                problem = "is not a folder" if checkpoint.exists() else "does not exist"
+                raise UserError(f"--resume {checkpoint} {problem}; give auto, never, or a checkpoint's folder")
             if checkpoint.resolve().parent != self.folder.resolve() and self.complete_ones():
                 raise UserError(
                     f"--resume {checkpoint} would write over the checkpoints of another run in {self.folder}; give "
@@ -3654,6 +3734,14 @@ def prepare_save_folder(config: Config, parallel: Parallel) -> None:
     folder = Path(config.save_model_dir)
     with agreed_by_all_ranks():
         if parallel.is_main:
+            for data in data_folders(config):
+                if folder.resolve().is_relative_to(data.resolve()):
+                    raise UserError(
+                        f"--save-model-dir {folder} lies in --dataset-name-or-path {data}, where what the run writes "
+                        "would be read as data; give another folder"
+                    )
+            if (folder / "checkpoints").is_file():
+                raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / ".writable").touch()
@@ -3712,16 +3800,21 @@ class RunLog:
     """Progress bar, console lines, `metrics.jsonl` and trackers. Made on every rank; rank 0 speaks and writes."""
 
     def __init__(
-        self, config: Config, parallel: Parallel, state: TrainingState, total_steps: int, steps_per_epoch: int
+        self,
+        config: Config,
+        parallel: Parallel,
+        state: TrainingState,
+        total_steps: int,
+        steps_per_epoch: int,
+        resolved: dict[str, Any],
     ):
-        self.config, self.parallel = config, parallel
+        self.config, self.parallel, self.resolved = config, parallel, resolved
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.started = self.interval_started = time.perf_counter()
-        self.interval_steps = self.interval_tokens = self.interval_squares = 0
-        self.interval_waited = 0.0
+        self.started = self.first_step_ended = time.perf_counter()
+        self.begin_interval()
         self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
         self.last_loss, self.last_evaluation = math.nan, None
-        self.steps_of_this_run, self.checked = 0, None
+        self.steps_of_this_run, self.checked, self.earlier_peak_gib = 0, None, 0.0
         self.folder = Path(config.save_model_dir)
         self.bar = tqdm(
             total=total_steps, initial=state.step, desc="training", unit="step", disable=not shows_bars(parallel)
@@ -3749,15 +3842,18 @@ class RunLog:
     def step(self, state: TrainingState, result: StepResult) -> None:
         """Counts a step; every `--log-interval` steps, and at the last one, waits for the device and reports."""
         self.bar.update()
-        self.check_plan(result)
+        self.steps_of_this_run += 1
         self.interval_steps += 1
         self.interval_tokens += result.tokens
         self.interval_squares += result.squared_lengths
+        self.check_plan(result)
         if state.step % self.config.log_interval and state.step != self.total_steps:
+            if self.steps_of_this_run == 1:
+                self.begin_interval()  # the first step allocates and compiles: it would spoil rate and time left
             return
         loss, grad_norm, skipped = torch.stack([result.loss, result.grad_norm, state.skipped]).tolist()
         seconds = time.perf_counter() - self.interval_started
-        peak = peak_flops(self.parallel.cluster) if self.parallel.plan.precision == "bf16" else None
+        peak = peak_flops(self.parallel.cluster) if self.parallel.plan.precision != "fp32" else None
         flops = training_flops(self.parallel.shape, self.interval_tokens, self.interval_squares)
         line = dict(
             step=state.step,
@@ -3770,7 +3866,7 @@ class RunLog:
             step_seconds=seconds / self.interval_steps,
             mfu=flops / seconds / self.parallel.cluster.world_size / peak if peak else None,
             data_wait_share=self.interval_waited / seconds,
-            peak_memory_gib=peak_memory_gib(self.parallel),
+            peak_memory_gib=max(self.earlier_peak_gib, peak_memory_gib(self.parallel)),
             skipped_steps=int(skipped),
         )
         self.write(line)
@@ -3788,26 +3884,35 @@ class RunLog:
         self.training_seconds += seconds
         self.training_tokens += self.interval_tokens
         self.step_seconds, self.last_loss = line["step_seconds"], loss
+        self.begin_interval()
+
+    def begin_interval(self) -> None:
         self.interval_steps = self.interval_tokens = self.interval_squares = 0
-        self.interval_waited = 0.0
-        self.interval_started = time.perf_counter()
+        self.interval_waited, self.interval_started = 0.0, time.perf_counter()
 
     def check_plan(self, result: StepResult) -> None:
         """After the second step of this run, prints and keeps predicted against measured. Waits for the device twice.
 
         The prediction is made anew for the lengths of that step's documents, as the plan's is for full blocks.
         """
-        self.steps_of_this_run += 1
         if self.steps_of_this_run > 2 or not self.parallel.is_main or self.parallel.choice is None:
             return
-        if self.parallel.device.type == "cuda":
+        on_gpu = self.parallel.device.type == "cuda"
+        if on_gpu:
             torch.cuda.synchronize()
         if self.steps_of_this_run == 1:
+            if on_gpu:  # the peaks before are of loading and evaluating
+                self.earlier_peak_gib = peak_memory_gib(self.parallel)
+                torch.cuda.reset_peak_memory_stats()
             self.first_step_ended = time.perf_counter()
             return
-        self.checked = check_of_plan(self.parallel, result, time.perf_counter() - self.first_step_ended)
+        seconds = time.perf_counter() - self.first_step_ended
+        self.checked = check_of_plan(self.parallel, result, seconds, self.resolved["compiled"])
         self.parallel.say(describe_check(self.checked))
         self.write_config()
+        if self.config.report_to != "none":
+            told = {f"plan/{name}_{kind}": value[kind] for name, value in self.checked.items() for kind in value}
+            self.parallel.accelerator.log({name: value for name, value in told.items() if isinstance(value, float)})
 
     def seconds_per_step(self) -> float:
         """Returns the seconds of a step as last reported; until then of the steps so far."""
@@ -3815,7 +3920,7 @@ class RunLog:
         return self.step_seconds or so_far
 
     def write_config(self) -> None:
-        description = run_description(self.config, self.parallel, self.checked)
+        description = run_description(self.config, self.parallel, self.resolved, self.checked)
         written = self.folder / "train_config.json.new"
         try:
             written.write_text(json.dumps(description, indent=2))
@@ -3883,7 +3988,8 @@ class RunLog:
         """Leaves the body (an evaluation, a save) out of the step time and the throughput."""
         began = time.perf_counter()
         yield
-        self.interval_started += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.interval_started, self.first_step_ended = self.interval_started + seconds, self.first_step_ended + seconds
 
     def write(self, line: dict[str, Any]) -> None:
         if self.parallel.is_main:
@@ -3902,6 +4008,12 @@ class RunLog:
         if self.config.report_to != "none":
             values = {name: value for name, value in line.items() if name != "step" and value is not None}
             self.parallel.accelerator.log(values, step=line["step"])
+
+    def sync(self) -> None:
+        """Flushes `metrics.jsonl` to disk: a checkpoint must not outlive the lines of its steps."""
+        if self.parallel.is_main:
+            with contextlib.suppress(OSError):  # a full disk was told when writing
+                os.fsync(self.metrics.fileno())
 
     def stopped(self, state: TrainingState, signal_name: str, saved: bool) -> None:
         self.bar.close()
@@ -3992,14 +4104,14 @@ def draw_curves(folder: Path) -> None:
     drawn.replace(folder / "curves.png")
 
 
-def check_of_plan(parallel: Parallel, result: StepResult, seconds: float) -> dict[str, dict[str, Any]]:
+def check_of_plan(parallel: Parallel, result: StepResult, seconds: float, compiled: bool) -> dict[str, dict[str, Any]]:
     """Returns predicted and measured for a step that took `seconds`: active and reserved GiB of this rank, seconds.
 
     `band` is what the prediction claims. On a CPU nothing counts the memory, and no time is claimed.
     """
     tokens = result.micro_batch_tokens
-    memory = predict_memory(parallel.shape, parallel.plan, max(tokens), parallel.cluster.has_gpu)
-    plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens))
+    plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens), compiled=compiled)
+    memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu)
     attended = result.squared_lengths / result.tokens
     predicted = predict_seconds(parallel.shape, parallel.cluster, plan, sum(tokens) / len(tokens), attended)["total"]
     on_gpu = parallel.device.type == "cuda"
@@ -4034,8 +4146,13 @@ def describe_check(check: dict[str, dict[str, Any]]) -> str:
     return "\n".join([f"check     predicted / measured, step 2: {', '.join(parts)}", *misses])
 
 
-def run_description(config: Config, parallel: Parallel, check: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns what `train_config.json` holds: every flag's value, the versions, the machine, the plan, its check."""
+def run_description(
+    config: Config, parallel: Parallel, resolved: dict[str, Any], check: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns what `train_config.json` holds: every flag's value, the versions, the machine, the plan, its check.
+
+    `resolved`: what became of the `auto` flags that the plan does not decide.
+    """
     packages = (torch, transformers, datasets, accelerate)
     return dict(
         flags=dataclasses.asdict(config),
@@ -4046,6 +4163,7 @@ def run_description(config: Config, parallel: Parallel, check: dict[str, Any] | 
         model=dataclasses.asdict(parallel.shape),
         plan=dataclasses.asdict(parallel.plan),
         choice=choice_json(parallel.choice, parallel.cluster) if parallel.choice is not None else None,
+        resolved=resolved,
         plan_check=check,
     )
 
@@ -4073,12 +4191,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         curve = curve_settings(config, parallel, train_documents)
         checkpoints = Checkpoints(config, parallel, curve, total_steps)
         model = load_model(config, parallel)
-        compile_layers(model, config, parallel, total_steps)
         optimizer = build_optimizer(model, config)
         state = checkpoints.resume(model, optimizer, parallel.device)
+        resolved = dict(
+            compiled=compile_layers(model, config, parallel, total_steps - state.step),
+            async_save=checkpoints.asynchronous,
+            save_dtype="bf16" if saves_bf16(config, parallel) else "fp32",
+        )
 
         check_setup(model, eval_loader, parallel)
-        log = RunLog(config, parallel, state, total_steps, steps_per_epoch)
+        log = RunLog(config, parallel, state, total_steps, steps_per_epoch, resolved)
 
         def evaluate_if_due() -> None:
             if log.evaluation_due(state) and not stop.agreed():
@@ -4098,6 +4220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop_if_broken(state, saving)
             if saving:
                 with log.clock_stopped():
+                    log.sync()
                     checkpoints.save(model, optimizer, state)
             if stopping:
                 break
@@ -4120,12 +4243,13 @@ def command_line(argv: Sequence[str] | None = None) -> int:
     """
     try:
         main(argv)
-    except UserError as error:
+    except (UserError, RunError) as error:
+        problems = error.problems if isinstance(error, UserError) else [error]
         if int(os.environ.get("RANK", 0)) == 0:
-            print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
+            print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
         else:
             time.sleep(5)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except torch.OutOfMemoryError:  # told by the hook's context, which knows the plan
         return 1
     except RuntimeError as error:

@@ -489,7 +489,7 @@ class ThisScript(Way):
         set_seed(SEED)
         with contextlib.redirect_stdout(io.StringIO()):
             self.model = script.load_model(self.config, self.parallel)
-        script.compile_layers(self.model, self.config, self.parallel, total_steps=len(task.batches))
+        script.compile_layers(self.model, self.config, self.parallel, steps=len(task.batches))
         self.optimizer = script.build_optimizer(self.model, self.config)
 
     def begin(self, task: Task) -> None:
@@ -855,7 +855,7 @@ def measure_overhead(options: argparse.Namespace, folder: Path, deadline: Deadli
     prepared = script.GlobalBatches(task.documents, task.batches, parallel)
     steps_per_epoch = math.ceil(len(task.documents) / config.batch_size)
     with script.StopSignals(parallel) as stop, contextlib.redirect_stdout(io.StringIO()):
-        log = script.RunLog(config, parallel, state, total_steps, steps_per_epoch)
+        log = script.RunLog(config, parallel, state, total_steps, steps_per_epoch, {"compiled": way.compiled})
         waited = log.timing_the_wait(iter(script.data_loader(task.documents, task.batches, parallel)))
         seconds: dict[str, list[tuple[float, float]]] = {"script": [], "bare": []}
         for index in range(total_steps):

@@ -80,19 +80,20 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int) -
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                model_config, dtype=torch.float32, attn_implementation="tracked_attention"
+                model_config, dtype=script.state_dtype(plan), attn_implementation="tracked_attention"
             )
         if sharded:
             settings = DistributedConfig(
                 fsdp_size=plan.dp_shard_size,
                 dp_replicate_size=plan.dp_replicate_size,
-                fsdp_mixed_precision=plan.precision == "bf16",
+                fsdp_mixed_precision=plan.precision != "fp32",
             )
             _, mesh = initialize_distributed_mesh(settings)
             model.config.distributed_config = settings
             model = type(model).maybe_distribute_model(model, settings, mesh)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
+            model.tie_weights()
             model.train()
             script.apply_plan(model, plan)
             script.use_token_loss(model)
@@ -117,7 +118,7 @@ def train_once(
         last = index == plan.gradient_accumulation_steps - 1
         if sharded:
             model.set_requires_gradient_sync(last or plan.gradient_sync == "micro-batch")
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bf16" and not sharded):
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocasts):
             loss = model(input_ids=row, predict_at=predict_at, targets=row.flatten()[1:], use_cache=False)
         loss.backward()
         del loss
@@ -163,6 +164,11 @@ def memory_cases(full: bool) -> Iterator[tuple[str, LlamaConfig, Plan, int, int]
     yield "70b", llama("70b", 4), replace(NONE, activation_checkpointing="none"), 2, 4096
     yield "13b", llama("13b", 5), replace(NONE, gradient_accumulation_steps=2), 4, 2048
     yield "13b", llama("13b", 5), replace(NONE, precision="fp32", activation_checkpointing="none"), 4, 2048
+    for level, steps in (("none", 1), ("full", 1), ("full", 2)):
+        plan = replace(FSDP8, precision="fp32", activation_checkpointing=level, gradient_accumulation_steps=steps)
+        yield "13b", llama("13b", 5), plan, 1, 2048
+    for plan in (NONE, FSDP8):
+        yield "13b", llama("13b", 5), replace(plan, precision="bf16-states"), 2, 2048
 
 
 def predicted_memory(shape: script.ModelShape, plan: Plan, tokens: int) -> script.Memory:
@@ -266,9 +272,10 @@ def predicted_rate(run: Published) -> float:
     cluster = Cluster(run.nodes, run.ranks_per_node, run.gpu, True, GPUS[run.gpu])
     world = run.nodes * run.ranks_per_node
     replicas, shards = (run.nodes, run.ranks_per_node) if run.strategy == "hsdp" else (1, world)
-    plan = Plan(run.strategy, replicas, shards, run.micro_batch_size, 1, run.recomputed, True, False, "step", "bf16")
+    layout = (run.strategy, replicas, shards, run.micro_batch_size, 1, run.recomputed, True, False, "step")
+    plan = Plan(*layout, "bf16", compiled=run.compiled)
     tokens = run.micro_batch_size * run.length
-    seconds = script.predict_seconds(run.shape, cluster, plan, tokens, run.length, compiled=run.compiled)
+    seconds = script.predict_seconds(run.shape, cluster, plan, tokens, run.length)
     return tokens / seconds["total"]
 
 

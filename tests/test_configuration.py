@@ -16,7 +16,7 @@ import torch
 from conftest import NEWS, TINY_LLAMA, run_script_several_times, small_run
 from safetensors.torch import load_file, save_file
 
-from train_llama2 import UserError, command_line, parse_config
+from train_llama2 import UserError, command_line, parse_config, usable_cores
 
 # The table of the contract (DESIGN.md, section 4), copied by hand. None: the run decides, or there is no limit.
 DEFAULTS = {
@@ -50,7 +50,7 @@ DEFAULTS = {
     "keep_checkpoints": 2,
     "resume": "auto",
     "report_to": "none",
-    "num_proc": max(1, min(16, os.cpu_count() // 2)),
+    "num_proc": max(1, min(16, usable_cores() // 2)),
     "random_init": False,
 }
 
@@ -322,6 +322,18 @@ STRANGE = {"text": "a b c", "title": "d"}
             {"train.jsonl": "null\n" + lines_of(PAIR, PAIR)}, ["train.jsonl does not begin", "JSON object"], id="null"
         ),
         pytest.param(
+            {"train.json": "[null, " + json.dumps(PAIR) + "]"},
+            ["train.json does not begin", "list of objects"],
+            id="[null",
+        ),
+        pytest.param({"train.json": "null"}, ["train.json does not begin", "list of objects"], id="null alone"),
+        pytest.param({"train.json": "[]"}, ["train.json does not begin"], id="no rows"),
+        pytest.param({"train.jsonl": "\ufeff" + lines_of(PAIR, PAIR)}, ["byte-order mark", "UTF-8"], id="BOM"),
+        pytest.param(
+            {"train.jsonl": lines_of(PAIR) * 2 + '{"article": "\udcff", "highlights": "d"}'}, ["UTF-8"], id="no UTF-8"
+        ),
+        pytest.param({"train.csv": "article,highlights\n"}, ["at least one row"], id="csv of a header alone"),
+        pytest.param(
             {"train.csv": "a b c,d\ne f g,h\n"}, ["--article-column article", "a b c, d"], id="csv without a header"
         ),
         pytest.param({"train.parquet": "PAR0"}, ["Parquet", "malformed"], id="malformed parquet"),
@@ -361,15 +373,42 @@ def test_unusable_data_is_told(refusal, tmp_path, files, words):
     folder = tmp_path / "documents"
     folder.mkdir()
     for name, text in files.items():
-        (folder / name).write_text(text)
+        (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     line = refusal(dataset_name_or_path=folder)
     assert [word for word in words if word not in line] == [], line
 
 
-@pytest.mark.parametrize("place", [NEWS / "train.jsonl", NEWS / "train.jsonl" / "below", Path("/proc/nowhere")])
+@pytest.mark.parametrize(
+    "place", [TINY_LLAMA / "config.json", TINY_LLAMA / "config.json" / "below", Path("/proc/nowhere")]
+)
 def test_a_save_folder_that_cannot_be_written_to_is_told(refusal, place):
     line = refusal(place)
     assert line.startswith(f"error: --save-model-dir {place} cannot be written to")
+
+
+def test_a_save_folder_whose_checkpoints_would_meet_a_file_is_told(tmp_path, capsys):
+    (tmp_path / "checkpoints").touch()
+    [line] = told(capsys, *small_run(tmp_path))
+    assert line == f"error: --save-model-dir {tmp_path}: {tmp_path / 'checkpoints'} is a file; give another folder"
+
+
+def test_a_save_folder_inside_the_data_is_refused_before_anything_is_written(tmp_path, capsys):
+    """The run's own json would be data to the next start of the same command."""
+    news = Path(shutil.copytree(NEWS, tmp_path / "news"))
+    for place in (news, news / "run"):
+        [line] = told(capsys, *small_run(place, dataset_name_or_path=news))
+        assert line.startswith(f"error: --save-model-dir {place} lies in --dataset-name-or-path {news}, where")
+    assert {path.name for path in news.iterdir()} == {path.name for path in NEWS.iterdir()}
+
+
+def test_weights_of_nan_are_told_in_one_line_before_training(tmp_path, capsys):
+    folder = Path(shutil.copytree(TINY_LLAMA, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert command_line(small_run(tmp_path / "run", model_name_or_path=folder)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the loss is nan before any training; the model's weights are broken")
 
 
 def test_a_save_folder_that_holds_the_model_to_train_from_is_refused_and_left_alone(tmp_path, capsys):
@@ -408,7 +447,7 @@ def test_two_processes_show_help_once_and_tell_each_mistake_once_also_what_only_
     mistakes = {
         "--lr -1.0 must be above 0": small_run(tmp_path, lr=-1),
         "/nowhere/news does not exist": small_run(tmp_path, dataset_name_or_path="/nowhere/news"),
-        "train.jsonl cannot be written to": small_run(NEWS / "train.jsonl"),
+        "config.json cannot be written to": small_run(TINY_LLAMA / "config.json"),
         "nodes run 1 and 2 ranks; give all the same --nproc_per_node": small_run(tmp_path, seed=7),
     }
     helped, *runs = run_script_several_times([["--help"], *mistakes.values()], processes=2, before=UNEQUAL_NODES)

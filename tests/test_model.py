@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -423,7 +424,7 @@ def test_the_loss_and_its_gradients_are_those_of_a_plain_fp32_cross_entropy(
 
 
 @pytest.mark.xfail(
-    reason="torch 2.13 sums in bf16, here 5% too little over 300 chunks: why we sum ourselves", strict=False
+    reason="torch 2.13 sums in bf16, here 5% too little over 300 chunks: why we sum ourselves", strict=True
 )
 def test_torch_sums_bf16_losses_itself():
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
@@ -623,11 +624,11 @@ def test_the_flash_kernel_is_one_graph_for_all_lengths(kv_heads):
     [
         ("yes", "cpu", False, 0.001, 1, True),
         ("no", "cuda", True, 10.0, 10_000, False),
-        # Compiled steps take 86% of the time: 885 s gain 120 s, what compiling takes at most.
-        ("auto", "cuda", True, 1.0, 850, False),
-        ("auto", "cuda", True, 1.0, 910, True),
-        ("auto", "cuda", True, 10.0, 91, True),
-        ("auto", "cuda", True, 0.1, 910, False),
+        # Eager steps take 6667/5762 of a compiled one's time: 764 of 1 s gain 120 s, what compiling takes at most.
+        ("auto", "cuda", True, 1.0, 750, False),
+        ("auto", "cuda", True, 1.0, 780, True),
+        ("auto", "cuda", True, 10.0, 78, True),
+        ("auto", "cuda", True, 0.1, 780, False),
         ("auto", "cuda", False, 10.0, 10_000, False),
         ("auto", "cpu", True, 10.0, 10_000, False),
     ],
@@ -639,10 +640,16 @@ def test_compiling_is_decided_by_what_the_predicted_steps_gain(
     compiled = []
     layers = [SimpleNamespace(compile=lambda dynamic: compiled.append(dynamic)) for _ in range(3)]
     model = SimpleNamespace(model=SimpleNamespace(layers=layers))
+    cluster = train_llama2.parse_cluster("1xH100")
+    shape = train_llama2.read_model_shape(Config(str(TINY_LLAMA)))[1]
+    plans = train_llama2.candidate_plans(
+        shape, dataclasses.replace(cluster, has_gpu=device == "cuda"), Config(compile=asked)
+    )
     parallel = SimpleNamespace(
-        choice=SimpleNamespace(chosen=SimpleNamespace(total_seconds=step_seconds)),
-        device=torch.device(device),
+        choice=SimpleNamespace(chosen=SimpleNamespace(seconds={"compute": step_seconds})),
+        plan=plans[0],
         accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped),
+        say=print,
     )
     assert train_llama2.compile_layers(model, Config(compile=asked), parallel, steps) is expected
     assert compiled == [True] * 3 * expected

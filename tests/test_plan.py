@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import check_plan
 import pytest
@@ -69,7 +70,7 @@ CANDIDATE_KEYS = {  # the contract's, then what was added to it
     "strategy", "dp_replicate_size", "dp_shard_size", "micro_batch_size", "gradient_accumulation_steps",
     "activation_checkpointing", "reshard_after_forward", "cpu_offload", "memory_gib", "step_seconds",
     "tokens_per_second_per_gpu", "mfu", "fits", "reason",
-} | {"gradient_sync", "precision", "packing"}  # fmt: skip
+} | {"gradient_sync", "precision", "packing", "compiled"}  # fmt: skip
 MEMORY_KEYS = {"active", "reserved", "terms", "peak_moment"} | {"reserved_low", "reserved_high"}
 
 
@@ -197,7 +198,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, 
     [
         ("8xH100-80GB", 1, 8, 79.1, 989, 400),
         ("8xH100", 1, 8, 79.1, 989, 400),
-        ("2x8xa100-40gb", 2, 8, 39.5, 312, 200),
+        ("2x8xa100-40gb", 2, 8, 39.5, 312, 50),
         ("2x8xH100-80GB,ib=3200", 2, 8, 79.1, 989, 3200),
         ("2 x 4 x RTX 4090, ib=12.5", 2, 4, 23.5, 165.2, 12.5),
         ("1xNVIDIA A100-SXM4-80GB", 1, 1, 79.1, 312, 200),
@@ -230,6 +231,19 @@ def test_the_link_of_a_described_gpu_is_the_one_given(word, link):
 def test_nonsense_is_refused_with_how_a_cluster_is_written(text):
     with pytest.raises(UserError, match=r"is no cluster; write .* 8xH100-80GB or 2x8xA100-40GB,ib=200"):
         parse_cluster(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "sources"),
+    [
+        ("1xNVIDIA A100-SXM4-80GB", {"memory": "table", "efficiency": "table", "node link": "table"}),
+        ("8xRTX4090", {"memory": "table", "peak": "table", "efficiency": "guess", "node link": "guess"}),
+        ("8x(48GB,181TFLOPS)", {"memory": "given", "peak": "given", "node link": "guess"}),
+        ("8x(48GB,181TFLOPS,pcie4),ib=100", {"node link": "given", "efficiency": "guess", "network": "given"}),
+    ],
+)
+def test_every_figure_says_where_it_is_from(text, sources):
+    assert sources.items() <= parse_cluster(text).sources.items()
 
 
 def test_a_name_of_two_gpus_lists_them():
@@ -471,7 +485,7 @@ def test_whatever_the_cluster_the_choice_keeps_its_rules_and_the_table_100_colum
             if choice.chosen is not None:
                 chosen = choice.chosen
                 assert chosen is choice.candidates[0] and chosen.fits
-                assert chosen.total_seconds <= 1.05 * min(fitting)
+                assert chosen.total_seconds <= 1.07 * min(fitting)
                 if chosen.total_seconds > min(fitting):
                     assert chosen.reason.startswith("too close to call with ")
                 else:
@@ -496,22 +510,41 @@ def weigh(monkeypatch: pytest.MonkeyPatch, table: dict[str, tuple[float, bool]],
     return choose_plan(LLAMA_7B, parse_cluster(cluster), Config(batch_size=64, gradient_sync="micro-batch", **flags))
 
 
+def test_of_plans_too_close_to_call_one_whose_whole_band_fits_is_preferred():
+    """13B in bf16 states on one H200: larger micro-batches are as fast, but might reserve more than the card has."""
+    cluster = parse_cluster("1xH200")
+    choice = choose_plan(LLAMA_13B, cluster, Config(precision="bf16-states"))
+    close = [
+        each for each in choice.candidates if each.fits and each.total_seconds <= 1.07 * choice.chosen.total_seconds
+    ]
+    assert any(each.memory.reserved[2] > cluster.memory_gib for each in close)
+    assert choice.chosen.memory.reserved[2] <= cluster.memory_gib
+
+
+def test_fp32_on_a_gpu_is_timed_at_its_fp32_peak():
+    """H100: 67 TFLOP/s of fp32 beside 989 of bf16."""
+    cluster, plan = parse_cluster("8xH100"), plan_of("fsdp", 1, 8)
+    fp32 = dataclasses.replace(plan, precision="fp32")
+    slow, fast = (train_llama2.predict_seconds(LLAMA_13B, cluster, each, 4096, 2048) for each in (fp32, plan))
+    assert slow["compute"] / fast["compute"] == pytest.approx(989 / 67)
+
+
 def test_the_fastest_that_fits_is_chosen_and_a_simpler_one_inside_the_band(monkeypatch):
     choice = weigh(monkeypatch, {"ddp": (1.0, False), "fsdp": (2.0, True)})
     assert (choice.chosen.plan.strategy, choice.chosen.reason) == ("fsdp", "the fastest that fits")
-    choice = weigh(monkeypatch, {"ddp": (1.06, True), "fsdp": (1.0, True)})
+    choice = weigh(monkeypatch, {"ddp": (1.08, True), "fsdp": (1.0, True)})
     assert (choice.chosen.plan.strategy, choice.chosen.reason) == ("fsdp", "the fastest that fits")
-    assert choice.candidates[1].reason == "6% slower"
-    choice = weigh(monkeypatch, {"ddp": (1.04, True), "fsdp": (1.0, True)})
+    assert choice.candidates[1].reason == "8% slower"
+    choice = weigh(monkeypatch, {"ddp": (1.06, True), "fsdp": (1.0, True)})
     assert choice.chosen.plan.strategy == "ddp"
     assert choice.chosen.reason.startswith("too close to call with fsdp, micro-batch 8 x 1")
     assert choice.chosen.reason.endswith("the simpler of them")
     assert choice.candidates[1].reason == "too close to call, and less simple"
-    # 8% behind the fastest is not close, although it is only 4% behind the chosen one and simpler than it
-    choice = weigh(monkeypatch, {"ddp": (1.08, True), "fsdp": (1.04, True), "hsdp": (1.0, True)}, "2x4xH100-80GB")
+    # 12% behind the fastest is not close, although it is only 6% behind the chosen one and simpler than it
+    choice = weigh(monkeypatch, {"ddp": (1.12, True), "fsdp": (1.06, True), "hsdp": (1.0, True)}, "2x4xH100-80GB")
     assert choice.chosen.plan.strategy == "fsdp"
     assert {each.plan.strategy: each.reason for each in choice.candidates[1:]} == {
-        "hsdp": "too close to call, and less simple", "ddp": "4% slower",
+        "hsdp": "too close to call, and less simple", "ddp": "6% slower",
     }  # fmt: skip
 
 
@@ -831,6 +864,43 @@ def test_a_miss_is_said_plainly_and_what_is_inside_its_band_is_not():
     assert "WARNING" not in train_llama2.describe_check(check)
 
 
+def checked_step(parallel: SimpleNamespace, micro_batch_tokens: list[int], compiled: bool) -> dict:
+    result = SimpleNamespace(
+        micro_batch_tokens=micro_batch_tokens,
+        squared_lengths=2048 * sum(micro_batch_tokens),
+        tokens=sum(micro_batch_tokens),
+    )
+    return train_llama2.check_of_plan(parallel, result, 1.0, compiled)
+
+
+def test_the_check_predicts_the_step_that_was_taken_not_the_one_that_was_planned():
+    """Two micro-batches planned; the packed rows of this step needed one, and its layers were not compiled."""
+    plan = plan_of("fsdp", 1, 8, gradient_accumulation_steps=2, packing=True, compiled=True)
+    cluster = parse_cluster("8xH100")
+    parallel = SimpleNamespace(shape=LLAMA_13B, plan=plan, cluster=cluster, device=torch.device("cpu"))
+    once = checked_step(parallel, [16_384], compiled=False)
+    alone = dataclasses.replace(plan, gradient_accumulation_steps=1, compiled=False)
+    assert once["active_gib"]["predicted"] == train_llama2.predict_memory(LLAMA_13B, alone, 16_384).active
+    seconds = train_llama2.predict_seconds(LLAMA_13B, cluster, alone, 16_384, 2048)
+    assert once["step_seconds"]["predicted"] == pytest.approx(seconds["total"])
+    assert checked_step(parallel, [16_384] * 2, True)["active_gib"]["predicted"] > once["active_gib"]["predicted"] + 4
+    compiled = checked_step(parallel, [16_384], compiled=True)
+    assert compiled["step_seconds"]["predicted"] < 0.9 * once["step_seconds"]["predicted"]
+
+
+def test_an_evaluation_is_not_counted_into_the_step_that_is_checked(tmp_path, monkeypatch):
+    """Each of them is made to take 2 s; a step of the tiny model takes a small part of a second."""
+    assess = train_llama2.assess
+
+    def slow_assess(*arguments):
+        time.sleep(2)
+        return assess(*arguments)
+
+    monkeypatch.setattr(train_llama2, "assess", slow_assess)
+    train_llama2.main(small_run(tmp_path, max_steps=2, eval_interval=1, max_eval_samples=2))
+    assert written(tmp_path)["plan_check"]["step_seconds"]["measured"] < 2
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Out of memory all the same
 # ----------------------------------------------------------------------------------------------------------------
@@ -901,6 +971,8 @@ TRACKED = {
     "hsdp": (plan_of("hsdp", 2, 4), 2048),
     "none": (plan_of("none", activation_checkpointing="none"), 4096),
     "none, recompute all": (plan_of("none", gradient_accumulation_steps=2, gradient_sync="step"), 4096),
+    "fsdp, fp32": (plan_of("fsdp", 1, 8, **ONCE, precision="fp32"), 2048),
+    "none, bf16-states": (plan_of("none", precision="bf16-states"), 4096),
 }
 
 

@@ -184,7 +184,7 @@ def test_all_ranks_skip_together_where_only_one_of_them_sees_a_nan(tmp_path, sto
 
 
 def test_a_run_that_diverges_stops_with_the_reason(tmp_path, stories):
-    with pytest.raises(RuntimeError, match=r"not finite in 5 steps in a row.*Lower --lr"):
+    with pytest.raises(train_llama2.RunError, match=r"not finite in 5 steps in a row.*Lower --lr"):
         run_main(tmp_path, stories, lr=1e15, num_train_epochs=12)
     assert not (tmp_path / "config.json").exists(), "a broken model was saved"
 
@@ -193,9 +193,16 @@ def test_a_run_that_diverges_stops_with_the_reason(tmp_path, stories):
 def test_five_bad_steps_in_a_row_end_the_run_wherever_they_lie(tmp_path, stories, monkeypatch, steps, bad):
     poison(monkeypatch, lambda step: step in bad)
     flags = {**CONSTANT, "num_train_epochs": steps, "max_train_samples": 1, "batch_size": 1}
-    with pytest.raises(RuntimeError, match="not finite in 5 steps in a row"):
+    with pytest.raises(train_llama2.RunError, match="not finite in 5 steps in a row"):
         run_main(tmp_path, stories, **flags)
     assert not (tmp_path / "config.json").exists(), "a broken model was saved"
+
+
+def test_a_run_that_diverges_in_its_last_step_saves_no_model(tmp_path, stories):
+    """The loss of the only step is finite; its update is not."""
+    with pytest.raises(train_llama2.RunError, match=r"the validation loss is (nan|inf): the weights are broken"):
+        run_main(tmp_path, stories, lr=1e300, max_steps=1)
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "checkpoints").exists()
 
 
 def test_bad_steps_that_never_come_five_in_a_row_do_not_end_the_run(tmp_path, stories, monkeypatch):
