@@ -530,6 +530,7 @@ class ModelShape:
     kv_width: int
     vocabulary: int
     positions: int
+    head_width: int = 128
     attends_fully: bool = True  # every layer to the whole document before it: no sliding windows
 
     @property
@@ -656,6 +657,7 @@ def model_shape(model_config: transformers.PretrainedConfig) -> ModelShape:
         kv_width=(getattr(text_config, "num_key_value_heads", None) or heads) * head_width,
         vocabulary=text_config.vocab_size,
         positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
+        head_width=head_width,
         attends_fully=attends_fully(model_config),
     )
 
@@ -738,6 +740,8 @@ class StepMemory:
             return state * (parameters if plan.strategy == "ddp" or accumulates else finished)  # DDP: its buckets
         if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
             return 4 * (parameters - finished) + state * finished / plan.dp_shard_size
+        if plan.strategy == "hsdp" and accumulates:  # FSDP2 keeps them on the device for the all-reduce, in fp32
+            return 4 * parameters / plan.dp_shard_size
         return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
 
     def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
@@ -753,6 +757,8 @@ def memory_moments(shape: ModelShape, plan: Plan, tokens: int) -> dict[str, dict
     # what StochasticAdamW makes of one parameter, in fp32 and as random bits; fused AdamW makes nothing
     largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
     rounding = 32 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
+    if plan.cpu_offload:  # transformers loads every shard through the device
+        moments["loading"] = dict(weights=plan.state_bytes * shape.parameters / plan.dp_shard_size)
     return {**moments, "optimizer": step.moment(0, rounding, 0, shape.parameters)}
 
 
@@ -932,12 +938,19 @@ def shard_sizes(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) ->
 
 
 def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
-    """Returns whether rows are packed. Raises UserError for a --packing yes that would let documents see others."""
+    """Returns whether rows are packed. Raises UserError for a --packing yes that would let documents see others.
+
+    torch's variable-length kernel takes heads of up to 256 elements, in eights (flash_api.cpp); SDPA alone pads them.
+    """
     if config.packing == "yes" and not shape.attends_fully:
         raise UserError("--packing yes needs a model whose layers all attend fully, without sliding windows; use no")
-    flash = cluster.has_gpu and cluster.has_flash_attention and config.precision != "fp32"
+    head_fits = shape.head_width % 8 == 0 and shape.head_width <= 256
+    flash = cluster.has_gpu and cluster.has_flash_attention and config.precision != "fp32" and head_fits
     if config.packing == "yes" and cluster.has_gpu and not flash:
-        raise UserError("--packing yes needs flash attention: an Ampere GPU or newer, and not --precision fp32; use no")
+        raise UserError(
+            "--packing yes needs flash attention: an Ampere GPU or newer, heads of up to 256 elements in eights, and "
+            "not --precision fp32; use no"
+        )
     return config.packing == "yes" or (config.packing == "auto" and flash and shape.attends_fully)
 
 
@@ -1049,6 +1062,7 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, active: float, block_size: int) -> str:
     """Returns the flags of the fastest plan that is predicted to take at most nine tenths of `active` GiB.
+    Where there is none, those of the plan that takes least.
 
     They fix all of that plan, or the room that one of them makes would go to another.
     """
@@ -1059,9 +1073,11 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, activ
         weighed = [predict(shape, cluster, each, config) for each in candidate_plans(shape, cluster, config)]
         smaller = [each for each in weighed if each.memory.active <= 0.9 * active]
         if smaller:
-            weighed = smaller
             break
-    chosen = min(weighed, key=lambda each: (each.total_seconds, simplicity(each))).plan
+    if smaller:
+        chosen = min(smaller, key=lambda each: (each.total_seconds, simplicity(each))).plan
+    else:
+        chosen = min(weighed, key=lambda each: each.memory.active).plan
     return flags_of(chosen) + (f" --block-size {block} --resume-anyway" if block < block_size else "")
 
 
@@ -1241,8 +1257,17 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
 
 
 def host_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
-    """Returns what weights, gradients and moments take of a node's host memory under CPU offload, in GiB."""
-    return 4 * plan.state_bytes * shape.parameters / plan.dp_shard_size * cluster.ranks_per_node / GIB
+    """Returns what weights, gradients and moments take of a node's host memory under CPU offload, in GiB.
+
+    Weights and gradients lie in pinned memory, of which torch takes a power of two for each tensor
+    (CachingHostAllocator.h).
+    """
+    h, f, k, v = shape.hidden, shape.intermediate, shape.kv_width, shape.vocabulary
+    matrices = shape.layers * [h * h, h * h, h * k, h * k, h * f, h * f, h * f] + [v * h]
+    matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
+    pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
+    moments = 2 * plan.state_bytes * shape.parameters / plan.dp_shard_size
+    return (2 * pinned + moments) * cluster.ranks_per_node / GIB
 
 
 def host_line(shape: ModelShape, cluster: Cluster, plan: Plan) -> list[str]:
@@ -1431,12 +1456,17 @@ class Parallel:
     def node_main_first(self) -> Iterator[None]:
         """Runs the body on each node's first process, then on the others, which find its files and caches made."""
         if not self.accelerator.is_local_main_process:
-            self.accelerator.wait_for_everyone()
+            self.wait_for_everyone()
         try:
             yield
         finally:
             if self.accelerator.is_local_main_process:
-                self.accelerator.wait_for_everyone()
+                self.wait_for_everyone()
+
+    def wait_for_everyone(self) -> None:
+        """A barrier in host memory. Accelerate's would be NCCL's, which keeps the GPU busy while others tokenise."""
+        if self.accelerator.num_processes > 1:
+            dist.barrier()  # without device_ids, torch takes gloo of a group that has both
 
     @contextlib.contextmanager
     def gradient_sync(self, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
@@ -1476,7 +1506,7 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
         )
     if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
         raise UserError(
-            f"--report-to {config.report_to} needs its package, which is not installed; "
+            f"--report-to {config.report_to} needs a package that is not installed; "
             f"pip install {config.report_to.replace('_', '-')}"
         )
     accelerator = Accelerator(
@@ -2353,7 +2383,7 @@ def pretrained_model(
             )
             if report["missing_keys"]:  # transformers would train on with these at random
                 raise OSError(f"they lack {', '.join(sorted(report['missing_keys'])[:3])}")
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
             raise
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(
@@ -2472,7 +2502,8 @@ def summed_token_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=HEAD_CHUNK_TOKENS,
             chunking_method=None,
-            acc_policy="balanced",  # the weight's gradient summed over chunks in fp32, on GPU and CPU alike
+            # "balanced" would run the weight's gradient as an fp32 matmul on CUDA: 4 to 6% of a step of 13B
+            acc_policy="compact" if device == "cuda" else "balanced",
             acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
         )
         with torch.autocast(device, enabled=False):
@@ -2535,12 +2566,17 @@ def random_model(
 
 
 def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
-    """Moves the shards to host memory, where FSDP2's offload policy wants them; buffers stay with the compute."""
+    """Moves the shards to host memory, where FSDP2's offload policy wants them; buffers stay with the compute.
+
+    There the optimizer computes, for which torchrun leaves each rank one thread.
+    """
     buffers = {name: buffer for name, buffer in model.named_buffers()}
     model.to("cpu")
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer)
+    torch.cuda.empty_cache()  # of what the shards were loaded through
+    torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -3172,8 +3208,7 @@ class Checkpoints:
 
     def write(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], began: float) -> None:
         """Writes one checkpoint. A failure (a full disk, say) is told aloud; the old ones stay and the run goes on."""
-        if self.parallel.device.type == "cuda":
-            torch.cuda.set_device(self.parallel.device)  # of this thread, which would begin on GPU 0
+        begin_thread_on(self.parallel.device)
         final = self.folder / f"step-{facts['step']:06d}"
         writing = final.with_name(final.name + WRITING)
         try:
@@ -3395,6 +3430,12 @@ class Checkpoints:
         state.longest_skip += facts["longest_skip"]
 
 
+def begin_thread_on(device: torch.device) -> None:
+    """Makes `device` the current one of this thread, which begins on GPU 0, the plain "cuda" of a lone process."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def free_host_memory() -> int:
     """Returns the bytes this process may still take: the node's, or what the job's cgroup (Slurm, a container) leaves.
 
@@ -3514,7 +3555,7 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, confi
         (folder / STAGING).rename(folder / STAGED)
         sync_to_disk(folder)
         finish_interrupted_save(folder)
-    parallel.accelerator.wait_for_everyone()
+    parallel.wait_for_everyone()
 
 
 def saves_bf16(config: Config, parallel: Parallel) -> bool:
@@ -4124,10 +4165,16 @@ def check_of_plan(parallel: Parallel, result: StepResult, seconds: float, compil
             band=[memory.active * (1 - ACTIVE_BAND), memory.active * (1 + ACTIVE_BAND)],
         ),
         reserved_gib=dict(
-            predicted=expected, measured=torch.cuda.max_memory_reserved() / GIB if on_gpu else None, band=[low, high]
+            predicted=expected, measured=device_memory_in_use_gib() if on_gpu else None, band=[low, high]
         ),
         step_seconds=dict(predicted=predicted, measured=seconds, band=time_band),
     )
+
+
+def device_memory_in_use_gib() -> float:
+    """Returns what nvidia-smi shows: CUDA's context and NCCL's buffers, which torch does not count, included."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / GIB
 
 
 def describe_check(check: dict[str, dict[str, Any]]) -> str:
@@ -4268,7 +4315,8 @@ def command_line(argv: Sequence[str] | None = None) -> int:
 def lost_contact(error: RuntimeError) -> bool:
     """Returns whether another rank is out of reach. NCCL and the store have errors of their own, gloo has words."""
     words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    out_of_memory = "out of memory" in str(error)  # NCCL's own buffers
+    return not out_of_memory and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
 
 
 if __name__ == "__main__":

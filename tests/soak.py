@@ -351,18 +351,27 @@ def soak_restarts(work: Path, options: argparse.Namespace, reference: Training, 
     while tried < options.restarts:
         training, problems, kills = Training(work, options, options.agents, options.max_restarts), [], 0
         training.launch()
-        starts = 0
+        starts, saved = 0, []
         while kills < options.max_restarts and tried + kills < options.restarts and training.wait_for_steps(starts):
             time.sleep(dice.uniform(0, min(2, 0.3 * options.steps_seconds(reference))))
             starts = training.log().count("plan      ")
+            saved.append(training.checkpoint())
             kill(training, KINDS[0], dice)
             kills += 1
             step = len(training.metrics()[0])
-            print(f"restart {tried + kills}: killed at step {step}, saved {training.checkpoint()}", flush=True)
+            print(f"restart {tried + kills}: killed at step {step}, saved {saved[-1]}", flush=True)
         in_time = training.wait()
         training.sweep()
         if not in_time or any(agent.returncode for agent in training.agents):
             problems.append(f"the run {'failed' if in_time else 'hung'}: {training.log()[-1500:]}")
+        begun_at = [
+            int(step) for step in re.findall(r"^resume    from .*step-(\d+), saved", training.log(), re.MULTILINE)
+        ]
+        wanted = [step for step in saved if step]  # a kill before the first save leaves nothing to go on from
+        if len(begun_at) < len(wanted) or any(
+            step < least for step, least in zip(begun_at[::-1], wanted[::-1], strict=False)
+        ):
+            problems.append(f"attempts went on from steps {begun_at}, though {wanted} were saved before the kills")
         problems += training.final_problems(reference)
         print(f"training ended after {kills} restarts: {'; '.join(problems) or 'clean'}", flush=True)
         tried, clean = tried + max(1, kills), clean + (0 if problems else kills)

@@ -336,6 +336,15 @@ def test_a_kill_inside_a_save_leaves_a_half_written_folder_that_the_next_start_r
     assert saved(stages["end"][1]) == ["step-000008", "step-000009"]
 
 
+@pytest.mark.parametrize(("device", "made"), [("cpu", []), ("cpu:0", []), ("cuda", []), ("cuda:3", ["cuda:3"])])
+def test_the_writing_thread_uses_the_gpu_of_its_rank_and_a_lone_process_the_first(monkeypatch, device, made):
+    """torch refuses to make a "cuda" without a number the current one, which is what a lone process has."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    train_llama2.begin_thread_on(torch.device(device))
+    assert current == made
+
+
 def test_each_of_two_sharded_ranks_writes_half_of_the_bytes(stages):
     files = list((stages["fsdp 2"][1] / "checkpoints" / "step-000004").glob("*.safetensors"))
     by_rank = {rank: sum(f.stat().st_size for f in files if f.name.startswith(f"shard-0000{rank}-")) for rank in (1, 2)}

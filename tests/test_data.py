@@ -19,6 +19,7 @@ import torch
 from conftest import NEWS, TINY_LLAMA, run_script, small_run
 from transformers import AutoTokenizer
 
+import train_llama2
 from train_llama2 import (
     Config,
     GlobalBatches,
@@ -465,6 +466,19 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert np.concatenate(training_batches(34, 0, Config(batch_size=5))).tolist() == first
     different = [first, order(1), order(2), order(0, seed=43), order(1, seed=41), list(range(34))]
     assert len({tuple(each) for each in different}) == 6
+
+
+def test_a_run_resumed_in_mid_epoch_reads_what_is_left_and_nothing_else(monkeypatch):
+    """34 documents by 8 are 5 steps an epoch; from step 6 to 12 of 13: 4 of the second epoch and 3 of the third."""
+    read = []
+    monkeypatch.setattr(
+        train_llama2, "data_loader", lambda documents, batches, parallel: read.append(batches) or batches
+    )
+    config = Config(batch_size=8)
+    yielded = list(train_llama2.remaining_batches(range(34), 6, 13, config, parallel=None))
+    expected = training_batches(34, 1, config)[1:] + training_batches(34, 2, config)[:3]
+    assert [batch.tolist() for batch in yielded] == [batch.tolist() for batch in expected]
+    assert sum(map(len, read)) == len(expected) == 7
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -159,3 +161,27 @@ def test_another_script_trains_another_causal_lm_with_tied_embeddings_on_two_sha
         assert trained(input_ids=documents, labels=documents).loss.item() == pytest.approx(
             plain(input_ids=documents, labels=documents).loss.item(), rel=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shards", "sync", "reduced", "all_reduced"),
+    [
+        ("ddp", 1, "step", [], []),
+        ("fsdp", 4, "micro-batch", [True, True, True], [False, False, True]),
+        ("fsdp", 4, "step", [False, False, True], [False, False, True]),
+        ("hsdp", 2, "micro-batch", [True, True, True], [False, False, True]),
+    ],
+)
+def test_gradients_travel_no_more_often_than_the_plan_says(strategy, shards, sync, reduced, all_reduced):
+    """Three micro-batches. The all-reduce is HSDP's across replicas; FSDP has none, so what it is told is moot."""
+    calls: dict[str, list] = {"reduce": [], "all-reduce": [], "no_sync": []}
+    accelerator = SimpleNamespace(no_sync=lambda model: contextlib.nullcontext(calls["no_sync"].append(True)))
+    plan = train_llama2.Plan(strategy, 4 // shards, shards, 1, 3, "none", True, False, sync, "fp32")
+    parallel = train_llama2.Parallel(accelerator, None, None, plan, None, 64, timedelta(minutes=1))
+    model = SimpleNamespace(
+        set_requires_gradient_sync=calls["reduce"].append, set_requires_all_reduce=calls["all-reduce"].append
+    )
+    for index in range(3):
+        with parallel.gradient_sync(model, is_last=index == 2):
+            pass
+    assert calls == {"reduce": reduced, "all-reduce": all_reduced, "no_sync": [True] * 2 * (strategy == "ddp")}

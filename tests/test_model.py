@@ -35,7 +35,7 @@ from train_llama2 import (
 
 # Two sharded ranks load model after model; rank 0 writes what both found.
 WORKER = """
-import json, sys
+import json, sys, threading, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -46,6 +46,12 @@ tiny, big, report = sys.argv[1:]
 def memory_mib(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+
+peaks, loaded = [], threading.Event()
+
+def watch_memory():
+    while not loaded.wait(0.001):
+        peaks.append(memory_mib("RssAnon"))
 
 def settings(folder=tiny, **flags):
     return Config(model_name_or_path=folder, block_size=64, parallelism="fsdp", **flags)
@@ -60,8 +66,13 @@ with enable_advanced_parallelization(settings()) as parallel:
     facts["held"] = sum(local(p).numel() for p in model.parameters())
     facts["names"] = [type(p).__name__ for p in model.parameters()]
     before = memory_mib("RssAnon")
+    watching = threading.Thread(target=watch_memory)
+    watching.start()
     big_model = load_model(settings(big), parallel)
+    loaded.set()
+    watching.join()
     facts["added_mib"] = memory_mib("RssAnon") - before
+    facts["peak_mib"], facts["watched"] = max(peaks) - before, len(peaks)
     random = load_model(settings(random_init=True), parallel)
     facts["random_held"] = sum(local(p).numel() for p in random.parameters())
     facts["random_std"] = [p.full_tensor().std().item() for p in random.parameters() if p.ndim > 1]
@@ -157,6 +168,9 @@ def test_loading_on_two_ranks_takes_about_half_the_memory_of_the_whole_each(two_
     assert alone == pytest.approx(whole_mib, rel=0.2), "the measurement itself is off"
     for facts in two_ranks[0]:
         assert facts["added_mib"] < 0.65 * whole_mib
+        assert facts["watched"] > 20 and facts["peak_mib"] < 0.8 * whole_mib, (
+            "a rank held more than its share meanwhile"
+        )
 
 
 def test_random_init_makes_a_fresh_model_in_one_process_and_says_so(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -189,6 +190,11 @@ def test_two_nodes_of_two_ranks_train_as_one_process_through_a_cut_cable_and_a_s
         assert in_time, network.logs()
         assert steps_so_far(tmp_path) < STEPS
         assert all("Timed out waiting 15000ms" in network.log(node) for node in agents), network.logs()
+        for node in agents:  # in a line of the script's own, and none of its tracebacks
+            assert re.search(r"error: rank \d has lost the others .*--dist-timeout-minutes", network.log(node)), (
+                network.logs()
+            )
+            assert 'train_llama2.py", line' not in network.log(node), network.logs()
         assert [encoded_and_reused(network, node) for node in agents] == [(2, 2), (2, 2)], network.logs()
 
     with network.training(tmp_path) as agents:
