@@ -2,7 +2,7 @@
 
     python tests/benchmark.py --model small --block-size 2048 --data my_data/ \\
            --tokenizer my_tokenizer/ --json ways.json        # the ways against each other
-    python tests/benchmark.py --sweep --json sweep.json                        # Llama-2-7B and -13B on one large GPU
+    python tests/benchmark.py --sweep --json sweep.json      # Llama-2-7B and -13B on one large GPU, overhead, profile
     python tests/benchmark.py --sweep --model tiny --block-size 128 --batch-size 4   # the same code on a laptop
     python tests/benchmark.py --overhead                                       # against a bare loop, same math
     python tests/benchmark.py --profile profile.txt                            # top operations of one packed step
@@ -30,6 +30,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import itertools
 import json
 import math
 import os
@@ -46,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+NEWS = ROOT / "tests" / "data" / "news"
 sys.path.insert(0, str(ROOT))
 
 # Read at the first CUDA allocation; the same for every way.
@@ -74,6 +76,7 @@ SWEPT_WAYS = ("packed", "tutorial", "trainer", "padded", "compiled")  # most tel
 SWEPT_MODELS, SWEPT_BLOCKS, SWEPT_MICRO_BATCHES = ("13b", "7b"), (2048, 1024, 4096), (1, 4, 16)
 SEED, LEARNING_RATE = 42, 1e-5
 BUILD_SECONDS_PER_BILLION = 1.5  # guess of what making random weights on a GPU takes, for the time budget
+CLOSING_SHARE = 0.2  # of a sweep's time budget, kept for overhead and profile
 TIME_MARGIN = 1.5  # a cell starts only where the budget holds its predicted time this often
 
 
@@ -783,6 +786,52 @@ def sweep(options: argparse.Namespace, folder: Path, deadline: Deadline) -> list
     return rows
 
 
+def close_sweep(options: argparse.Namespace, folder: Path, deadline: Deadline) -> dict[str, Any]:
+    """Returns the overhead and the profile of the smallest model swept, where there is time left for them."""
+    smallest = min(options.models, key=lambda name: script.model_shape(LlamaConfig(**SHAPES[name])).parameters)
+    chosen = {"models": [smallest], "block_sizes": options.block_sizes[:1], "ways": ["packed"], "steps": 6}
+    closing, found = argparse.Namespace(**{**vars(options), **chosen}), {}
+    needed = 4 * BUILD_SECONDS_PER_BILLION * script.model_shape(LlamaConfig(**SHAPES[smallest])).parameters / 1e9
+    for name, measure, words in (
+        ("overhead", lambda: measure_overhead(closing, folder, deadline), overhead_words),
+        ("profile", lambda: write_profile(closing, folder), str),
+    ):
+        if needed < deadline.seconds_left():
+            found[name] = measure()
+            say(f"\n{words(found[name])}")
+            release_memory()
+        else:
+            say(f"{name:<10}skipped: no time left in --budget-seconds, needs about {needed:.0f} s")
+    return found
+
+
+def news_like(folder: Path, options: argparse.Namespace) -> Path:
+    """Writes stories as long as CNN/DailyMail's, of the words of the shipped ones, and returns their folder.
+
+    Llama-2 tokens of a real document: 1,099 on average, half of them over about 1,000, which a log-normal distribution
+    of that median and mean has.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    stories = [json.loads(line) for line in (NEWS / "train.jsonl").read_text().splitlines()]
+    words = " ".join(story["article"] for story in stories).split()
+    tokens_per_word = len(tokenizer(" ".join(words))["input_ids"]) / len(words)
+    draw = np.random.default_rng(SEED)
+    lengths = draw.lognormal(math.log(1000), math.sqrt(2 * math.log(1099 / 1000)), 4 * options.batch_size * 4)
+    folder.mkdir()
+    for split, own in (("train", lengths), ("validation", lengths[:2])):
+        with (folder / f"{split}.jsonl").open("w") as stream:
+            for length in own:
+                summary = stories[int(draw.integers(len(stories)))]["highlights"]
+                start, count = int(draw.integers(len(words))), round(length / tokens_per_word)
+                article = " ".join(itertools.islice(itertools.cycle(words), start, start + max(20, count - 50)))
+                stream.write(json.dumps({"article": article, "highlights": summary}) + "\n")
+    say(
+        f"data      made up: {len(lengths)} documents of about {lengths.mean():,.0f} tokens, "
+        f"median {np.median(lengths):,.0f}"
+    )
+    return folder
+
+
 def is_swept(task: Task, way_name: str, options: argparse.Namespace) -> bool:
     """Returns whether a way takes part in a task: those that a user chooses between on every block, others on one."""
     if task.part == "micro-batch":
@@ -1066,8 +1115,11 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="measured steps of each way; default 6, with --sweep 2")
     add("--round-steps", type=int, default=1, help="steps a way takes before the next one has its turn")
     add("--warmup", type=int, help="steps before, not measured; default 2, with --sweep 1")
-    add("--data", help="folder as the script takes it; default tests/data/news, with --sweep real lengths if at hand")
-    add("--tokenizer", help="folder of the tokenizer; default tests/data/tiny_llama, with --sweep as --data")
+    add(
+        "--data",
+        help="folder as the script takes it; default tests/data/news, with --sweep the lengths of CNN/DailyMail",
+    )
+    add("--tokenizer", help="folder of the tokenizer; default tests/data/tiny_llama")
     add("--ways", nargs="+", choices=WAYS)
     add("--compile", action="store_true", help="measure `compiled` too")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32", "bf16-states"))
@@ -1087,7 +1139,6 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.sweep and not torch.cuda.is_available() and not options.compile:
         default_ways.remove("compiled")
     options.ways = options.ways or default_ways
-    options.data = options.data or str(ROOT / "tests" / "data" / "news")
     default_tokenizer = ROOT / "tests" / "data" / "tiny_llama"
     options.tokenizer = options.tokenizer or str(default_tokenizer)
     options.steps = max(1, options.steps // options.round_steps) * options.round_steps
@@ -1115,6 +1166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = dict(machine=machine, options=vars(options), rows=[], overhead=None, profile=None)
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         folder = Path(name)
+        options.data = options.data or str(news_like(folder / "stories", options) if options.sweep else NEWS)
         if options.overhead:
             report["overhead"] = measure_overhead(options, folder, deadline)
             say(overhead_words(report["overhead"]))
@@ -1123,9 +1175,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             Path(options.profile).write_text(report["profile"])
             say(report["profile"])
         else:
-            report["rows"] = (sweep if options.sweep else compare_ways)(options, folder, deadline)
+            closing = CLOSING_SHARE * options.budget_seconds if options.sweep else 0.0
+            rows_deadline = Deadline(deadline.seconds_left() - closing)
+            report["rows"] = (sweep if options.sweep else compare_ways)(options, folder, rows_deadline)
             add_ratios(report["rows"])
             print_tables(report["rows"])
+            if options.sweep:
+                report |= close_sweep(options, folder, deadline)
     report["seconds"] = time.perf_counter() - began
     say(f"\ntook      {report['seconds']:.0f} s")
     if options.json:

@@ -50,3 +50,14 @@ def test_the_sweep_says_what_it_leaves_out():
     rows = benchmark.main([*words, "--batch-size", "4", "--budget-seconds", "0.001"])["rows"]
     assert {row["part"] for row in rows} == {"ways", "micro-batch"}
     assert all("no time left" in row["skipped"] for row in rows)
+
+
+def test_the_sweep_measures_every_cell_then_overhead_and_profile_on_documents_as_long_as_the_real_ones(capsys):
+    words = ["--sweep", "--model", "tiny", "--block-size", "2048", "--ways", "packed", "tutorial", "--batch-size", "2"]
+    report = benchmark.main([*words, "--steps", "1", "--budget-seconds", "120"])
+    measured = {(row["part"], row["way"]) for row in report["rows"] if not row["skipped"]}
+    assert measured == {("ways", "packed"), ("ways", "tutorial"), ("micro-batch", "packed")}
+    tutorial = next(row for row in report["rows"] if row["way"] == "tutorial")
+    assert 0.25 < tutorial["padding_share"] < 0.65, "of 2,048 tokens, documents of about 1,100 leave 47%"
+    assert report["overhead"]["pairs"] == 6 and "Self CPU" in report["profile"]
+    assert "documents of about 1," in capsys.readouterr().out
