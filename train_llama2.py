@@ -30,6 +30,7 @@ Shapes: B documents in a micro-batch, T tokens of its longest document, V vocabu
 from __future__ import annotations
 
 import argparse
+import bisect
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -72,7 +73,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets.fingerprint import Hasher
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -80,6 +81,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -107,9 +109,11 @@ HELD_OUT_SHARE = 0.05  # of the training split, where the data has no validation
 SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
 HEAD_CHUNK_TOKENS = 1024  # whose logits are held at a time
 COMPILE_SECONDS = 120.0  # what compiling the layers may take, forward and backward, for fixed and for varying lengths
+LARGEST_INTEGER = 2**31  # no flag means anything beyond
 SHOWN_SAMPLES = 3  # summaries beside their references in the log, the trackers and the model card
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
+CHECKPOINTING_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # the layers recomputed in backward
 GIB = 2**30
 
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -159,6 +163,7 @@ def flag(
     `unset` is the word for the default None: what --help shows, and what may be given to mean it. `const` is meant
     where the flag is given without a value.
     """
+    below = below or (LARGEST_INTEGER if convert is int else None)
     rule = dict(
         help=help, convert=convert, unset=unset, const=const, minimum=minimum, above=above, below=below, choices=choices
     )
@@ -220,7 +225,7 @@ class Config:
     activation_checkpointing: str = flag(
         "auto",
         "recompute the activations of no layer, every k-th or all of them in the backward pass",
-        choices=("auto", "none", "every-4", "every-3", "every-2", "full"),
+        choices=("auto", *CHECKPOINTING_LEVELS),
     )
     cpu_offload: str = flag(
         "auto", "FSDP and HSDP: keep weights and optimizer in host memory", choices=("auto", "yes", "no")
@@ -281,9 +286,14 @@ class Config:
     )
     random_init: bool = flag(False, "random weights from the model's config alone: for benchmarks", bool)
 
+    @property
+    def dataset_paths(self) -> list[str]:
+        named = self.dataset_name_or_path
+        return [named] if isinstance(named, str) else list(named)
 
-LARGEST_SETTING = 2**31  # no setting means anything beyond, and arithmetic on it stays exact
-MISSING = "(nothing)"  # stands for the value of a flag that was given none
+
+FLAGS = {field.name: field for field in dataclasses.fields(Config)}
+MISSING = "(nothing)"  # the value of a flag that was given without one
 
 
 def flag_name(field_name: str) -> str:
@@ -306,7 +316,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         description="Fully fine-tune a causal LM on summarisation, in parallel by one line.", allow_abbrev=False
     )
-    for field in dataclasses.fields(Config):
+    for field in FLAGS.values():
         rule = field.metadata
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(field)}
         if rule["convert"] is bool:
@@ -324,7 +334,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def shown_default(field: dataclasses.Field) -> Any:
-    return {"None": field.metadata["unset"], "False": "off"}.get(str(field.default), field.default)
+    if field.default is None:
+        return field.metadata["unset"]
+    return "off" if field.default is False else field.default
 
 
 def help_text(field: dataclasses.Field) -> str:
@@ -336,11 +348,11 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     parser = build_parser()
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
     given, unknown = parser.parse_known_args(argv)
-    known = [flag_name(field.name) for field in dataclasses.fields(Config)]
+    known = list(map(flag_name, FLAGS))
     problems = [unknown_flag(word, known) for word in unknown if word.startswith("-") or word is unknown[0]]
     values = {}
     for name, raw in vars(given).items():
-        field = Config.__dataclass_fields__[name]
+        field = FLAGS[name]
         if raw is MISSING:
             problems.append(f"{flag_name(name)} needs a value; leave it out for the default, {shown_default(field)}")
             continue
@@ -374,22 +386,21 @@ def flag_problems(values: dict[str, Any]) -> list[str]:
     """Returns one sentence for each value that breaks its rule: flag, value, rule, remedy."""
     problems = []
     for name, value in values.items():
-        field, rule = Config.__dataclass_fields__[name], Config.__dataclass_fields__[name].metadata
-        shown = f"{flag_name(name)} {value}"
-        if value == "" or value == ():
-            problems.append(f"{flag_name(name)} is empty; leave it out for the default, {shown_default(field)}")
+        if value is None:
+            continue
+        rule, shown, default = FLAGS[name].metadata, f"{flag_name(name)} {value}", shown_default(FLAGS[name])
+        if value == "":
+            problems.append(f"{flag_name(name)} is empty; leave it out for the default, {default}")
         elif rule["choices"] and value not in rule["choices"]:
             problems.append(f"{shown} is not one of {', '.join(rule['choices'])}")
         elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{shown} must be a finite number; the default is {shown_default(field)}")
-        elif value is None:
-            continue
+            problems.append(f"{shown} must be a finite number; the default is {default}")
         elif rule["minimum"] is not None and value < rule["minimum"]:
-            problems.append(f"{shown} must be at least {rule['minimum']}; the default is {shown_default(field)}")
+            problems.append(f"{shown} must be at least {rule['minimum']}; the default is {default}")
         elif rule["above"] is not None and not value > rule["above"]:
-            problems.append(f"{shown} must be above {rule['above']}; the default is {shown_default(field)}")
-        elif (below := rule["below"] or (LARGEST_SETTING if type(value) is int else None)) and value >= below:
-            problems.append(f"{shown} must be below {below:g}; the default is {shown_default(field)}")
+            problems.append(f"{shown} must be above {rule['above']}; the default is {default}")
+        elif rule["below"] is not None and value >= rule["below"]:
+            problems.append(f"{shown} must be below {rule['below']:g}; the default is {default}")
     if values.get("hsdp_shard_size") and values.get("parallelism") != "hsdp":
         problems.append(f"--hsdp-shard-size {values['hsdp_shard_size']} needs --parallelism hsdp; add it")
     return problems
@@ -479,9 +490,7 @@ PLAN_FLAGS = (  # that the plan decides where they are left alone
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism",
 )  # fmt: skip
-GRADIENT_SYNCS = ("micro-batch", "step")
 CAN_REPLICATE_SHARDS = "dp_replicate_size" in inspect.signature(DistributedConfig).parameters  # transformers 5.23
-CHECKPOINTING_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # which layers are recomputed: every k-th
 
 
 @dataclass(frozen=True)
@@ -592,11 +601,10 @@ class Plan:
     def describe(self) -> str:
         """Returns the plan in a few words, as the table shows it."""
         shards = f" {self.dp_replicate_size}x{self.dp_shard_size}" if self.strategy == "hsdp" else ""
+        level = self.activation_checkpointing
         parts = [
             f"{self.strategy}{shards}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
-            {"none": "", "full": "recompute all"}.get(
-                self.activation_checkpointing, f"recompute {self.activation_checkpointing}"
-            ),
+            {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
             "reduce once" if self.dp_shard_size > 1 and self.holds_gradients_back else "",
             "offload" if self.cpu_offload else "",
@@ -840,9 +848,8 @@ def predict_seconds(
     (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
     twice that (Patarasu and Yuan 2009).
     """
-    gpu, steps, shards, replicas = (
-        cluster.gpu, plan.gradient_accumulation_steps, plan.dp_shard_size, plan.dp_replicate_size
-    )  # fmt: skip
+    gpu, steps = cluster.gpu, plan.gradient_accumulation_steps
+    shards, replicas = plan.dp_shard_size, plan.dp_replicate_size
     recomputed = sum(map(plan.checkpoints_layer, range(shape.layers))) / shape.layers
     matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
     attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
@@ -859,7 +866,7 @@ def predict_seconds(
     gather_reduce = share * (steps * gathers * compute_bytes + 4 * reductions) * shape.parameters / bus
     across_nodes = plan.strategy == "hsdp" and cluster.nodes > 1
     replica_bus = cluster.network_gb_per_second * 1e9 if across_nodes else cluster.bus_gb_per_second(replicas) * 1e9
-    reduced_bytes = 4 if plan.dp_shard_size > 1 else plan.state_bytes
+    reduced_bytes = 4 if shards > 1 else plan.state_bytes
     all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * shape.parameters / shards / replica_bus
     shard_bytes = plan.state_bytes * shape.parameters / shards
     host_link = steps * shard_bytes * (gathers + 1) / (HOST_LINK_GB_PER_SECOND * 1e9) if plan.cpu_offload else 0.0
@@ -983,9 +990,12 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         sharded = shards > 1
         for size, level in itertools.product(sizes, levels):
             steps = math.ceil(share / size)
-            syncs = ["step"] if not sharded or steps == 1 else ["micro-batch"] if strategy == "hsdp" else GRADIENT_SYNCS
             if config.gradient_sync != "auto":
                 syncs = [config.gradient_sync]
+            elif not sharded or steps == 1:
+                syncs = ["step"]
+            else:
+                syncs = ["micro-batch"] if strategy == "hsdp" else ["micro-batch", "step"]
             offloads = [config.cpu_offload == "yes"]
             if config.cpu_offload == "auto" and sharded and cluster.has_gpu:
                 offloads = [False, True]
@@ -1029,6 +1039,11 @@ def simplicity(candidate: Candidate) -> tuple:
     )
 
 
+def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate]:
+    """Returns every plan that the flags and the cluster leave open, with its predictions."""
+    return [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
+
+
 def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
     """Returns the fastest candidate that fits with headroom; of those too close to call, the simplest whose whole band
     of reserved memory fits.
@@ -1036,28 +1051,24 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
     Raises UserError for flags that cannot work on the cluster, or with the model.
     """
     check_block(shape, config)
-    weighed = [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
+    weighed = weigh(shape, cluster, config)
     fitting = sorted((each for each in weighed if each.fits), key=lambda each: each.total_seconds)
+    too_large = sorted((each for each in weighed if not each.fits), key=lambda each: each.memory.reserved[1])
     if not fitting:
-        return Choice(
-            None, sorted(weighed, key=lambda each: each.memory.reserved[1]), lever_to_fit(shape, cluster, config)
-        )
-    fastest = fitting[0].total_seconds
-    contenders = [each for each in fitting if each.total_seconds <= fastest * (1 + TIME_BAND)]
+        return Choice(None, too_large, lever_to_fit(shape, cluster, config))
+    fastest = fitting[0]
+    contenders = [each for each in fitting if each.total_seconds <= fastest.total_seconds * (1 + TIME_BAND)]
     chosen = min(contenders, key=lambda each: (each.memory.reserved[2] > cluster.memory_gib, simplicity(each)))
     reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
-    if chosen is not fitting[0]:
-        reason = f"too close to call with {fitting[0].plan.describe()}; the simpler of them"
-    chosen = dataclasses.replace(chosen, reason=reason)
-    others = []
-    for each in weighed:
-        if each.plan != chosen.plan:
+    if chosen is not fastest:
+        reason = f"too close to call with {fastest.plan.describe()}; the simpler of them"
+    candidates = [dataclasses.replace(chosen, reason=reason)]
+    for rank, each in enumerate(fitting):
+        if each is not chosen:
             slower = each.total_seconds / chosen.total_seconds - 1
-            close = each.total_seconds <= fastest * (1 + TIME_BAND)
-            words = "too close to call, and less simple" if close else f"{slower:.0%} slower"
-            others.append(dataclasses.replace(each, reason=each.reason or words))
-    others.sort(key=lambda each: (not each.fits, each.total_seconds if each.fits else each.memory.reserved[1]))
-    return Choice(chosen, [chosen, *others], lever_to_speed(shape, cluster, config, chosen))
+            words = "too close to call, and less simple" if rank < len(contenders) else f"{slower:.0%} slower"
+            candidates.append(dataclasses.replace(each, reason=words))
+    return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
 
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, active: float, block_size: int) -> str:
@@ -1070,7 +1081,7 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, activ
     fixed = dict(batch_size=documents, precision=plan.precision, packing="yes" if plan.packing else "no")
     for block in (block_size, block_size // 2, block_size // 4, block_size // 8):
         config = Config(block_size=block, **fixed)
-        weighed = [predict(shape, cluster, each, config) for each in candidate_plans(shape, cluster, config)]
+        weighed = weigh(shape, cluster, config)
         smaller = [each for each in weighed if each.memory.active <= 0.9 * active]
         if smaller:
             break
@@ -1094,16 +1105,18 @@ def flags_of(plan: Plan) -> str:
 
 
 def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | None:
-    """Returns the fastest candidate that fits, if there is one."""
-    weighed = [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
-    return min((each for each in weighed if each.fits), key=lambda each: each.total_seconds, default=None)
+    """Returns the fastest candidate that fits; None where none does, or where the flags rule each other out."""
+    with contextlib.suppress(UserError):
+        fitting = (each for each in weigh(shape, cluster, config) if each.fits)
+        return min(fitting, key=lambda each: each.total_seconds, default=None)
+    return None
 
 
 def freed_flags(config: Config) -> list[tuple[str, Config]]:
     """Returns the configurations in which one of the flags that restrict the plan is left to it, and how to say so."""
     freed = []
     for name in PLAN_FLAGS:
-        default, words = Config.__dataclass_fields__[name].default, f"{flag_name(name)} auto"
+        default, words = FLAGS[name].default, f"{flag_name(name)} auto"
         if getattr(config, name) != default:
             changes = {name: default}
             if name == "parallelism" and config.hsdp_shard_size:
@@ -1117,28 +1130,24 @@ def lever_to_fit(shape: ModelShape, cluster: Cluster, config: Config) -> str:
 
     Where none does alone, all flags that restrict the plan are left to it together.
     """
-    changes: list[tuple[str, Config, Cluster]] = []
-    changes += [(words, changed, cluster) for words, changed in freed_flags(config)]
-    if cluster.has_gpu and config.precision in ("auto", "bf16"):
-        trade = "--precision bf16-states (a trade: no fp32 weights)"
-        changes.append((trade, dataclasses.replace(config, precision="bf16-states"), cluster))
-    blocks = [block for block in (4096, 2048, 1024, 512, 256) if block < config.block_size]
-    changes += [(f"--block-size {block}", dataclasses.replace(config, block_size=block), cluster) for block in blocks]
+    freed = freed_flags(config)
+    helping = [words for words, changed in freed if best_of(shape, cluster, changed)]
+    changed = dataclasses.replace(config, precision="bf16-states")
+    if cluster.has_gpu and config.precision in ("auto", "bf16") and best_of(shape, cluster, changed):
+        helping.append("--precision bf16-states (a trade: no fp32 weights)")
+    for block in (4096, 2048, 1024, 512, 256):
+        if block < config.block_size and best_of(shape, cluster, dataclasses.replace(config, block_size=block)):
+            helping.append(f"--block-size {block}")
+            break
     for factor in (2, 4, 8, 16):
         nodes, ranks = cluster.nodes, cluster.ranks_per_node * factor
         if ranks > 8 or not cluster.has_gpu:  # more processes on a CPU have no more memory
             nodes, ranks = cluster.nodes * factor, cluster.ranks_per_node
-        words = f"{nodes * ranks} GPUs" if cluster.has_gpu else f"{nodes} such machines"
-        changes.append((words, config, dataclasses.replace(cluster, nodes=nodes, ranks_per_node=ranks)))
-    helping, kinds = [], set()
-    for words, changed, larger in changes:
-        kind = words.split()[0] if words.startswith("--") else "more of them"
-        with contextlib.suppress(UserError):
-            if kind not in kinds and best_of(shape, larger, changed):
-                kinds.add(kind)
-                helping.append(words)
-    if not helping and (freed := freed_flags(config)):
-        defaults = {name: Config.__dataclass_fields__[name].default for name in PLAN_FLAGS}
+        if best_of(shape, dataclasses.replace(cluster, nodes=nodes, ranks_per_node=ranks), config):
+            helping.append(f"{nodes * ranks} GPUs" if cluster.has_gpu else f"{nodes} such machines")
+            break
+    if not helping and freed:
+        defaults = {name: FLAGS[name].default for name in PLAN_FLAGS}
         if best_of(shape, cluster, dataclasses.replace(config, **defaults)):
             helping.append(" ".join(words for words, _ in freed if not words.startswith("--hsdp-shard-size")))
     return "it would fit with " + ", or ".join(helping) if helping else "no change of a flag makes it fit"
@@ -1149,11 +1158,10 @@ def lever_to_speed(shape: ModelShape, cluster: Cluster, config: Config, chosen: 
     larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
     changes = [*freed_flags(config), (f"--batch-size {larger.batch_size} (another curve)", larger)]
     for words, changed in changes:
-        with contextlib.suppress(UserError):
-            better = best_of(shape, cluster, changed)
-            gain = better.tokens_per_second_per_gpu / chosen.tokens_per_second_per_gpu - 1 if better else 0.0
-            if gain > TIME_BAND:
-                return f"{words} would train {gain:.0%} more tokens/s"
+        better = best_of(shape, cluster, changed)
+        gain = better.tokens_per_second_per_gpu / chosen.tokens_per_second_per_gpu - 1 if better else 0.0
+        if gain > TIME_BAND:
+            return f"{words} would train {gain:.0%} more tokens/s"
     return "none: no flag gains more than the error of the prediction"
 
 
@@ -1248,12 +1256,14 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
         f"  step      compute {seconds['compute']:.2f} s, exposed communication "
         f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
         f"optimizer {seconds['optimizer']:.2f} s",
-        *host_line(shape, cluster, best.plan),
         f"  lever     {choice.lever}",
         f"  assumed   every document fills its block; {assumed}; overlap fitted; reserved guess"
         + ("; host link and memory guess" if best.plan.cpu_offload else ""),
     ]
-    return "\n".join(piece for line in lines for piece in wrapped(line))
+    if best.plan.cpu_offload:
+        host = host_gib(shape, cluster, best.plan)
+        lines.insert(-2, f"  host      weights, gradients and moments take {host:.1f} GiB of each node's own memory")
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 12) for line in lines)
 
 
 def host_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
@@ -1270,33 +1280,21 @@ def host_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     return (2 * pinned + moments) * cluster.ranks_per_node / GIB
 
 
-def host_line(shape: ModelShape, cluster: Cluster, plan: Plan) -> list[str]:
-    if not plan.cpu_offload:
-        return []
-    taken = host_gib(shape, cluster, plan)
-    return [f"  host      weights, gradients and moments take {taken:.1f} GiB of each node's own memory"]
-
-
 def in_words(parameters: int) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
-def wrapped(line: str) -> list[str]:
-    return textwrap.wrap(line, 100, subsequent_indent=" " * 12, drop_whitespace=True) if len(line) > 100 else [line]
-
-
-def best_of_each_kind(choice: Choice, most: int = 7) -> list[Candidate]:
+def best_of_each_kind(choice: Choice) -> list[Candidate]:
     """Returns the chosen candidate and the best of the other kinds, which are strategy, offload and recomputation."""
     best: dict[tuple, Candidate] = {}
     for each in choice.candidates:
         plan = each.plan
         best.setdefault((plan.strategy, plan.cpu_offload, plan.activation_checkpointing == "none"), each)
-    return list(best.values())[:most]
+    return list(best.values())[:7]
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
     low, expected, high = candidate.memory.reserved
-    seconds = dict(candidate.seconds)
     return dict(
         **dataclasses.asdict(candidate.plan),
         memory_gib=dict(
@@ -1307,7 +1305,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
             terms=candidate.memory.terms,
             peak_moment=candidate.memory.peak_moment,
         ),
-        step_seconds=seconds,
+        step_seconds=candidate.seconds,
         tokens_per_second_per_gpu=candidate.tokens_per_second_per_gpu,
         mfu=candidate.mfu,
         fits=candidate.fits,
@@ -1376,6 +1374,7 @@ class Parallel:
 
     accelerator: Accelerator
     cluster: Cluster
+    model_config: transformers.PretrainedConfig
     shape: ModelShape
     plan: Plan
     choice: Choice | None
@@ -1416,7 +1415,7 @@ class Parallel:
         """Returns what the plan thought, what is allocated, and the flag to change, for the rank that ran out."""
         words = f" It ran {self.plan.describe()}."
         remedy = f"--micro-batch-size {max(1, self.plan.micro_batch_size // 2)}"
-        if self.choice is not None and self.choice.chosen is not None:
+        if self.choice is not None:
             memory = self.choice.chosen.memory
             words += f" The plan expected {memory.active:.1f} GiB active and {memory.reserved[1]:.1f} reserved"
             words += f" of {self.cluster.memory_gib:.1f}, at {memory.peak_moment}."
@@ -1518,15 +1517,19 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     quieten_libraries(accelerator.is_local_main_process, config.quiet)
     cluster = find_cluster()
     with agreed_by_all_ranks():
-        _, shape = read_model_shape(config)
-        check_block(shape, config)
-        choice = None if on_moai else choose_plan(shape, cluster, config)
-        if choice is not None:
+        model_config, shape = read_model_shape(config)
+        if on_moai:
+            check_block(shape, config)
+            choice, plan, told = None, moai_plan(config), MOAI_WORDS
+        else:
+            choice = choose_plan(shape, cluster, config)
             refuse_what_does_not_fit(choice, cluster)
-    plan = choice.chosen.plan if choice is not None else moai_plan(config)
+            plan, told = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
     timeout = timedelta(minutes=config.dist_timeout_minutes)
-    parallel = Parallel(accelerator, cluster, shape, plan, choice, config.block_size, timeout, config.quiet)
-    parallel.say(describe_choice(choice, shape, cluster, config) if choice is not None else MOAI_WORDS)
+    parallel = Parallel(
+        accelerator, cluster, model_config, shape, plan, choice, config.block_size, timeout, config.quiet
+    )
+    parallel.say(told)
     if (gpus := torch.cuda.device_count()) > 1 and cluster.world_size == 1 and not on_moai:
         parallel.say(f"  note      1 of {gpus} GPUs; torchrun --nproc_per_node=gpu uses them all")
     return parallel
@@ -1594,11 +1597,7 @@ def agreed_by_all_ranks() -> Iterator[None]:
         yield
     except UserError as error:
         problems = error.problems
-    everyones = [problems]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everyones = [()] * dist.get_world_size()
-        dist.all_gather_object(everyones, problems)
-    if found := next(filter(None, everyones), None):
+    if found := next(filter(None, gather_object([problems])), None):
         raise UserError(*found)
 
 
@@ -1610,13 +1609,11 @@ def find_cluster() -> Cluster:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
     name, gpu, sources = find_device(ranks_per_node)
-    everyones = [(gpu.memory_gib, gpu.peak_tflops, ranks_per_node)] * world_size
-    if world_size > 1:  # the same on every rank, or each would make a plan of its own
-        dist.all_gather_object(everyones, everyones[0])
-    memory_gib, peak_tflops, _ = map(min, zip(*everyones, strict=True))
-    if len(sizes := {ranks for *_, ranks in everyones}) > 1:
+    everyones = gather_object([(gpu.memory_gib, gpu.peak_tflops, ranks_per_node)])
+    memories, peaks, sizes = zip(*everyones, strict=True)
+    if len(sizes := set(sizes)) > 1:
         raise UserError(f"nodes run {' and '.join(map(str, sorted(sizes)))} ranks; give all the same --nproc_per_node")
-    gpu = dataclasses.replace(gpu, memory_gib=memory_gib, peak_tflops=peak_tflops)
+    gpu = dataclasses.replace(gpu, memory_gib=min(memories), peak_tflops=min(peaks))  # or ranks would plan apart
     nodes, has_gpu = world_size // ranks_per_node, torch.cuda.is_available()
     return Cluster(nodes, ranks_per_node, name, has_gpu, gpu, sources, has_flash_attention())
 
@@ -1634,13 +1631,8 @@ def has_flash_attention() -> bool:
 
 def find_device(ranks_per_node: int) -> tuple[str, Gpu, dict[str, str]]:
     """Returns name and figures of this process's device, and where each is from."""
-    sources = {
-        "memory": "measured",
-        "peak": "measured",
-        "efficiency": "guess",
-        "node link": "guess",
-        "network": "guess",
-    }
+    sources = {"memory": "measured", "peak": "measured"}
+    sources |= dict.fromkeys(("efficiency", "node link", "network"), "guess")
     if not torch.cuda.is_available():
         memory_gib = psutil.virtual_memory().available / GIB / ranks_per_node
         # Half of what bare matmuls reach, memory of 10 GB/s, 1 GB/s between processes: good enough for trying out.
@@ -1701,15 +1693,14 @@ def moai_plan(config: Config) -> Plan:
         if (value := getattr(config, name)) not in ("auto", "none", "no"):
             raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
     micro_batch_size = config.micro_batch_size or config.batch_size
+    recompute = "none" if config.activation_checkpointing == "auto" else config.activation_checkpointing
     return Plan(
         strategy="moai",
         dp_replicate_size=1,
         dp_shard_size=1,
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=math.ceil(config.batch_size / micro_batch_size),
-        activation_checkpointing="none"
-        if config.activation_checkpointing == "auto"
-        else config.activation_checkpointing,
+        activation_checkpointing=recompute,
         reshard_after_forward=True,
         cpu_offload=False,
         gradient_sync="step",
@@ -1729,7 +1720,8 @@ def load_tokenizer(config: Config, parallel: Parallel) -> PreTrainedTokenizerBas
         folder = model_folder(config.model_name_or_path, TOKENIZER_FILES)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            if not encode_marks(tokenizer):
+            marks = tokenizer(PROMPT_OPEN + PROMPT_CLOSE, split_special_tokens=True)["input_ids"]
+            if not marks:
                 raise ValueError("its vocabulary is empty or missing")
         except Exception as error:  # transformers raises what it likes on files of nonsense
             raise UserError(
@@ -1741,23 +1733,19 @@ def load_tokenizer(config: Config, parallel: Parallel) -> PreTrainedTokenizerBas
                 f"the tokenizer of --model-name-or-path {config.model_name_or_path} must be a fast one with an "
                 "end-of-sequence token; use a model that has them"
             )
-        largest = max([*encode_marks(tokenizer), tokenizer.eos_token_id, len(tokenizer) - 1])
+        largest = max(*marks, tokenizer.eos_token_id, len(tokenizer) - 1)
         if largest >= parallel.shape.vocabulary:
             raise UserError(
                 f"the tokenizer of --model-name-or-path {config.model_name_or_path} has ids up to {largest}, but the "
                 f"model only {parallel.shape.vocabulary} embeddings; use the tokenizer that belongs to it"
             )
-        marks = len(encode_marks(tokenizer)) + 1
-        if config.block_size < marks + 2:
+        taken = len(marks) + 1
+        if config.block_size < taken + 2:
             raise UserError(
                 f"--block-size {config.block_size} leaves no room for a summary: the prompt's marks and the "
-                f"end-of-sequence token take {marks} tokens; use at least 64"
+                f"end-of-sequence token take {taken} tokens; use at least 64"
             )
     return tokenizer
-
-
-def encode_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(PROMPT_OPEN + PROMPT_CLOSE, split_special_tokens=True)["input_ids"]
 
 
 def load_documents(config: Config, parallel: Parallel) -> datasets.DatasetDict:
@@ -1782,12 +1770,11 @@ def load_documents(config: Config, parallel: Parallel) -> datasets.DatasetDict:
 
 
 def read_splits(config: Config) -> datasets.DatasetDict:
-    named = config.dataset_name_or_path
-    paths = [named] if isinstance(named, str) else list(named)
+    paths = config.dataset_paths
     shown = f"--dataset-name-or-path {' '.join(paths)}"
-    is_local = len(paths) > 1 or os.path.exists(paths[0]) or looks_like_a_path(paths[0])
+    local = len(paths) > 1 or is_local(paths[0])
     try:
-        if is_local:
+        if local:
             file_format, files = find_data_files(paths, shown)
             options = {"keep_default_na": False} if file_format == "csv" else {}  # "None" is a text too
             splits = datasets.DatasetDict(
@@ -1801,7 +1788,7 @@ def read_splits(config: Config) -> datasets.DatasetDict:
     except UserError:
         raise
     except Exception as error:
-        if is_local:
+        if local:
             remedy = "repair or leave out the malformed file: each needs the same columns, and at least one row"
         else:
             remedy = "check the name, --dataset-config and the network, or name local files"
@@ -1817,8 +1804,11 @@ def read_splits(config: Config) -> datasets.DatasetDict:
 
 def data_folders(config: Config) -> list[Path]:
     """Returns the local folders among what `--dataset-name-or-path` names."""
-    named = config.dataset_name_or_path
-    return [path for path in map(Path, [named] if isinstance(named, str) else named) if path.is_dir()]
+    return [path for path in map(Path, config.dataset_paths) if path.is_dir()]
+
+
+def is_local(name: str) -> bool:
+    return os.path.exists(name) or looks_like_a_path(name)
 
 
 def looks_like_a_path(name: str) -> bool:
@@ -1864,8 +1854,8 @@ def json_problem(file: Path) -> str:
 
 
 def split_of(name: str) -> str:
-    words = "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
-    if {"validation", "valid", "val", "dev", "eval"} & set(words):
+    words = set(re.findall(r"[^\W\d_]+", name.lower()))
+    if words & {"validation", "valid", "val", "dev", "eval"}:
         return "validation"
     return "test" if "test" in words else "train"
 
@@ -1963,11 +1953,11 @@ def encode_batch(
     for (article, _), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         article_end = len(PROMPT_OPEN) + len(article)
         bounds = (len(PROMPT_OPEN), article_end, article_end + len(PROMPT_CLOSE))
-        ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(offsets))
+        ends = [end for _, end in offsets]
         if ids[-1] == tokenizer.eos_token_id and ends[-1] == 0:  # some tokenizers append it themselves
             ids, ends = ids[:-1], ends[:-1]
         # A token belongs to the part that holds its last character; special tokens, which end at 0, to the opening.
-        starts = [int(np.searchsorted(ends, bound, side="right")) for bound in bounds]
+        starts = [bisect.bisect_right(ends, bound) for bound in bounds]
         document = fit_block(ids, starts, tokenizer.eos_token_id, block_size)
         for name, value in document.items():
             columns[name].append(value)
@@ -2135,12 +2125,10 @@ def row_width(longest: int, block_size: int) -> int:
 
 def pad_rows(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.Tensor:
     """Returns the rows as (B, T) int64, padded at their end."""
-    width = row_width(max(map(len, rows)), block_size)
     pad_id = padding_id(tokenizer)
-    padded = torch.full((len(rows), width), pad_id)
-    for row, ids in zip(padded, rows, strict=True):
-        row[: len(ids)] = torch.as_tensor(ids)
-    return padded
+    padded = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+    longest = padded.shape[1]
+    return torch.nn.functional.pad(padded, (0, row_width(longest, block_size) - longest), value=pad_id)
 
 
 def label_counts(lengths: np.ndarray, prompt_lengths: np.ndarray, loss_on: str) -> np.ndarray:
@@ -2157,13 +2145,9 @@ def deal_documents(lengths: np.ndarray, dp_size: int, micro_batch_size: int) -> 
     """
     order = np.argsort(-lengths, kind="stable")
     micro_steps = math.ceil(len(order) / (dp_size * micro_batch_size))
-    size, larger = divmod(len(order), micro_steps * dp_size)  # the first `larger` micro-batches have one more
-    dealt, start = [], 0
-    for step in range(micro_steps):
-        end = start + size * dp_size + min(max(larger - step * dp_size, 0), dp_size)
-        dealt.append([order[start:end][rank::dp_size] for rank in range(dp_size)])
-        start = end
-    return dealt
+    parts = np.array_split(order, micro_steps * dp_size)  # sizes differ by one at most
+    steps = [np.concatenate(parts[first : first + dp_size]) for first in range(0, len(parts), dp_size)]
+    return [[step[rank::dp_size] for rank in range(dp_size)] for step in steps]
 
 
 def pack_documents(lengths: np.ndarray, dp_size: int, row_tokens: int) -> list[list[np.ndarray]]:
@@ -2199,14 +2183,14 @@ def deal(lengths: np.ndarray, dp_size: int, plan: Plan, block_size: int) -> list
 def training_batches(documents: int, epoch: int, config: Config) -> list[np.ndarray]:
     """Returns the global batches of an epoch: an order drawn from seed and epoch alone, the last batch as it comes."""
     order = np.random.default_rng((config.seed, epoch)).permutation(documents)
-    return [order[start : start + config.batch_size] for start in range(0, documents, config.batch_size)]
+    return np.split(order, range(config.batch_size, documents, config.batch_size))
 
 
 def evaluation_batches(lengths: np.ndarray, parallel: Parallel) -> list[np.ndarray]:
     """Returns all documents once, longest first, one micro-batch per rank at a time (packed, a few)."""
     order, size = np.argsort(-lengths, kind="stable"), parallel.dp_size * parallel.plan.micro_batch_size
     size *= 4 if parallel.plan.packing else 1
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return np.split(order, range(size, len(order), size))
 
 
 def remaining_batches(
@@ -2240,25 +2224,26 @@ def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndar
     """Returns one line on what encoding `total` pairs, and dealing them in `batches`, did to them."""
     columns = documents.rows.with_format("numpy")
     cut, summaries_cut = np.asarray(columns["tokens_cut"][:]), np.asarray(columns["summary_cut"][:])
-    executed, longest, mean = 0, 0, 0.0  # tokens computed; of the busiest rank and of the mean one, by micro-step
+    loads = []  # tokens computed, padding included: a row per micro-step, a column per rank
     for batch in batches:
         lengths = documents.lengths[batch]
         for ranks in deal(lengths, parallel.dp_size, parallel.plan, documents.block_size):
-            if parallel.plan.packing:
-                loads = [int(lengths[rank].sum()) for rank in ranks]
-            else:
-                loads = [
-                    len(rank) * row_width(int(lengths[rank].max()), documents.block_size) if len(rank) else 0
-                    for rank in ranks
-                ]
-            executed, longest, mean = executed + sum(loads), longest + max(loads), mean + sum(loads) / len(loads)
-    tokens = documents.lengths.sum()
+            loads.append([executed_tokens(lengths[rank], parallel.plan, documents.block_size) for rank in ranks])
+    loads, tokens = np.array(loads), documents.lengths.sum()
+    waiting = loads.max(axis=1).sum() / loads.mean(axis=1).sum()  # all ranks wait for the busiest in each micro-step
     return (
         f"data      {name}: {len(documents):,} documents, {tokens:,} tokens (mean {tokens / len(documents):,.0f}); "
         f"{(cut > 0).sum():,} articles cut by {cut.sum():,} tokens; {summaries_cut.sum():,} summaries cut; "
-        f"{total - len(documents):,} empty documents dropped; {1 - tokens / executed:.1%} padding; longest rank "
-        f"{longest / mean:.3f} of the mean"
+        f"{total - len(documents):,} empty documents dropped; {1 - tokens / loads.sum():.1%} padding; longest rank "
+        f"{waiting:.3f} of the mean"
     )
+
+
+def executed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
+    """Returns the tokens, padding included, of a micro-batch of documents of these lengths."""
+    if plan.packing or not len(lengths):
+        return int(lengths.sum())
+    return len(lengths) * row_width(int(lengths.max()), block_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -2325,7 +2310,7 @@ def load_model(config: Config, parallel: Parallel) -> torch.nn.Module:
         )
     if config.random_init:
         parallel.say("model     RANDOM WEIGHTS from the config alone (--random-init): good for benchmarks only")
-        model = random_model(read_model_shape(config)[0], distributed_config, parallel.device, state_dtype(plan))
+        model = random_model(parallel.model_config, distributed_config, parallel.device, state_dtype(plan))
     else:
         model = pretrained_model(config, distributed_config, parallel)
     apply_plan(model, plan)
@@ -2370,7 +2355,7 @@ def pretrained_model(
                 "use --random-init for a benchmark"
             )
     placement = {} if distributed_config else {"device_map": {"": parallel.device}}
-    attention = attention_implementation(AutoConfig.from_pretrained(folder))
+    attention = attention_implementation(parallel.model_config)
     with agreed_by_all_ranks():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -2570,7 +2555,7 @@ def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
 
     There the optimizer computes, for which torchrun leaves each rank one thread.
     """
-    buffers = {name: buffer for name, buffer in model.named_buffers()}
+    buffers = dict(model.named_buffers())
     model.to("cpu")
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
@@ -2683,6 +2668,14 @@ class TrainingState:
     @classmethod
     def fresh(cls, device: torch.device) -> TrainingState:
         return cls(*(torch.zeros((), device=device) for _ in range(3)), run_id=uuid.uuid4().hex[:12])
+
+    def as_facts(self) -> dict[str, Any]:
+        """Returns the state for a checkpoint's manifest. Waits for the device."""
+        return {name: int(value) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, torch.full_like(value, facts[name]) if isinstance(value, torch.Tensor) else facts[name])
 
 
 @dataclass(frozen=True)
@@ -2835,8 +2828,10 @@ def assess(
             f"the validation loss is {loss}: the weights are broken, and are not saved; what was saved before is kept. "
             "Go back with --resume to an earlier checkpoint and lower --lr, or lengthen --warmup-ratio"
         )
-    samples = [] if loss is None else summarise(model, loader.dataset.documents, config, parallel, stop)
-    return None if loss is None or samples is None else Evaluation(loss, rouge_scores(samples), samples)
+    if loss is None:
+        return None
+    samples = summarise(model, loader.dataset.documents, config, parallel, stop)
+    return None if samples is None else Evaluation(loss, rouge_scores(samples), samples)
 
 
 @torch.no_grad()
@@ -2858,26 +2853,23 @@ def summarise(
         max_new_tokens=config.max_summary_tokens, num_beams=config.num_beams, do_sample=False,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer), bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
-    written: list[tuple[int, Sample]] = []
+    written: list[Sample] = []
     for call in tqdm(range(calls), "summarising", leave=False, disable=not shows_bars(parallel)):
         if stop.agreed():
             return None
         batch = mine[call * size : (call + 1) * size]
         rows = documents.rows[batch if len(batch) else drawn[:1]]
-        prompts, references = zip(*map(split_prompt, rows["input_ids"], rows["prompt_length"]), strict=True)
+        documents_and_prompts = list(zip(rows["input_ids"], rows["prompt_length"], strict=True))
+        prompts = [ids[:length] for ids, length in documents_and_prompts]
+        references = [ids[length:] for ids, length in documents_and_prompts]
         inputs = {name: tensor.to(parallel.device) for name, tensor in pad_prompts(prompts, tokenizer).items()}
         with generating(module, parallel):
             outputs = module.generate(**inputs, generation_config=settings)
         texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         references = tokenizer.batch_decode(references, skip_special_tokens=True)
-        samples = map(Sample, map(str.strip, references), map(str.strip, texts))
-        places = range(parallel.rank + call * size * parallel.dp_size, len(drawn), parallel.dp_size)
-        written += zip(places, samples, strict=False)  # no place for the document that fills an empty share
-    everyones = [written]
-    if parallel.accelerator.num_processes > 1:
-        everyones = [written] * parallel.accelerator.num_processes
-        dist.all_gather_object(everyones, written)
-    return [sample for _, sample in sorted(itertools.chain(*everyones), key=lambda pair: pair[0])][: len(drawn)]
+        written += map(Sample, map(str.strip, references), map(str.strip, texts))
+    everyones = gather_object([written])  # by rank; what fills an empty share comes last in it, and is left out here
+    return [everyones[place % parallel.dp_size][place // parallel.dp_size] for place in range(len(drawn))]
 
 
 def prompts_at_a_time(config: Config, parallel: Parallel) -> int:
@@ -2896,17 +2888,13 @@ def prompts_at_a_time(config: Config, parallel: Parallel) -> int:
     return max(1, min(plan.micro_batch_size, int(room // document_bytes)))
 
 
-def split_prompt(ids: list[int], prompt_length: int) -> tuple[list[int], list[int]]:
-    return ids[:prompt_length], ids[prompt_length:]
-
-
 def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     """Returns `input_ids` and `attention_mask` (B, T), padded at their beginning, so that all end at one place."""
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    rows = [[padding_id(tokenizer)] * pads + prompt for pads, prompt in zip(padding, prompts, strict=True)]
-    mask = torch.arange(width) >= torch.tensor(padding)[:, None]
-    return dict(input_ids=torch.tensor(rows), attention_mask=mask.long())
+    rows = [torch.as_tensor(prompt) for prompt in prompts]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return dict(
+        input_ids=pad(rows, padding_value=padding_id(tokenizer)), attention_mask=pad(list(map(torch.ones_like, rows)))
+    )
 
 
 @contextlib.contextmanager
@@ -3054,11 +3042,9 @@ def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> 
         tokens.update(chunk.flatten().to_numpy())
     settings["dataset_name_or_path"] = f"{len(documents)} training documents with fingerprint {tokens.hexdigest()[:12]}"
     incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-    model = {
-        name: value for name, value in read_model_shape(config)[0].to_diff_dict().items() if name not in incidental
-    }
-    fingerprint = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    settings["model_name_or_path"] = f"a model of {parallel.shape.parameters} parameters with fingerprint {fingerprint}"
+    model = {name: value for name, value in parallel.model_config.to_diff_dict().items() if name not in incidental}
+    shape = f"a model of {parallel.shape.parameters} parameters"
+    settings["model_name_or_path"] = f"{shape} with fingerprint {sum_of(model)[:12]}"
     return settings
 
 
@@ -3111,7 +3097,7 @@ class Checkpoints:
                 present = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
                 free = shutil.disk_usage(self.folder.parent).free + present
                 kept = self.config.keep_checkpoints + 1
-                final = self.parallel.shape.parameters * self.bytes_saved_per_parameter()
+                final = self.parallel.shape.parameters * saved_dtype(self.config, self.parallel).itemsize
                 if free < kept * self.checkpoint_bytes + final:
                     raise UserError(
                         f"--save-model-dir {self.folder.parent} has {free / GIB:.1f} GiB free, but {kept} checkpoints "
@@ -3131,7 +3117,7 @@ class Checkpoints:
             states_gib = host_gib(self.parallel.shape, self.parallel.cluster, plan)
             needs["weights, gradients and moments under --cpu-offload"] = states_gib * GIB
         if self.parallel.is_main and self.parallel.device.type == "cuda":
-            needs["the final model, gathered"] = parameters * self.bytes_saved_per_parameter()
+            needs["the final model, gathered"] = parameters * saved_dtype(self.config, self.parallel).itemsize
         free = free_host_memory()
         with agreed_by_all_ranks():
             if sum(needs.values()) > free:
@@ -3141,25 +3127,24 @@ class Checkpoints:
                     f"{parts}; use a node with more, or a smaller model"
                 )
 
-    def bytes_saved_per_parameter(self) -> int:
-        return 2 if saves_bf16(self.config, self.parallel) else 4
-
     def together(self, act: Callable[[], Any], main_only: bool = False) -> list[Any]:
         """Returns what `act` returned on each rank (done on rank 0 alone if `main_only`).
 
         Where it failed on any rank, raises CheckpointError on all of them.
         """
+        result = reason = None
         try:
-            mine = (act() if self.parallel.is_main or not main_only else None, None)
+            if self.parallel.is_main or not main_only:
+                result = act()
         except dcp.CheckpointException as error:  # derives from BaseException; the same on every rank
             rank, (cause, _) = next(iter(error.failures.items()))
-            mine = (None, f"{first_line(cause)}, on rank {rank}")
+            reason = f"{first_line(cause)}, on rank {rank}"
         except Exception as error:
-            mine = (None, f"{first_line(error)}, on rank {self.parallel.rank}")
-        everyones = [mine]
+            reason = f"{first_line(error)}, on rank {self.parallel.rank}"
+        everyones = [(result, reason)]
         if self.group is not None:
             everyones = [None] * dist.get_world_size()
-            dist.all_gather_object(everyones, mine, group=self.group)
+            dist.all_gather_object(everyones, (result, reason), group=self.group)
         if reasons := [reason for _, reason in everyones if reason]:
             raise CheckpointError(reasons[0])
         return [result for result, _ in everyones]
@@ -3175,13 +3160,7 @@ class Checkpoints:
         if self.parallel.device.type == "cuda":
             tensors[f"rng.cuda.{self.parallel.rank}"] = torch.cuda.get_rng_state()
         facts = {
-            "step": state.step,
-            "tokens": state.tokens,
-            "longest_skip": int(state.longest_skip.item()),
-            "evaluated_step": state.evaluated_step,
-            "skipped": int(state.skipped.item()),
-            "skipped_in_a_row": int(state.skipped_in_a_row.item()),
-            "run_id": state.run_id,
+            **state.as_facts(),
             "curve": self.curve,
             "total_steps": self.total_steps,
             "save_seconds": self.seconds,
@@ -3251,7 +3230,7 @@ class Checkpoints:
     def complete(self, writing: Path, final: Path, facts: dict[str, Any], files: dict[str, Any]) -> None:
         """Marks a written checkpoint complete, gives it its name, and deletes what is no longer kept. Rank 0."""
         manifest = {"facts": facts, "files": files}
-        manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        manifest["sha256"] = sum_of(manifest)
         (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
         sync_to_disk(writing / "manifest.json")
         sync_to_disk(writing)
@@ -3300,10 +3279,11 @@ class Checkpoints:
                 "delete them"
             )
         self.together(self.clean_up, main_only=True)
+        found = self.together(self.complete_ones, main_only=True)[0]  # rank 0's list, should a network disk lag behind
         if wanted not in ("auto", "never"):
             self.check_path(Path(wanted))
-        found = self.together(self.complete_ones, main_only=True)[0]  # rank 0's list, should a network disk lag behind
-        for folder in found if wanted in ("auto", "never") else [Path(wanted)]:
+            found = [Path(wanted)]
+        for folder in found:
             try:
                 facts = self.verify(folder)
             except CheckpointError as failure:
@@ -3363,7 +3343,7 @@ class Checkpoints:
                 signature = manifest.pop("sha256")
             except (OSError, ValueError, KeyError) as error:
                 raise CheckpointError(f"manifest.json is missing or unreadable ({first_line(error)})") from None
-            if signature != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
+            if signature != sum_of(manifest):
                 raise CheckpointError("manifest.json was changed after it was written")
             names = sorted(manifest["files"])[self.parallel.rank :: self.parallel.cluster.world_size]
             for name in names:
@@ -3412,22 +3392,18 @@ class Checkpoints:
         reader = HuggingFaceStorageReader(str(folder))
         tensors = checkpoint_tensors(model, optimizer, copy=False)
         stored = reader.read_metadata().state_dict_metadata
-        for name in (f"rng.{self.parallel.rank}", f"rng.cuda.{self.parallel.rank}"):
-            if name in stored:
-                tensors[name] = torch.empty(stored[name].size, dtype=torch.uint8)
+        rng, cuda_rng = f"rng.{self.parallel.rank}", f"rng.cuda.{self.parallel.rank}"
+        for name in {rng, cuda_rng} & stored.keys():  # a rank that the saving run had too
+            tensors[name] = torch.empty(stored[name].size, dtype=torch.uint8)
         dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         restore_tensors(model, optimizer, tensors)
-        if f"rng.{self.parallel.rank}" in tensors:
-            torch.set_rng_state(tensors[f"rng.{self.parallel.rank}"])
-        if self.parallel.device.type == "cuda" and f"rng.cuda.{self.parallel.rank}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng.cuda.{self.parallel.rank}"])
-        for name in ("step", "tokens", "evaluated_step", "run_id"):
-            setattr(state, name, facts[name])
+        if rng in tensors:
+            torch.set_rng_state(tensors[rng])
+        if cuda_rng in tensors and self.parallel.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[cuda_rng])
+        state.restore(facts)
         self.seconds = facts["save_seconds"]
         self.saved_step = state.step if folder.resolve().parent == self.folder.resolve() else 0
-        state.skipped += facts["skipped"]
-        state.skipped_in_a_row += facts["skipped_in_a_row"]
-        state.longest_skip += facts["longest_skip"]
 
 
 def begin_thread_on(device: torch.device) -> None:
@@ -3513,6 +3489,11 @@ def file_sum(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def sum_of(value: dict[str, Any]) -> str:
+    """Returns the SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def remake_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -3546,7 +3527,7 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, confi
     model, or the complete new one that `finish_interrupted_save` moves in at the next start.
     """
     model = parallel.accelerator.unwrap_model(model)
-    weights = gather_weights(model, torch.bfloat16 if saves_bf16(config, parallel) else torch.float32, parallel)
+    weights = gather_weights(model, saved_dtype(config, parallel), parallel)
     if parallel.is_main:
         folder = Path(config.save_model_dir)
         shutil.rmtree(folder / STAGING, ignore_errors=True)
@@ -3558,8 +3539,9 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, confi
     parallel.wait_for_everyone()
 
 
-def saves_bf16(config: Config, parallel: Parallel) -> bool:
-    return config.save_dtype == "bf16" or (config.save_dtype == "auto" and parallel.plan.precision != "fp32")
+def saved_dtype(config: Config, parallel: Parallel) -> torch.dtype:
+    chosen = parallel.plan.precision if config.save_dtype == "auto" else config.save_dtype
+    return torch.float32 if chosen == "fp32" else torch.bfloat16
 
 
 def gather_weights(model: PreTrainedModel, dtype: torch.dtype, parallel: Parallel) -> dict[str, torch.Tensor]:
@@ -3626,16 +3608,14 @@ def write_model_card(config: Config, parallel: Parallel, state: TrainingState, l
     folder = Path(config.save_model_dir)
     if not parallel.is_main or (log.steps_of_this_run == 0 and (folder / "README.md").exists()):
         return
-    on_hub = not (os.path.exists(config.model_name_or_path) or looks_like_a_path(config.model_name_or_path))
-    named = [config.dataset_name_or_path] if isinstance(config.dataset_name_or_path, str) else []
     data = huggingface_hub.ModelCardData(
         language="en",
         license="llama2" if re.search("llama-?2", config.model_name_or_path, re.IGNORECASE) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["summarization", "full-fine-tuning"],
-        base_model=config.model_name_or_path if on_hub else None,
-        datasets=[name for name in named if not os.path.exists(name) and not looks_like_a_path(name)] or None,
+        base_model=None if is_local(config.model_name_or_path) else config.model_name_or_path,
+        datasets=[name for name in config.dataset_paths if not is_local(name)] or None,
     )
     written = folder / ".README.md"
     try:
@@ -3646,14 +3626,22 @@ def write_model_card(config: Config, parallel: Parallel, state: TrainingState, l
         parallel.say(f"WARNING   the model card could not be written ({first_line(error)})")
 
 
+def changed_flags(config: Config) -> dict[str, list[str]]:
+    """Returns the flags that differ from their defaults, each with the words that follow it on a command line."""
+    changed = {}
+    for name, field in FLAGS.items():
+        value = getattr(config, name)
+        if value != field.default:
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            changed[flag_name(name)] = list(map(str, values))
+    return changed
+
+
 def command_of(config: Config, parallel: Parallel) -> str:
     """Returns the command of this run, to be pasted into a shell; several nodes run it each, HOST being one of them."""
     nodes, ranks, words = parallel.cluster.nodes, parallel.cluster.ranks_per_node, [Path(__file__).name]
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            words += [flag_name(field.name), *map(str, value if isinstance(value, tuple) else [value])]
-            words = words[:-1] if value is True else words
+    for name, values in changed_flags(config).items():
+        words += [name, *values]
     launcher = ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if nodes * ranks > 1 else ["python"]
     if nodes > 1:
         launcher[1:2] = [f"--nnodes={nodes}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
@@ -3663,12 +3651,8 @@ def command_of(config: Config, parallel: Parallel) -> str:
 def card_text(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> str:
     """Returns the body of the model card, in Markdown. Results are those of the files, also of runs before this one."""
     folder = Path(config.save_model_dir)
-    shown = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
-    changed = {
-        flag_name(field.name): shown[field.name]
-        for field in dataclasses.fields(Config)
-        if getattr(config, field.name) != field.default and field.name != "save_model_dir"
-    }
+    changed = {name: " ".join(values) or "True" for name, values in changed_flags(config).items()}
+    changed.pop("--save-model-dir", None)
     lines, samples = read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
     trained = next((line for line in reversed(lines) if "loss" in line), {})
     evaluated = next((line for line in reversed(lines) if "eval_loss" in line), {})
@@ -3677,7 +3661,7 @@ def card_text(config: Config, parallel: Parallel, state: TrainingState, log: Run
     samples = [sample for sample in samples if sample["step"] == evaluated.get("step")][:SHOWN_SAMPLES]
     parts = [
         f"# {Path(config.model_name_or_path).name} fine-tuned for summarisation",
-        f"All weights of `{config.model_name_or_path}` were trained on `{shown['dataset_name_or_path']}` with "
+        f"All weights of `{config.model_name_or_path}` were trained on `{' '.join(config.dataset_paths)}` with "
         f"`{Path(__file__).name}`. Prompt: `{PROMPT_OPEN}` + article + `{PROMPT_CLOSE.strip()}` + newline; the summary "
         "ends with the end-of-sequence token.",
         "## Results\n\n| | |\n| --- | --- |\n"
@@ -3868,12 +3852,10 @@ class RunLog:
             self.unwritten = b""
             self.write_config()
         if config.report_to != "none":
+            settings = {**dataclasses.asdict(config), "plan": parallel.plan.describe()}
             parallel.accelerator.init_trackers(
                 "train_llama2",
-                {
-                    name: str(value)
-                    for name, value in {**dataclasses.asdict(config), "plan": parallel.plan.describe()}.items()
-                },
+                {name: str(value) for name, value in settings.items()},
                 init_kwargs={  # a resumed run goes on in its own curves, without the steps it takes again
                     "wandb": {"id": state.run_id, "resume": "allow"},
                     "tensorboard": {"purge_step": state.step + 1},
@@ -4122,10 +4104,10 @@ def draw_curves(folder: Path) -> None:
               ("tokens_per_second", "real tokens a second"))  # fmt: skip
     at, tokens = [line["step"] for line in steps], [line["tokens"] / 1e6 for line in steps]
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        values = [math.nan if line[name] is None else line[name] for line in steps]
+        values = np.array([line[name] for line in steps], dtype=float)  # null, of a loss that was not finite, is NaN
         axes.plot(at, values, color="#1f5fa8", linewidth=1.4, label="training", marker="." if len(at) < 30 else None)
         if name == "loss" and evaluations:
-            validation = [math.nan if line["eval_loss"] is None else line["eval_loss"] for line in evaluations]
+            validation = np.array([line["eval_loss"] for line in evaluations], dtype=float)
             axes.plot([line["step"] for line in evaluations], validation, "o-", color="#d1602c", label="validation")
             axes.legend(frameon=False)
         if name == "tokens_per_second":
@@ -4243,7 +4225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resolved = dict(
             compiled=compile_layers(model, config, parallel, total_steps - state.step),
             async_save=checkpoints.asynchronous,
-            save_dtype="bf16" if saves_bf16(config, parallel) else "fp32",
+            save_dtype="bf16" if saved_dtype(config, parallel) == torch.bfloat16 else "fp32",
         )
 
         check_setup(model, eval_loader, parallel)

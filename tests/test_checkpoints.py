@@ -991,22 +991,27 @@ def test_a_copy_is_made_where_it_takes_so_much_of_what_the_run_leaves_free(
 @pytest.mark.parametrize(
     ("device", "precision", "offload", "need", "words"),
     [
-        ("cpu", "fp32", True, 16, ["5.0 GiB for weights, gradients and moments under --cpu-offload"]),
-        ("cuda", "fp32", False, 4, ["1.3 GiB for the final model, gathered"]),
-        ("cuda", "bf16", True, 16 + 2, ["5.0 GiB for weights, gradients and moments", "0.6 GiB for the final model"]),
-        ("cuda", "bf16-states", True, 8 + 2, ["2.5 GiB for weights, gradients and moments", "0.6 GiB for the final"]),
+        ("cpu", "fp32", True, (2, 8), ["5.5 GiB for weights, gradients and moments under --cpu-offload"]),
+        ("cuda", "fp32", False, (0, 4), ["1.3 GiB for the final model, gathered"]),
+        ("cuda", "bf16", True, (2, 8 + 2), ["5.5 GiB for weights, gradients and moments", "0.6 GiB for the final"]),
+        ("cuda", "bf16-states", True, (1, 4 + 2), ["2.8 GiB for weights, gradients and", "0.6 GiB for the final"]),
     ],
 )
 def test_too_little_host_memory_for_all_of_a_run_is_refused_before_training(
     small_checkpoints, monkeypatch, device, precision, offload, need, words
 ):
-    """`need` in bytes a parameter; 16 of them are 5.02 of 2**20 bytes."""
+    """`need`: 1.5 x 2**20 bytes, which the matrices take pinned in fp32, and bytes a parameter, 8 being 2.51 x 2**20.
+
+    Powers of two: a layer's 4 matrices of 64 x 64 are 16 KiB each as they are, its 3 of 64 x 172 take 64 instead of 43,
+    embedding and head 256 each.
+    """
+    assert 4 * (4 * 16 + 3 * 64) + 2 * 256 == 1.5 * 1024
     config, parallel = (getattr(small_checkpoints(), name) for name in ("config", "parallel"))
     plan = dataclasses.replace(parallel.plan, cpu_offload=offload, precision=precision)
     parallel = dataclasses.replace(parallel, plan=plan)
     monkeypatch.setattr(train_llama2.Parallel, "device", property(lambda self: torch.device(device)))
     monkeypatch.setattr(train_llama2, "GIB", 2**20)
-    available = need * PARAMETERS
+    available = int(need[0] * 1.5 * 2**20) + need[1] * PARAMETERS
     monkeypatch.setattr(train_llama2.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     Checkpoints(config, parallel, {}, total_steps=9)
     available -= 1

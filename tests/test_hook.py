@@ -177,7 +177,7 @@ def test_gradients_travel_no_more_often_than_the_plan_says(strategy, shards, syn
     calls: dict[str, list] = {"reduce": [], "all-reduce": [], "no_sync": []}
     accelerator = SimpleNamespace(no_sync=lambda model: contextlib.nullcontext(calls["no_sync"].append(True)))
     plan = train_llama2.Plan(strategy, 4 // shards, shards, 1, 3, "none", True, False, sync, "fp32")
-    parallel = train_llama2.Parallel(accelerator, None, None, plan, None, 64, timedelta(minutes=1))
+    parallel = train_llama2.Parallel(accelerator, None, None, None, plan, None, 64, timedelta(minutes=1))
     model = SimpleNamespace(
         set_requires_gradient_sync=calls["reduce"].append, set_requires_all_reduce=calls["all-reduce"].append
     )
