@@ -413,6 +413,9 @@ def flag_problems(values: dict[str, Any]) -> list[str]:
 # it, and the fastest that fits is chosen. Sizes are in bytes and in elements; T is the tokens of one micro-batch.
 
 
+# ---- The plan: devices and their figures ---------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What the plan knows of a kind of GPU.
@@ -525,6 +528,9 @@ class Cluster:
     @property
     def network_gb_per_second(self) -> float:
         return self.gpu.network_gbit_per_second / 8 * NETWORK_EFFICIENCY
+
+
+# ---- The plan: the model's sizes, and the ways to execute a step ---------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -674,6 +680,9 @@ def attends_fully(model_config: transformers.PretrainedConfig) -> bool:
     text_config = model_config.get_text_config()
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     return kinds == {"full_attention"} and not getattr(text_config, "sliding_window", None)
+
+
+# ---- The plan: memory ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -837,6 +846,9 @@ def peak_of(moments: dict[str, dict[str, float]], has_gpu: bool = True) -> Memor
     return Memory(active, (low, expected, high), terms, name)
 
 
+# ---- The plan: time ------------------------------------------------------------------------------------------
+
+
 def predict_seconds(
     shape: ModelShape, cluster: Cluster, plan: Plan, tokens: float, attended: float
 ) -> dict[str, float]:
@@ -899,6 +911,9 @@ def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
     if inside:
         return f"node link {cluster.gpu.link_gb_per_second:g} GB/s"
     return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
+
+
+# ---- The plan: the candidates and the choice -----------------------------------------------------------------
 
 
 def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
@@ -1071,6 +1086,9 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
     return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
 
 
+# ---- The plan: levers ----------------------------------------------------------------------------------------
+
+
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, active: float, block_size: int) -> str:
     """Returns the flags of the fastest plan that is predicted to take at most nine tenths of `active` GiB.
     Where there is none, those of the plan that takes least.
@@ -1165,6 +1183,9 @@ def lever_to_speed(shape: ModelShape, cluster: Cluster, config: Config, chosen: 
     return "none: no flag gains more than the error of the prediction"
 
 
+# ---- The plan: a cluster that is not here --------------------------------------------------------------------
+
+
 def parse_cluster(text: str) -> Cluster:
     """Returns the cluster that e.g. `8xH100-80GB`, `2x8xA100-40GB,ib=200` or `8x(48GB,181TFLOPS,pcie4)` describes.
 
@@ -1221,6 +1242,9 @@ def described_gpu(name: str, text: str) -> tuple[Gpu, str]:
     link, source = (values["gb/s"], "given") if "gb/s" in values else (LINKS_GB_PER_SECOND["pcie4"], "guess")
     memory_gib = values["gb"] * 1e9 / GIB
     return Gpu(memory_gib, values["tflops"], UNKNOWN_HBM_GB_PER_SECOND, 0.60, 0.75, link, 12.5), source
+
+
+# ---- The plan: telling it ------------------------------------------------------------------------------------
 
 
 def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config: Config) -> str:
@@ -1535,6 +1559,9 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     return parallel
 
 
+# ---- The hook: processes -------------------------------------------------------------------------------------
+
+
 def start_process_group(config: Config) -> None:
     """Joins the ranks torchrun started, if it did. Gloo beside NCCL, because offloaded tensors live on the CPU.
 
@@ -1599,6 +1626,9 @@ def agreed_by_all_ranks() -> Iterator[None]:
         problems = error.problems
     if found := next(filter(None, gather_object([problems])), None):
         raise UserError(*found)
+
+
+# ---- The hook: devices ---------------------------------------------------------------------------------------
 
 
 def find_cluster() -> Cluster:
@@ -1712,6 +1742,9 @@ def moai_plan(config: Config) -> Plan:
 # ----------------------------------------------------------------------------------------------------------------
 # 5. Data
 # ----------------------------------------------------------------------------------------------------------------
+
+
+# ---- Data: documents -----------------------------------------------------------------------------------------
 
 
 def load_tokenizer(config: Config, parallel: Parallel) -> PreTrainedTokenizerBase:
@@ -1894,6 +1927,9 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Para
     return encoded[0], encoded[1]
 
 
+# ---- Data: tokens --------------------------------------------------------------------------------------------
+
+
 def encode_documents(
     split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, config: Config, parallel: Parallel
 ) -> Documents:
@@ -1986,6 +2022,9 @@ def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: 
     )
 
 
+# ---- Data: masks ---------------------------------------------------------------------------------------------
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the id that fills rows up. Llama-2 has none of its own: the end-of-sequence token's serves."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -2028,6 +2067,9 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+# ---- Data: batches -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -2134,6 +2176,9 @@ def pad_rows(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, block_si
 def label_counts(lengths: np.ndarray, prompt_lengths: np.ndarray, loss_on: str) -> np.ndarray:
     """Returns how many labels each document has. The first token is predicted from nothing, so it never counts."""
     return lengths - (np.maximum(prompt_lengths, 1) if loss_on == "summary" else 1)
+
+
+# ---- Data: dealing documents to ranks and micro-batches ------------------------------------------------------
 
 
 def deal_documents(lengths: np.ndarray, dp_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
@@ -2249,6 +2294,9 @@ def executed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------
 # 6. Model
 # ----------------------------------------------------------------------------------------------------------------
+
+
+# ---- Model: loading ------------------------------------------------------------------------------------------
 
 
 def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
@@ -2378,6 +2426,9 @@ def pretrained_model(
     return model
 
 
+# ---- Model: attention ----------------------------------------------------------------------------------------
+
+
 def attention_implementation(model_config: transformers.PretrainedConfig) -> str:
     """Returns the name of the attention to train with: `causal_attention` wherever that is the same.
 
@@ -2445,6 +2496,9 @@ def document_attention(
     return torch.cat(outputs)
 
 
+# ---- Model: loss ---------------------------------------------------------------------------------------------
+
+
 def use_token_loss(model: PreTrainedModel) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
@@ -2508,6 +2562,9 @@ def loss_of_chunk(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+# ---- Model: compiling ----------------------------------------------------------------------------------------
+
+
 def compile_layers(model: torch.nn.Module, config: Config, parallel: Parallel, steps: int) -> bool:
     """Compiles the decoder layers in place where the plan says so and it pays, and returns whether it did.
 
@@ -2537,7 +2594,12 @@ def random_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere."""
+    """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere.
+
+    Raises UserError for tied embeddings under FSDP, which wraps embedding and head apart before they are loaded.
+    """
+    if distributed_config is not None and model_config.get_text_config().tie_word_embeddings:
+        raise UserError("--random-init under FSDP needs a model whose embeddings are not tied; use --parallelism ddp")
     with torch.device("meta"):
         attention = attention_implementation(model_config)
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
@@ -2564,6 +2626,9 @@ def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
     torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+# ---- Model: optimizer and schedule ---------------------------------------------------------------------------
+
+
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """Returns AdamW over the parallel model's parameters; weight decay spares norms and biases.
 
@@ -2587,6 +2652,10 @@ class StochasticAdamW(torch.optim.Optimizer):
     moves by less than an ulp a step. fp32 temporaries of one parameter at a time. `found_inf` skips like fused AdamW.
     `rounding_seed`, the number of the step, and not a rank's random state decides how a step is rounded: so replicas
     stay equal, also after resuming on other ranks.
+
+    Weighed before writing it: torchao.optim rounds the weights like this, but moments to the nearest, cannot skip a
+    step, and must be compiled; torch-optimi keeps what rounding loses in two more bytes per parameter; bitsandbytes
+    shrinks the moments and leaves the weights to the nearest.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
@@ -2958,6 +3027,9 @@ def patience_seconds() -> float:
     return float(told or TORCHRUN_GRACE_SECONDS)
 
 
+# ---- Checkpoints: stop signals -------------------------------------------------------------------------------
+
+
 class StopSignals:
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on; a second signal leaves
     at once.
@@ -3027,6 +3099,9 @@ def leave_process_group(worker: int) -> None:
     os.setpgrp()
     for number in StopSignals.HANDLED:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
+# ---- Checkpoints: writing and resuming -----------------------------------------------------------------------
 
 
 def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> dict[str, Any]:
@@ -3406,6 +3481,9 @@ class Checkpoints:
         self.saved_step = state.step if folder.resolve().parent == self.folder.resolve() else 0
 
 
+# ---- Checkpoints: host memory, tensors and files -------------------------------------------------------------
+
+
 def begin_thread_on(device: torch.device) -> None:
     """Makes `device` the current one of this thread, which begins on GPU 0, the plain "cuda" of a lone process."""
     if device.type == "cuda" and device.index is not None:
@@ -3600,6 +3678,9 @@ def finish_interrupted_save(folder: Path) -> None:
         moving.rmdir()
 
 
+# ---- The final model: its card, and the Hub ------------------------------------------------------------------
+
+
 def write_model_card(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> None:
     """Writes `README.md` into the save folder: what was trained, how, on what, and how well. Rank 0 writes.
 
@@ -3716,6 +3797,9 @@ def push_model(config: Config, parallel: Parallel) -> None:
         )
 
 
+# ---- The final model: the folder -----------------------------------------------------------------------------
+
+
 def sync_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -3819,6 +3903,9 @@ def peak_memory_gib(parallel: Parallel) -> float:
     if parallel.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+# ---- Reporting: the log of a run -----------------------------------------------------------------------------
 
 
 class RunLog:
@@ -4063,6 +4150,9 @@ class RunLog:
         )
 
 
+# ---- Reporting: files ----------------------------------------------------------------------------------------
+
+
 def continue_lines(path: Path, state: TrainingState) -> Path:
     """Returns `path` without the lines that a run resumed at `state` writes again. All or nothing.
 
@@ -4125,6 +4215,9 @@ def draw_curves(folder: Path) -> None:
     drawn = folder / ".curves.png"
     figure.savefig(drawn, dpi=110, format="png")
     drawn.replace(folder / "curves.png")
+
+
+# ---- Reporting: the plan against what happened ---------------------------------------------------------------
 
 
 def check_of_plan(parallel: Parallel, result: StepResult, seconds: float, compiled: bool) -> dict[str, dict[str, Any]]:

@@ -66,6 +66,53 @@ def test_the_hook_example_runs_on_two_processes(tmp_path):
     assert re.findall(r"^step (\d) loss \d", finished.stdout, re.M) == ["0", "1", "2"]
 
 
+def commands(start: str) -> list[list[str]]:
+    """Returns the words of every command in the README's code that holds `start`."""
+    text = re.sub(r"\\\n\s*", "", README)
+    code = re.findall(r"`([^`\n]+)`", text) + [
+        line for part in re.findall(r"```\w*\n(.*?)```", text, re.S) for line in part.splitlines()
+    ]
+    return [shlex.split(words) for words in code if start in words and "`" not in words]
+
+
+def test_the_plan_on_the_first_screen_is_what_the_script_prints(capsys):
+    shown = README[README.index("plan      8 x H100") :].partition("```")[0]
+    assert train_llama2.command_line(["--plan", "8xH100-80GB"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in shown.splitlines() if line != "..."]
+    assert len(lines) > 12 and [line for line in lines if line not in printed] == []
+
+
+def test_every_plan_of_another_machine_is_printed(capsys):
+    clusters = [*re.findall(r'--plan "?([0-9][^`" ]*)"?`', README), *re.findall(r"`--plan ([0-9]\S*)`", README)]
+    assert len(clusters) >= 3
+    for cluster in clusters:
+        assert train_llama2.command_line(["--plan", cluster]) == 0
+        assert "chosen" in capsys.readouterr().out
+
+
+def test_every_command_of_a_run_is_understood():
+    found = [
+        words[words.index("train_llama2.py") + 1 :]
+        for words in commands("train_llama2.py --")
+        if "train_llama2.py" in words
+    ]
+    assert len(found) >= 6
+    for words in found:
+        config = train_llama2.parse_config([word.strip('"') for word in words])
+        assert config.plan or "--lr" in words or "--dataset-name-or-path" in words
+
+
+def test_every_command_of_a_measurement_names_a_file_and_flags_that_exist():
+    found = [words for words in commands("python tests/") if words[:1] == ["python"]]
+    assert {words[1] for words in found} >= {
+        f"tests/{name}.py" for name in ("benchmark", "benchmark_checkpoints", "check_plan", "measure_loading", "soak")
+    }
+    for _, path, *flags in found:
+        source = (ROOT / path).read_text()
+        assert [flag for flag in flags if flag.startswith("--") and f'"{flag}"' not in source] == [], path
+
+
 def test_ci_runs_the_readmes_test_command():
     command = block("command: test")
     assert "pytest" in command
