@@ -314,7 +314,9 @@ class FlagParser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Returns a parser with a flag per field of `Config`. It only splits words: `parse_config` converts and checks."""
     parser = FlagParser(
-        description="Fully fine-tune a causal LM on summarisation, in parallel by one line.", allow_abbrev=False
+        usage="%(prog)s [flags]",
+        description="Fully fine-tune a causal LM on summarisation, in parallel by one line.",
+        allow_abbrev=False,
     )
     for field in FLAGS.values():
         rule = field.metadata
