@@ -438,11 +438,6 @@ class Gpu:
     network_gbit_per_second: float
     fp32_tflops: float | None = None
 
-    def flops_per_second(self, precision: str) -> float:
-        """Returns the peak of matmuls in the compute precision, without TF32, as torch's default has it."""
-        fp32_tflops = self.peak_tflops / 16 if self.fp32_tflops is None else self.fp32_tflops
-        return 1e12 * (fp32_tflops if precision == "fp32" else self.peak_tflops)
-
 
 # Data sheets: NVIDIA's for A100, H100, H200, GH200, L40S, A10 and HGX B200; AWS's for the A10G (G5); the GA102, Ada and
 # RTX Blackwell white papers for the GeForce cards. Networks: DGX A100 and H100, AWS p4d for the A100-40GB, or guesses.
@@ -520,6 +515,12 @@ class Cluster:
     @property
     def memory_gib(self) -> float:
         return self.gpu.memory_gib
+
+    def flops_per_second(self, precision: str) -> float:
+        """Returns a device's peak in the compute precision, without TF32, as torch's default has it; a CPU's is one."""
+        if precision != "fp32" or not self.has_gpu:
+            return self.gpu.peak_tflops * 1e12
+        return 1e12 * (self.gpu.fp32_tflops or self.gpu.peak_tflops / 16)
 
     def bus_gb_per_second(self, ranks: int) -> float:
         """Returns the bus bandwidth of a collective among `ranks` neighbours: the node's link, or all its network."""
@@ -868,7 +869,7 @@ def predict_seconds(
     matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
     attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
     slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
-    rate = gpu.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
+    rate = cluster.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
     ramp = HALF_EFFICIENCY_TOKENS / tokens if cluster.has_gpu else 0
     flops = matmul * (1 + ramp) + attention / gpu.attention_efficiency
     compute = steps * tokens * flops / rate
@@ -928,7 +929,7 @@ def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> 
     step_tokens = config.batch_size * block
     rate = step_tokens / seconds["total"] / cluster.world_size
     flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
-    mfu = flops / seconds["total"] / cluster.gpu.flops_per_second(plan.precision)
+    mfu = flops / seconds["total"] / cluster.flops_per_second(plan.precision)
     limit = HEADROOM * cluster.memory_gib
     fits = memory.reserved[1] <= limit
     reason = "" if fits else f"needs {memory.reserved[1]:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
@@ -3897,7 +3898,7 @@ def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> floa
 def peak_flops(cluster: Cluster) -> float | None:
     """Returns the dense bf16 peak of one device in FLOP/s; None for a device the table does not know."""
     known = cluster.has_gpu and cluster.sources.get("peak") == "table"
-    return cluster.gpu.peak_tflops * 1e12 if known else None
+    return cluster.flops_per_second("bf16") if known else None
 
 
 def peak_memory_gib(parallel: Parallel) -> float:

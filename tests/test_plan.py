@@ -167,8 +167,13 @@ def test_plan_needs_config_json_alone_and_under_3_seconds_and_starts_nothing(tmp
 def test_plan_of_this_machine_is_one_cpu_process_in_fp32(capsys):
     assert train_llama2.command_line(["--plan", "--model-name-or-path", str(TINY_LLAMA)]) == 0
     assert "chosen  none, micro-batch" in capsys.readouterr().out
-    plan = choose_plan(TINY, train_llama2.this_machine(), Config()).chosen.plan
+    machine = train_llama2.this_machine()
+    chosen = choose_plan(TINY, machine, Config(activation_checkpointing="none")).chosen
+    plan = chosen.plan
     assert (plan.strategy, plan.precision, plan.cpu_offload) == ("none", "fp32", False)
+    matrices = 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64) + 1024 * 64
+    flops = 64 * 2048 * (6 * matrices + 2 * 4 * 64 * 2048 * 3.5)  # at half of what bare fp32 matmuls reached
+    assert chosen.seconds["compute"] == pytest.approx(flops / (0.5 * machine.gpu.peak_tflops * 1e12))
 
 
 def test_plan_refuses_a_block_longer_than_the_models_positions_as_a_run_does():
