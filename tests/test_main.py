@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,11 @@ PARITY = {
 # Batches of 3 documents on 4 ranks: one rank has nothing in each step and still makes every call.
 FEW = {"batch_size": 3, "max_steps": 3, "max_eval_samples": 5, "block_size": 512}
 
+# Three summaries on four ranks, one of which has none of its own.
+SUMMARIES = {"rouge_samples": 3, "max_summary_tokens": 8} if importlib.util.find_spec("rouge_score") else {}
+
 RUNS = {
-    ("1", "one process"): {**PARITY, "micro_batch_size": 7},
+    ("1", "one process"): {**PARITY, "micro_batch_size": 7, **SUMMARIES},
     ("1", "micro-batches of 3"): {**PARITY, "micro_batch_size": 3},
     ("1", "micro-batches of 2, recomputed"): {**PARITY, "micro_batch_size": 2, "activation_checkpointing": "full"},
     ("1", "packed"): {**PARITY, "micro_batch_size": 3, "packing": "yes"},
@@ -42,7 +47,7 @@ RUNS = {
     },
     ("2", "ddp, bf16-states"): {**FEW, "parallelism": "ddp", "precision": "bf16-states"},
     ("4", "hsdp, packed"): {**PARITY, "parallelism": "hsdp", "micro_batch_size": 1, "packing": "yes"},
-    ("4", "hsdp"): {**PARITY, "parallelism": "hsdp", "micro_batch_size": 1, "dist_timeout_minutes": 7},
+    ("4", "hsdp"): {**PARITY, "parallelism": "hsdp", "micro_batch_size": 1, "dist_timeout_minutes": 7, **SUMMARIES},
     ("4", "fsdp"): {**PARITY, "parallelism": "fsdp", "micro_batch_size": 1},
     ("4", "few"): {**FEW, "parallelism": "fsdp"},
     ("4", "few, packed"): {**FEW, "parallelism": "fsdp", "packing": "yes"},
@@ -111,6 +116,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tupl
     for key in [key for key in RUNS if key[0] == "1"]:
         AcceleratorState._reset_state(reset_partial_state=True)
         train_llama2.main(small_run(folders[key], model_name_or_path=model, **RUNS[key]))
+    for key in (("1", "one process"), ("4", "hsdp")):
+        consoles[key] = consoles.get(key, "") + (folders[key] / "samples.jsonl").read_text() * bool(SUMMARIES)
     return {key: (*read_metrics(folders[key]), consoles.get(key, "")) for key in RUNS}
 
 
@@ -127,6 +134,16 @@ def test_losses_and_norms_equal_one_process_step_by_step(runs, key):
     assert [line["eval_loss"] for line in evaluations] == pytest.approx(
         [line["eval_loss"] for line in expected_evaluations], rel=1e-5
     )
+
+
+@pytest.mark.skipif(not SUMMARIES, reason="rouge-score is not installed")
+def test_hsdp_writes_the_summaries_of_one_process(runs):
+    one, four = (
+        [json.loads(line) for line in runs[key][2].splitlines() if line.startswith('{"step": 9, "reference"')]
+        for key in (("1", "one process"), ("4", "hsdp"))
+    )
+    assert len(one) == 3 and len({sample["reference"] for sample in one}) == 3
+    assert four == one
 
 
 def test_a_batch_smaller_than_the_world_trains_the_same(runs):

@@ -126,3 +126,19 @@ def test_without_the_package_one_line_says_so_before_anything_begins(tmp_path, c
     assert complained.count("\n") == 1
     assert complained.startswith("error: --rouge-samples needs the package rouge-score") and "pip install" in complained
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("beams", "expected"), [(1, 32), (4, 4)])
+def test_as_many_documents_are_summarised_at_a_time_as_memory_holds_the_caches_of(beams, expected):
+    """13B on two H200: 139.8 GiB, of which 132.8 are used; weights and moments take 12 bytes of half of the parameters,
+    72.7 GiB, one layer and the head gathered twice 1.8. A token's cache is 40 layers of 2 x 5,120 in bf16, a document
+    2,048 + 160 tokens long; beam search copies it to reorder it.
+    """
+    room = 132.81 * 2**30 - 12 * 13_015_864_320 / 2 - 2 * 2 * (317_204_480 + 163_845_120)
+    assert room // (2 * 40 * 5120 * 2 * 2208 * (1 if beams == 1 else 2 * beams)) >= expected
+    cluster = train_llama2.parse_cluster("2xH200")
+    shape = train_llama2.model_shape(LlamaConfig(**train_llama2.LLAMA_2["13b"], max_position_embeddings=4096))
+    plan = train_llama2.Plan("fsdp", 1, 2, 32, 1, "full", True, False, "step", "bf16")
+    parallel = train_llama2.Parallel(None, cluster, None, shape, plan, None, 2048, None)
+    config = train_llama2.Config(num_beams=beams, rouge_samples=100)
+    assert train_llama2.prompts_at_a_time(config, parallel) == expected
