@@ -3895,10 +3895,10 @@ def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> floa
     return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.hidden * squared_lengths
 
 
-def peak_flops(cluster: Cluster) -> float | None:
-    """Returns the dense bf16 peak of one device in FLOP/s; None for a device the table does not know."""
+def peak_flops(cluster: Cluster, precision: str) -> float | None:
+    """Returns the dense bf16 peak of one device in FLOP/s; None for fp32, and for a device the table does not know."""
     known = cluster.has_gpu and cluster.sources.get("peak") == "table"
-    return cluster.flops_per_second("bf16") if known else None
+    return cluster.flops_per_second(precision) if known and precision != "fp32" else None
 
 
 def peak_memory_gib(parallel: Parallel) -> float:
@@ -3966,7 +3966,7 @@ class RunLog:
             return
         loss, grad_norm, skipped = torch.stack([result.loss, result.grad_norm, state.skipped]).tolist()
         seconds = time.perf_counter() - self.interval_started
-        peak = peak_flops(self.parallel.cluster) if self.parallel.plan.precision != "fp32" else None
+        peak = peak_flops(self.parallel.cluster, self.parallel.plan.precision)
         flops = training_flops(self.parallel.shape, self.interval_tokens, self.interval_squares)
         line = dict(
             step=state.step,

@@ -683,9 +683,7 @@ def row_of(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     tokens = [int(lengths[documents].sum()) for documents in cell.round_documents]
     squares = [int((lengths[documents] ** 2).sum()) for documents in cell.round_documents]
     seconds = sum(cell.round_seconds)
-    peak = script.peak_flops(task.parallel.cluster)
-    if task.parallel.plan.precision == "fp32":
-        peak = None
+    peak = script.peak_flops(task.parallel.cluster, task.parallel.plan.precision)
     flops = script.training_flops(task.parallel.shape, sum(tokens), sum(squares))
     all_documents = np.concatenate(task.batches[: cell.steps_taken])
     tokens_cut_share, summaries_cut_share = way.cut_shares(task)

@@ -165,12 +165,14 @@ def test_the_peak_of_a_gpu_is_found_by_its_name(name, tflops, monkeypatch):
     monkeypatch.setattr(train_llama2, "measure_matmul_tflops", lambda *_: 100.0)
     cluster = train_llama2.this_machine()
     assert cluster.gpu.peak_tflops == (100.0 if tflops is None else tflops)
-    assert train_llama2.peak_flops(cluster) == (None if tflops is None else pytest.approx(tflops * 1e12))
+    for precision in ("bf16", "bf16-states"):
+        assert train_llama2.peak_flops(cluster, precision) == (None if tflops is None else pytest.approx(tflops * 1e12))
+    assert train_llama2.peak_flops(cluster, "fp32") is None
 
 
 def test_a_cpu_has_no_peak():
     gpu = train_llama2.GPUS["A100-80GB"]
-    assert train_llama2.peak_flops(Cluster(1, 1, "A100 in name only", False, gpu, {"peak": "table"})) is None
+    assert train_llama2.peak_flops(Cluster(1, 1, "A100 in name only", False, gpu, {"peak": "table"}), "bf16") is None
 
 
 # ----------------------------------------------------------------------------------------------------------------
