@@ -12,7 +12,7 @@ processes torchrun made, the model's config and the devices, and carries out the
 
 Sections, in the order the data flows:
     1. Constants               prompt, ignore index, file names
-    2. Configuration           one dataclass is the flags, their defaults, their help and their rules
+    2. Configuration           one dataclass holds the flags, their defaults, their help and their rules
     3. The plan                memory and time of every way to execute a step, and the choice among them
     4. The hook                the plan carried out: processes, sharding, gradient synchronisation
     5. Data                    prompt, truncation that keeps the summary, masks, packed or padded batches
@@ -103,12 +103,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 # ----------------------------------------------------------------------------------------------------------------
 
 PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
-IGNORE_INDEX = -100  # the label torch.nn.functional.cross_entropy leaves out
+IGNORE_INDEX = -100  # the label that torch.nn.functional.cross_entropy ignores
 PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the tensor cores
-HELD_OUT_SHARE = 0.05  # of the training split, where the data has no validation split
+HELD_OUT_SHARE = 0.05  # of the training split, held out when the data has no validation split
 SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
-HEAD_CHUNK_TOKENS = 1024  # whose logits are held at a time
-COMPILE_SECONDS = 120.0  # what compiling the layers may take, forward and backward, for fixed and for varying lengths
+HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
+COMPILE_SECONDS = 120.0  # estimate for compiling the layers: forward and backward, fixed and varying lengths
 LARGEST_INTEGER = 2**31  # no flag means anything beyond
 SHOWN_SAMPLES = 3  # summaries beside their references in the log, the trackers and the model card
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
@@ -118,12 +118,12 @@ GIB = 2**30
 
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-LOG_FILES = ("metrics.jsonl", "samples.jsonl")
+METRICS_FILE, SAMPLES_FILE = LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
 class UserError(Exception):
-    """Something the user can put right: told as one `error:` line per problem, exit code 2, no traceback."""
+    """A mistake the user can fix: reported as one `error:` line per problem, with exit code 2 and no traceback."""
 
     def __init__(self, *problems: str):
         super().__init__("; ".join(problems))
@@ -131,11 +131,11 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on, found by every rank alike: told in one `error:` line, exit code 1, no traceback."""
+    """A run that cannot continue, as every rank finds: one `error:` line, exit code 1, no traceback."""
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what the library that failed said first, about the cause at the bottom of the chain."""
+    """Returns the first non-empty line of the root cause's message, or its type where the message is empty."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -158,10 +158,9 @@ def flag(
     below=None,
     choices=None,
 ):
-    """A field of `Config`: its default, its sentence in --help, and the rule its value keeps.
+    """A field of `Config`: its default, its sentence in --help, and the rule its value must obey.
 
-    `unset` is the word for the default None: what --help shows, and what may be given to mean it. `const` is meant
-    where the flag is given without a value.
+    `unset` is how None is written, in --help and on the command line. `const` is the value of the bare flag.
     """
     below = below or (LARGEST_INTEGER if convert is int else None)
     rule = dict(
@@ -170,14 +169,19 @@ def flag(
     return dataclasses.field(default=default, metadata=rule)
 
 
+def launched_rank() -> int:
+    """Returns this process's rank as torchrun set it, which is known before there is a process group."""
+    return int(os.environ.get("RANK", 0))
+
+
 def usable_cores() -> int:
-    """Returns the cores this process may run on, which a Slurm job or a container may have fewer of than the node."""
+    """Returns how many cores this process may run on: fewer than the node has in many Slurm jobs and containers."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. Field `batch_size` is flag `--batch-size`; both have the one default that stands here."""
+    """Every setting of a run. Field `batch_size` is flag `--batch-size`; its default is written here only."""
 
     model_name_or_path: str = flag("meta-llama/Llama-2-13b-hf", "causal LM to fine-tune: Hub id or local folder")
     dataset_name_or_path: str | tuple[str, ...] = flag(
@@ -186,16 +190,12 @@ class Config:
     dataset_config: str = flag("3.0.0", "configuration of a Hub dataset; ignored for local data")
     article_column: str = flag("article", "column with the text to summarise")
     summary_column: str = flag("highlights", "column with the summary")
-    max_train_samples: int | None = flag(
-        None, "use only the first so many training documents", int, unset="all", minimum=1
-    )
-    max_eval_samples: int | None = flag(
-        None, "use only the first so many validation documents", int, unset="all", minimum=1
-    )
+    max_train_samples: int | None = flag(None, "use at most this many training documents", int, unset="all", minimum=1)
+    max_eval_samples: int | None = flag(None, "use at most this many validation documents", int, unset="all", minimum=1)
     block_size: int = flag(2048, "tokens of a document at most; a longer article loses its end", int, minimum=1)
     loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", choices=("all", "summary"))
     num_train_epochs: int = flag(1, "passes over the training documents", int, minimum=1)
-    max_steps: int | None = flag(None, "stop after so many optimizer steps", int, minimum=1)
+    max_steps: int | None = flag(None, "stop after this many optimizer steps", int, minimum=1)
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", int, minimum=1)
     micro_batch_size: int | None = flag(None, "documents per forward per device, at most", int, unset="auto", minimum=1)
     lr: float = flag(1e-5, "peak learning rate of AdamW", float, above=0)
@@ -301,10 +301,10 @@ def flag_name(field_name: str) -> str:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that leaves telling mistakes to `command_line`, and prints its help on rank 0 alone."""
+    """An ArgumentParser that raises its errors, for `command_line` to report, and prints its help on rank 0 only."""
 
     def print_help(self, file=None) -> None:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if launched_rank() == 0:
             super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
@@ -351,6 +351,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
     given, unknown = parser.parse_known_args(argv)
     known = list(map(flag_name, FLAGS))
+    # a word without a dash is told only if it comes first: after an unknown flag it is that flag's value
     problems = [unknown_flag(word, known) for word in unknown if word.startswith("-") or word is unknown[0]]
     values = {}
     for name, raw in vars(given).items():
@@ -486,7 +487,7 @@ ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to 
 STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
 TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
 
-PLAN_FLAGS = (  # that the plan decides where they are left alone
+PLAN_FLAGS = (  # decided by the plan unless they are given
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism",
 )  # fmt: skip
@@ -495,7 +496,7 @@ CAN_REPLICATE_SHARDS = "dp_replicate_size" in inspect.signature(DistributedConfi
 
 @dataclass(frozen=True)
 class Cluster:
-    """The devices of a run, and where each of their figures is from: `measured`, `table` or `guess`.
+    """The devices of a run, and the source of each of their figures: `measured`, `table`, `given` or `guess`.
 
     `memory_gib` is what one rank may use: its GPU's, or its share of a CPU node's.
     """
@@ -523,7 +524,7 @@ class Cluster:
         return 1e12 * (self.gpu.fp32_tflops or self.gpu.peak_tflops / 16)
 
     def bus_gb_per_second(self, ranks: int) -> float:
-        """Returns the bus bandwidth of a collective among `ranks` neighbours: the node's link, or all its network."""
+        """Returns the bus bandwidth of a collective among `ranks` neighbours: the node's link, or its whole network."""
         if ranks <= self.ranks_per_node:
             return self.gpu.link_gb_per_second
         return min(self.gpu.link_gb_per_second, self.ranks_per_node * self.network_gb_per_second)
@@ -549,7 +550,7 @@ class ModelShape:
     vocabulary: int
     positions: int
     head_width: int = 128
-    attends_fully: bool = True  # every layer to the whole document before it: no sliding windows
+    attends_fully: bool = True  # no sliding windows: each token attends to everything before it
 
     @property
     def head_parameters(self) -> int:
@@ -651,7 +652,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of planning: what is chosen (None where nothing fits), all that was weighed, and what would help."""
+    """The outcome of planning: what is chosen (None where nothing fits), every candidate, and what would help."""
 
     chosen: Candidate | None
     candidates: list[Candidate]
@@ -702,7 +703,7 @@ class StepMemory:
 
     @property
     def width(self) -> int:
-        """Bytes of an element as computed."""
+        """Bytes of an element in the compute precision."""
         return 4 if self.plan.precision == "fp32" else 2
 
     @property
@@ -745,7 +746,7 @@ class StepMemory:
         return self.chunk + (self.width + 4) * self.shape.head_parameters
 
     def resident(self) -> dict[str, float]:
-        """Weights and moments; offloaded, the shards of two layers on their way in."""
+        """Weights and moments; under CPU offload, the shards of the two layers being copied in."""
         state, shards = self.plan.state_bytes, self.plan.dp_shard_size
         if self.plan.cpu_offload:
             return dict(weights=2 * state * self.shape.layer_parameters / shards, optimizer=0.0)
@@ -803,7 +804,7 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     attention = step.tokens * (26 if width == 2 else 24) * h + width * layer
     for i in reversed(range(layers)):
         ahead = layer if i else embedding  # gathered before its turn
-        reducing = 4 * layer if i < layers - 1 else 0  # the layer after it, as fp32; the head's is gone by then
+        reducing = 4 * layer if i < layers - 1 else 0  # fp32 gradient of the next layer; the head's is gone by then
         gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead)
         own = step.layer_input if plan.checkpoints_layer(i) else 0
         finished = head + (layers - 1 - i) * layer
@@ -850,6 +851,15 @@ def peak_of(moments: dict[str, dict[str, float]], has_gpu: bool = True) -> Memor
 
 
 # ---- The plan: time ------------------------------------------------------------------------------------------
+
+
+def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
+    """Returns the FLOPs that training on these documents takes, without recomputation.
+
+    PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * hidden per pair of
+    tokens in a document, not halved for causality. `squared_lengths` sums length**2 over the documents.
+    """
+    return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.hidden * squared_lengths
 
 
 def predict_seconds(
@@ -1012,7 +1022,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
                 syncs = [config.gradient_sync]
             elif not sharded or steps == 1:
                 syncs = ["step"]
-            else:
+            else:  # HSDP's all-reduce across replicas waits anyway, and its node's links are fast
                 syncs = ["micro-batch"] if strategy == "hsdp" else ["micro-batch", "step"]
             offloads = [config.cpu_offload == "yes"]
             if config.cpu_offload == "auto" and sharded and cluster.has_gpu:
@@ -1027,9 +1037,9 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
 
 
 def even_sizes(share: int) -> list[int]:
-    """Returns `share` and the powers of two below it, descending, each made no larger than its micro-batches get.
+    """Returns the micro-batch sizes to try: `share` and the powers of two below it, lowered to what even dealing needs.
 
-    Five documents, at most four at a time, make micro-batches of three and two: the size is three.
+    Five documents, at most four at a time, are dealt as three and two: the size is three. Largest first.
     """
     powers = {share, *(2**power for power in range(share.bit_length()))}
     return sorted({math.ceil(share / math.ceil(share / size)) for size in powers}, reverse=True)
@@ -1044,7 +1054,7 @@ def check_block(shape: ModelShape, config: Config) -> None:
 
 
 def simplicity(candidate: Candidate) -> tuple:
-    """Returns what a tie is decided by, simplest first; of equally simple plans the one with most memory to spare."""
+    """Returns the sort key that breaks ties: the simplest plan first, and of those the one that takes least memory."""
     plan = candidate.plan
     return (
         ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
@@ -1093,10 +1103,9 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
 
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, active: float, block_size: int) -> str:
-    """Returns the flags of the fastest plan that is predicted to take at most nine tenths of `active` GiB.
-    Where there is none, those of the plan that takes least.
+    """Returns the flags of the fastest plan predicted to take at most nine tenths of `active` GiB, or of the smallest.
 
-    They fix all of that plan, or the room that one of them makes would go to another.
+    They pin the whole plan: were only some given, the planner would spend the memory they free on the others.
     """
     documents = plan.micro_batch_size * plan.gradient_accumulation_steps * cluster.world_size
     fixed = dict(batch_size=documents, precision=plan.precision, packing="yes" if plan.packing else "no")
@@ -1114,7 +1123,7 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, activ
 
 
 def flags_of(plan: Plan) -> str:
-    """Returns the flags that leave nothing but this plan."""
+    """Returns the flags that leave the planner no plan but this one."""
     flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
     if plan.strategy != "none":
         flags = {"--parallelism": plan.strategy, **flags}
@@ -1134,7 +1143,7 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
 
 
 def freed_flags(config: Config) -> list[tuple[str, Config]]:
-    """Returns the configurations in which one of the flags that restrict the plan is left to it, and how to say so."""
+    """Returns, for each flag that restricts the plan, the words that set it back to auto and the resulting Config."""
     freed = []
     for name in PLAN_FLAGS:
         default, words = FLAGS[name].default, f"{flag_name(name)} auto"
@@ -1147,9 +1156,9 @@ def freed_flags(config: Config) -> list[tuple[str, Config]]:
 
 
 def lever_to_fit(shape: ModelShape, cluster: Cluster, config: Config) -> str:
-    """Returns the changes that would make the model fit, each alone, cheapest first; they are tried, not guessed.
+    """Returns the single changes that would make the model fit, cheapest first; each is tried, not guessed.
 
-    Where none does alone, all flags that restrict the plan are left to it together.
+    Where no single change is enough, tries setting all the flags that restrict the plan back to auto.
     """
     freed = freed_flags(config)
     helping = [words for words, changed in freed if best_of(shape, cluster, changed)]
@@ -1312,7 +1321,7 @@ def in_words(parameters: int) -> str:
 
 
 def best_of_each_kind(choice: Choice) -> list[Candidate]:
-    """Returns the chosen candidate and the best of the other kinds, which are strategy, offload and recomputation."""
+    """Returns the best candidate of each kind (strategy, offload, recomputation or none), the chosen one first."""
     best: dict[tuple, Candidate] = {}
     for each in choice.candidates:
         plan = each.plan
@@ -1360,7 +1369,7 @@ def refuse_what_does_not_fit(choice: Choice, cluster: Cluster) -> None:
         )
 
 
-LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: what --plan needs of gated models
+LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: for --plan without gated files
     "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
     "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
     "70b": dict(
@@ -1381,7 +1390,7 @@ def plan_only(config: Config) -> None:
     else:
         shape = read_model_shape(config)[1]
     choice = choose_plan(shape, cluster, config)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if launched_rank() == 0:
         as_json = config.plan_format == "json"
         print(json.dumps(choice_json(choice, cluster)) if as_json else describe_choice(choice, shape, cluster, config))
     refuse_what_does_not_fit(choice, cluster)
@@ -1394,7 +1403,7 @@ def plan_only(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Parallel:
-    """What the hook returns: the processes, the plan, and the few acts that differ between one device and many.
+    """What the hook returns: the processes, the plan, and the few operations that differ between one device and many.
 
     A context manager: leaving it ends the trackers and the process group.
     """
@@ -1423,7 +1432,7 @@ class Parallel:
 
     @property
     def dp_size(self) -> int:
-        """Ranks that see different documents: all of them, as long as no rank helps another with the same one."""
+        """The number of ranks with documents of their own: all of them, as there is no tensor parallelism."""
         return self.plan.dp_replicate_size * self.plan.dp_shard_size
 
     def __enter__(self) -> Parallel:
@@ -1432,14 +1441,15 @@ class Parallel:
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type in (None, UserError, RunError):
             if self.accelerator.num_processes > 1:
-                time.sleep(0.1)  # gloo's threads drop the last message, for which they need the GIL; the end of a DDP
-                # model, or Python's, holds it while it waits for them: a hang or an abort, rarely
+                # gloo's threads need the GIL to release their last message; destroying a DDP model, or Python's exit,
+                # would wait for them while holding it: now and then a hang or an abort
+                time.sleep(0.1)
             self.accelerator.end_training()
         elif issubclass(error_type, torch.OutOfMemoryError):
             print(self.explain_out_of_memory(), file=sys.stderr, flush=True)
 
     def explain_out_of_memory(self) -> str:
-        """Returns what the plan thought, what is allocated, and the flag to change, for the rank that ran out."""
+        """Returns the error line of a rank that ran out: what was predicted, what was allocated, which flags help."""
         words = f" It ran {self.plan.describe()}."
         remedy = f"--micro-batch-size {max(1, self.plan.micro_batch_size // 2)}"
         if self.choice is not None:
@@ -1451,14 +1461,14 @@ class Parallel:
             words += f" PyTorch's peak was {torch.cuda.max_memory_allocated() / GIB:.1f} GiB allocated and"
             words += f" {torch.cuda.max_memory_reserved() / GIB:.1f} reserved."
         return (
-            f"error: rank {self.rank} ran out of memory.{words} Try {remedy}; checkpoints saved before are kept, and "
-            "the same command with it goes on from the newest"
+            f"error: rank {self.rank} ran out of memory.{words} Try {remedy}; saved checkpoints are kept, and "
+            "the same command with these flags resumes from the newest"
         )
 
     def say(self, *words: object, always: bool = False) -> None:
         """Prints on rank 0 alone, above a progress bar if there is one. Any rank may call it.
 
-        Under --quiet only warnings and what is to be said `always`.
+        Under --quiet only warnings and what is marked `always`.
         """
         line = " ".join(map(str, words))
         if self.is_main and (always or not self.quiet or line.startswith("WARNING")):
@@ -1467,20 +1477,18 @@ class Parallel:
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns `tensor` summed over all ranks, on each of them. Every rank must call it. No host sync."""
-        if self.accelerator.num_processes > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        return self.accelerator.reduce(tensor, "sum")
 
     def cpu_group(self) -> dist.ProcessGroup | None:
         """Returns a new group of all ranks for messages in host memory, None for one process. Every rank calls it."""
         if self.accelerator.num_processes == 1:
             return None
-        # sooner than NCCL, whose watchdog would end the process without a word of ours
+        # a shorter timeout than NCCL's, whose watchdog would abort the process before we could report anything
         return dist.new_group(backend="gloo", timeout=0.8 * self.timeout)
 
     @contextlib.contextmanager
     def node_main_first(self) -> Iterator[None]:
-        """Runs the body on each node's first process, then on the others, which find its files and caches made."""
+        """Runs the body on each node's first process, then on the others, which find its files and caches ready."""
         if not self.accelerator.is_local_main_process:
             self.wait_for_everyone()
         try:
@@ -1496,7 +1504,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def gradient_sync(self, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
-        """Around one micro-batch's forward and backward: decides whether its gradients travel now or wait.
+        """Wraps one micro-batch's forward and backward; decides whether its gradients are reduced now or later.
 
         DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
         gradient (4 bytes per parameter). HSDP reduces inside the sharded group each time, and only the all-reduce
@@ -1525,16 +1533,9 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     if on_moai:
         torch.moreh.option.enable_advanced_parallelization()
     else:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
         start_process_group(config)
-    if config.rouge_samples and importlib.util.find_spec("rouge_score") is None:
-        raise UserError(
-            "--rouge-samples needs the package rouge-score, which is not installed; pip install rouge-score"
-        )
-    if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
-        raise UserError(
-            f"--report-to {config.report_to} needs a package that is not installed; "
-            f"pip install {config.report_to.replace('_', '-')}"
-        )
+    check_optional_packages(config)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=None if config.report_to == "none" else config.report_to,
@@ -1562,17 +1563,29 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     return parallel
 
 
+def check_optional_packages(config: Config) -> None:
+    """Raises UserError for a flag that needs a package which is not installed."""
+    if config.rouge_samples and importlib.util.find_spec("rouge_score") is None:
+        raise UserError(
+            "--rouge-samples needs the package rouge-score, which is not installed; pip install rouge-score"
+        )
+    if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
+        raise UserError(
+            f"--report-to {config.report_to} needs a package that is not installed; "
+            f"pip install {config.report_to.replace('_', '-')}"
+        )
+
+
 # ---- The hook: processes -------------------------------------------------------------------------------------
 
 
 def start_process_group(config: Config) -> None:
-    """Joins the ranks torchrun started, if it did. Gloo beside NCCL, because offloaded tensors live on the CPU.
+    """Joins the ranks that torchrun started, if any. Gloo beside NCCL, because offloaded tensors live on the CPU.
 
-    After a restart by `--max-restarts` torchrun hands out the store of the attempt before, in which ranks would find
-    the addresses of the dead; with one agent a prefix per attempt keeps them apart. Several agents may disagree on
-    the attempt's number: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment does the same.
+    When `--max-restarts` restarts the ranks, torchrun reuses its key-value store, where they would find the addresses
+    of dead ranks: each attempt gets a key prefix of its own. With several agents this is not safe, as they may count
+    attempts differently; there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.
     """
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
     if dist.is_initialized():
         return
     if "LOCAL_RANK" not in os.environ:
@@ -1595,7 +1608,7 @@ def start_process_group(config: Config) -> None:
 
 
 def coloured(words: str) -> str:
-    """Returns the words with the first of each line in bold, warnings in yellow, where a terminal shows them."""
+    """On a terminal, returns the text with the first word of each line in bold, or a warning in yellow."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return words
     if words.startswith(("WARNING", "error")):
@@ -1604,7 +1617,7 @@ def coloured(words: str) -> str:
 
 
 def quieten_libraries(speaks: bool, quiet: bool) -> None:
-    """Leaves the libraries' warnings to one process per node, and their bars to it where a terminal shows them."""
+    """Silences the libraries' warnings on all but one process per node, and their bars unless it has a terminal."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     if not speaks or quiet or not sys.stderr.isatty():
@@ -1663,7 +1676,7 @@ def has_flash_attention() -> bool:
 
 
 def find_device(ranks_per_node: int) -> tuple[str, Gpu, dict[str, str]]:
-    """Returns name and figures of this process's device, and where each is from."""
+    """Returns the name and figures of this process's device, and the source of each figure."""
     sources = {"memory": "measured", "peak": "measured"}
     sources |= dict.fromkeys(("efficiency", "node link", "network"), "guess")
     if not torch.cuda.is_available():
@@ -1690,7 +1703,7 @@ def figures_of(key: str) -> dict[str, str]:
 
 
 def known_gpu(device_name: str, memory_gib: float) -> str | None:
-    """Returns the key in GPUS of the device CUDA calls `device_name`, None for one it does not hold, or for a part."""
+    """Returns the key in GPUS of CUDA's `device_name`; None for an unknown GPU, a laptop's, or a MIG slice."""
     if re.search(r"\b(MIG|LAPTOP)\b", device_name.upper()):
         return None
     words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200) (?=PCIE|NVL))", r"\1\2", device_name.upper())
@@ -1759,7 +1772,7 @@ def load_tokenizer(config: Config, parallel: Parallel) -> PreTrainedTokenizerBas
             marks = tokenizer(PROMPT_OPEN + PROMPT_CLOSE, split_special_tokens=True)["input_ids"]
             if not marks:
                 raise ValueError("its vocabulary is empty or missing")
-        except Exception as error:  # transformers raises what it likes on files of nonsense
+        except Exception as error:  # transformers raises all kinds of errors on malformed files
             raise UserError(
                 f"--model-name-or-path {config.model_name_or_path} has no tokenizer that loads "
                 f"({first_line(error)}); add its tokenizer.json, or pip install sentencepiece for a tokenizer.model"
@@ -1812,13 +1825,10 @@ def read_splits(config: Config) -> datasets.DatasetDict:
     try:
         if local:
             file_format, files = find_data_files(paths, shown)
-            options = {"keep_default_na": False} if file_format == "csv" else {}  # "None" is a text too
-            splits = datasets.DatasetDict(
-                {
-                    name: datasets.load_dataset(file_format, data_files=split_files, split="train", **options)
-                    for name, split_files in files.items()
-                }
-            )
+            options = {"keep_default_na": False} if file_format == "csv" else {}  # or "None" would be missing
+            load = functools.partial(datasets.load_dataset, file_format, split="train", **options)
+            # one call a split: a single call would demand the same columns of all of them
+            splits = datasets.DatasetDict({name: load(data_files=those) for name, those in files.items()})
         else:
             splits = datasets.load_dataset(paths[0], config.dataset_config)
     except UserError:
@@ -1853,7 +1863,7 @@ def looks_like_a_path(name: str) -> bool:
 
 
 def find_data_files(paths: list[str], shown: str) -> tuple[str, dict[str, list[str]]]:
-    """Returns (format of `datasets`, files by split). A file's split is read off its path; train unless it says so."""
+    """Returns (format of `datasets`, files by split). A file's path names its split; the default is train."""
     files: list[tuple[Path, str]] = []
     for path in map(Path, paths):
         if not path.exists():
@@ -1913,7 +1923,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Para
 
     Raises UserError where nothing is left to learn from.
     """
-    encoded = []
+    encoded = {}
     for name, split in load_documents(config, parallel).items():
         documents = encode_documents(split, tokenizer, config, parallel)
         if not documents.label_counts.sum() > 0:
@@ -1924,10 +1934,10 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Para
             batches = training_batches(len(documents), epoch=0, config=config)
         else:
             batches = evaluation_batches(documents.lengths, parallel)
-        if parallel.is_main:  # not cheap: every document is dealt once
+        if parallel.is_main:  # costly, as it deals every document
             parallel.say(audit(name, len(split), documents, batches, parallel))
-        encoded.append(documents)
-    return encoded[0], encoded[1]
+        encoded[name] = documents
+    return encoded["train"], encoded["validation"]
 
 
 # ---- Data: tokens --------------------------------------------------------------------------------------------
@@ -1938,8 +1948,8 @@ def encode_documents(
 ) -> Documents:
     """Returns the non-empty documents of a split as tokens. Every rank must call it.
 
-    Encoded by each node's first process, cached under a name made of all that shapes the result, and memory-mapped
-    from there by the other ranks and by later runs.
+    Encoded by each node's first process, cached under a hash of all that shapes the result, and memory-mapped from
+    there by the other ranks and by later runs.
     """
     eos = tokenizer.eos_token_id  # from tokenizer_config.json, not part of the backend
     recipe = (split._fingerprint, tokenizer.backend_tokenizer.to_str(), eos, PROMPT_OPEN, PROMPT_CLOSE)
@@ -1954,8 +1964,8 @@ def encode_documents(
     with agreed_by_all_ranks(), parallel.node_main_first():
         try:
             rows = split.map(
-                lambda rows: encode_batch(
-                    rows[config.article_column], rows[config.summary_column], tokenizer, config.block_size
+                lambda pairs: encode_batch(
+                    pairs[config.article_column], pairs[config.summary_column], tokenizer, config.block_size
                 ),
                 batched=True,
                 remove_columns=split.column_names,
@@ -1995,7 +2005,7 @@ def encode_batch(
         ends = [end for _, end in offsets]
         if ids[-1] == tokenizer.eos_token_id and ends[-1] == 0:  # some tokenizers append it themselves
             ids, ends = ids[:-1], ends[:-1]
-        # A token belongs to the part that holds its last character; special tokens, which end at 0, to the opening.
+        # A token belongs to the part that holds its last character; special tokens, whose end is 0, to the opening.
         starts = [bisect.bisect_right(ends, bound) for bound in bounds]
         document = fit_block(ids, starts, tokenizer.eos_token_id, block_size)
         for name, value in document.items():
@@ -2006,8 +2016,8 @@ def encode_batch(
 def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: int) -> dict[str, Any]:
     """Returns the document in at most `block_size` tokens, end-of-sequence token included.
 
-    `starts` are the first tokens of the article, of the closing mark, and of the summary. What is too much is taken
-    from the end of the article; only a summary that does not fit by itself loses its own end.
+    `starts` are the first tokens of the article, of the closing mark, and of the summary. The excess is cut
+    from the end of the article; the summary is cut only if it does not fit by itself.
     """
     article, closing, summary = starts
     excess = max(0, len(ids) + 1 - block_size)
@@ -2029,7 +2039,7 @@ def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: 
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the id that fills rows up. Llama-2 has none of its own: the end-of-sequence token's serves."""
+    """Returns the id that pads rows. Llama-2 has none of its own, so its end-of-sequence id serves."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
@@ -2059,7 +2069,7 @@ def mask_pads(
 
 @dataclass(frozen=True)
 class Documents:
-    """Encoded documents, memory-mapped; per document its length and number of labels; how a row of them is made."""
+    """Encoded, memory-mapped documents, the length and label count of each, and what turning them into rows takes."""
 
     rows: datasets.Dataset
     lengths: np.ndarray
@@ -2079,10 +2089,10 @@ class Documents:
 class GlobalBatch:
     """One rank's part of a global batch, with the counts of the whole of it.
 
-    `micro_batches` are dicts: `input_ids` and `labels` (B, T) int64; padded, `attention_mask` (B, T); packed, B is 1,
-    `position_ids` (1, T) begin anew with every document, and `cu_seq_lens` (documents + 1) int32 are its bounds. And
-    what the head needs, so that the device is not asked which positions have labels: `predict_at`, the positions in
-    the flattened row that predict one, and `targets`, that label; both (N,) int64.
+    Each of `micro_batches` holds `input_ids` and `labels` (B, T) int64. Padded rows add `attention_mask` (B, T). Packed
+    rows have B = 1 and add `position_ids` (1, T), restarting with every document, and `cu_seq_lens` (documents + 1)
+    int32, where the documents begin and end. For the head, so that the device need not be asked where labels are:
+    `predict_at` (N,) int64, the positions of the flattened rows that predict a label, and `targets` (N,), that label.
     """
 
     micro_batches: list[dict[str, torch.Tensor]]
@@ -2155,7 +2165,7 @@ class GlobalBatches(torch.utils.data.Dataset):
 
 
 def with_targets(micro_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the micro-batch with `predict_at` and `targets`; a row without labels keeps one that is ignored."""
+    """Returns the micro-batch with `predict_at` and `targets`; one without labels gets one that is ignored."""
     next_labels = torch.nn.functional.pad(micro_batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
     predict_at = (next_labels != IGNORE_INDEX).nonzero().flatten()
     if not len(predict_at):
@@ -2202,8 +2212,8 @@ def pack_documents(lengths: np.ndarray, dp_size: int, row_tokens: int) -> list[l
     """Returns `dealt[micro_step][rank]` like `deal_documents`, for rows of at most `row_tokens` tokens, few and even.
 
     Longest first, each document into the emptiest row (Graham 1969, "Bounds on multiprocessing timing anomalies": at
-    most 4/3 of the best longest row); one row more for each rank where that overfills one. Rows of like length share
-    a micro-step, as ranks wait for each other in it.
+    most 4/3 of the best longest row). If that overfills a row, tries again with one more row per rank. Rows of like
+    length share a micro-step, in which ranks wait for each other.
     """
     order = np.argsort(-lengths, kind="stable")
     micro_steps = max(1, math.ceil(lengths.sum() / (dp_size * row_tokens)))
@@ -2222,20 +2232,20 @@ def pack_documents(lengths: np.ndarray, dp_size: int, row_tokens: int) -> list[l
 
 
 def deal(lengths: np.ndarray, dp_size: int, plan: Plan, block_size: int) -> list[list[np.ndarray]]:
-    """Returns `dealt[micro_step][rank]` as the plan executes it; a packed row holds what padded ones might at most."""
+    """Returns `dealt[micro_step][rank]` for the plan; a packed row holds at most what a full padded one does."""
     if plan.packing:
         return pack_documents(lengths, dp_size, plan.micro_batch_size * block_size)
     return deal_documents(lengths, dp_size, plan.micro_batch_size)
 
 
 def training_batches(documents: int, epoch: int, config: Config) -> list[np.ndarray]:
-    """Returns the global batches of an epoch: an order drawn from seed and epoch alone, the last batch as it comes."""
+    """Returns the global batches of an epoch: an order drawn from seed and epoch alone; the last may be smaller."""
     order = np.random.default_rng((config.seed, epoch)).permutation(documents)
     return np.split(order, range(config.batch_size, documents, config.batch_size))
 
 
 def evaluation_batches(lengths: np.ndarray, parallel: Parallel) -> list[np.ndarray]:
-    """Returns all documents once, longest first, one micro-batch per rank at a time (packed, a few)."""
+    """Returns every document once, longest first, in batches of one micro-batch per rank (packed, of about four)."""
     order, size = np.argsort(-lengths, kind="stable"), parallel.dp_size * parallel.plan.micro_batch_size
     size *= 4 if parallel.plan.packing else 1
     return np.split(order, range(size, len(order), size))
@@ -2246,7 +2256,7 @@ def remaining_batches(
 ) -> Iterator[GlobalBatch]:
     """Yields this rank's part of every global batch from `step` on, across epochs.
 
-    Where to begin follows from the step alone, and nothing that was consumed is read again.
+    The step alone determines where to begin; batches already consumed are not read again.
     """
     steps_per_epoch = math.ceil(len(documents) / config.batch_size)
     while step < total_steps:
@@ -2257,7 +2267,7 @@ def remaining_batches(
 
 
 def data_loader(documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> DataLoader:
-    """Returns a loader of this rank's `GlobalBatch` for each of `batches`, collated one process ahead of the device."""
+    """Returns a loader of this rank's `GlobalBatch` for each of `batches`, collated ahead by a worker process."""
     return DataLoader(
         GlobalBatches(documents, batches, parallel),
         batch_size=None,
@@ -2269,7 +2279,7 @@ def data_loader(documents: Documents, batches: Sequence[np.ndarray], parallel: P
 
 
 def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> str:
-    """Returns one line on what encoding `total` pairs, and dealing them in `batches`, did to them."""
+    """Returns a line on what encoding cut or dropped of `total` pairs, and how evenly `batches` deal the rest."""
     columns = documents.rows.with_format("numpy")
     cut, summaries_cut = np.asarray(columns["tokens_cut"][:]), np.asarray(columns["summary_cut"][:])
     loads = []  # tokens computed, padding included: a row per micro-step, a column per rank
@@ -2303,7 +2313,7 @@ def executed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 
 
 def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
-    """Returns a local folder that holds the model's files of these patterns, downloaded where it has to be."""
+    """Returns a local folder that holds the model's files of these patterns; downloads them if necessary."""
     shown = f"--model-name-or-path {name_or_path}"
     if os.path.isdir(name_or_path):
         return Path(name_or_path)
@@ -2335,7 +2345,7 @@ def read_model_shape(config: Config) -> tuple[transformers.PretrainedConfig, Mod
             raise OSError("config.json is missing")
         model_config = AutoConfig.from_pretrained(folder)
         return model_config, model_shape(model_config)
-    except Exception as error:  # transformers raises what it likes on a config of nonsense
+    except Exception as error:  # transformers raises all kinds of errors on a malformed config
         raise UserError(
             f"--model-name-or-path {config.model_name_or_path} holds no causal language model that loads "
             f"({first_line(error)}); give a folder with config.json and safetensors weights"
@@ -2343,10 +2353,10 @@ def read_model_shape(config: Config) -> tuple[transformers.PretrainedConfig, Mod
 
 
 def load_model(config: Config, parallel: Parallel) -> torch.nn.Module:
-    """Returns the model in fp32, on its device, in the parallel form of the plan. Every rank must call it.
+    """Returns the model in the plan's precision (fp32 as a rule) and parallel form. Every rank must call it.
 
     Downloaded once per node. Under FSDP and HSDP each rank reads its own shard from the files and never holds the
-    whole. dtype is said aloud: Llama-2's checkpoint is half precision, and transformers' default would keep it,
+    whole. dtype is passed explicitly: Llama-2's checkpoint is half precision, and transformers' default would keep it,
     leaving no fp32 master weights.
     """
     plan = parallel.plan
@@ -2374,7 +2384,7 @@ def load_model(config: Config, parallel: Parallel) -> torch.nn.Module:
 
 
 def state_dtype(plan: Plan) -> torch.dtype:
-    """Returns the dtype of weights, gradients and moments: fp32, but for --precision bf16-states."""
+    """Returns the dtype of weights, gradients and moments: fp32, except with --precision bf16-states."""
     return torch.bfloat16 if plan.precision == "bf16-states" else torch.float32
 
 
@@ -2433,7 +2443,7 @@ def pretrained_model(
 
 
 def attention_implementation(model_config: transformers.PretrainedConfig) -> str:
-    """Returns the name of the attention to train with: `causal_attention` wherever that is the same.
+    """Returns the name of the attention to train with: `causal_attention` wherever the result is the same.
 
     Rows are padded at their end, so no real token can see a pad under a causal mask anyway. An attention that is
     registered without a mask function gets no mask: no B x T x T tensor, SDPA takes its flash kernel, and
@@ -2490,7 +2500,7 @@ def varlen_flash_attention(
 def document_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float
 ) -> torch.Tensor:
-    """The twin of `varlen_flash_attention` without a GPU: one causal SDPA a document."""
+    """The CPU counterpart of `varlen_flash_attention`: one causal SDPA per document."""
     outputs = []
     for start, end in itertools.pairwise(bounds.tolist()):
         one = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
@@ -2506,7 +2516,7 @@ def use_token_loss(model: PreTrainedModel) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
     Calls without targets (generation) stay as they were. The head is still called as a module, so FSDP gathers it.
-    Models that do more to their logits than a projection keep them.
+    Models that also scale, cap or bias their logits compute all of them.
     """
     plain_forward, head = model.forward, model.get_output_embeddings()
     plain_head, text_config = head.forward, model.config.get_text_config()
@@ -2652,9 +2662,9 @@ class StochasticAdamW(torch.optim.Optimizer):
     Each step is computed in fp32 and rounded to bf16 up or down at random, with probabilities that make the mean
     exact, so that updates below half a bf16 ulp are not lost (Gupta et al. 2015, "Deep Learning with Limited Numerical
     Precision"; Zamirai et al. 2020, "Revisiting BFloat16 Training"). The second moment needs it too: at beta2 0.999 it
-    moves by less than an ulp a step. fp32 temporaries of one parameter at a time. `found_inf` skips like fused AdamW.
-    `rounding_seed`, the number of the step, and not a rank's random state decides how a step is rounded: so replicas
-    stay equal, also after resuming on other ranks.
+    moves by less than an ulp a step. Its fp32 temporaries are of one parameter at a time. `found_inf` skips an update,
+    as in fused AdamW. Rounding is seeded with `rounding_seed`, the number of the step, rather than by a rank's own
+    random state, so that replicas stay equal, also after resuming on other ranks.
 
     Weighed before writing it: torchao.optim rounds the weights like this, but moments to the nearest, cannot skip a
     step, and must be compiled; torch-optimi keeps what rounding loses in two more bytes per parameter; bitsandbytes
@@ -2699,7 +2709,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 
 def round_stochastically(tensor: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Returns an fp32 tensor as bf16, rounded up with the probability of what lies below bf16's last bit.
+    """Returns an fp32 tensor as bf16, rounded away from zero with the probability that makes the mean exact.
 
     A bf16 number is the upper half of an fp32 one; a random number added to the lower half carries into the upper one
     just that often.
@@ -2787,7 +2797,7 @@ def training_step(
 ) -> StepResult | None:
     """One optimizer step on a global batch. Every rank must call it. No host sync.
 
-    Returns None, with nothing changed, where all ranks agreed half-way to leave at once.
+    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete.
 
     The loss is (sum of token losses over all ranks) / (label tokens over all ranks). DDP and FSDP average gradients
     over the ranks, hence the factor dp_size. A step whose loss or gradient norm is not finite changes nothing: fused
@@ -2809,7 +2819,7 @@ def training_step(
         grad_norm = grad_norm.full_tensor().to(parallel.device)
     skip = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
     parameter = optimizer.param_groups[0]["params"][0]
-    optimizer.grad_scale, optimizer.found_inf = None, skip.to(parameter.device)  # waits only where it is offloaded
+    optimizer.grad_scale, optimizer.found_inf = None, skip.to(parameter.device)  # a host sync only under CPU offload
     optimizer.rounding_seed = state.step  # of StochasticAdamW
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -2828,8 +2838,8 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
     """Ends the run after too many skipped updates in a row, on all ranks alike, as all saw the same loss and norm.
 
     Reading the count waits for the device, so it is read every fifth step, and before a save: a checkpoint inside
-    such a row would end every run that resumes from it. What runs on meanwhile is harmless: a run that goes on
-    failing goes on being skipped.
+    such a row would end every run that resumes from it. The steps in between do no harm: their updates are skipped as
+    well.
     """
     if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
         raise RunError(
@@ -2971,7 +2981,7 @@ def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
 
 @contextlib.contextmanager
 def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
-    """Inside, attention heeds the mask, as prompts are padded at their beginning, and no layer is compiled anew."""
+    """Inside, attention uses the padding mask, which left-padded prompts need, and no layer is recompiled."""
     training_attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     autocast = torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts)
@@ -3012,9 +3022,9 @@ def check_setup(model: torch.nn.Module, loader: DataLoader, parallel: Parallel) 
 # 9. Checkpoints
 # ----------------------------------------------------------------------------------------------------------------
 
-TORCHRUN_GRACE_SECONDS = 30.0  # between the signal that torchrun passes on and its SIGKILL, unless it is told
+TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
-CHECKPOINT_FILE_BYTES = GIB // 8  # of one rank; a file is made whole in memory, which holds Python up meanwhile
+CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a file in memory, holding the GIL
 WRITING, REPLACED, DELETING, ASIDE = ".writing", ".replaced", ".deleting", ".aside"
 
 
@@ -3023,7 +3033,7 @@ class CheckpointError(Exception):
 
 
 def patience_seconds() -> float:
-    """Returns how long after a signal torchrun kills its ranks; without torchrun nobody does."""
+    """Returns the seconds between a signal and torchrun's SIGKILL; infinity without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return math.inf
     told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") if torch.__version__ >= "2.13" else None
@@ -3060,7 +3070,7 @@ class StopSignals:
 
     def receive(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        escalation = self.signal_name == "SIGUSR1" and number == signal.SIGTERM  # Slurm's warning, then its end
+        escalation = self.signal_name == "SIGUSR1" and number == signal.SIGTERM  # Slurm warns, then ends the job
         if self.signal_name and now - self.received_at > SAME_SIGNAL_SECONDS and not escalation:
             os._exit(128 + number)
         if not self.signal_name or escalation:
@@ -3071,7 +3081,7 @@ class StopSignals:
     def agreed(self) -> bool:
         """Returns whether any rank was asked to stop. Every rank must call it at the same point.
 
-        A rank whose torchrun has died stops too: nobody would end it when the same command is started anew.
+        A rank whose torchrun has died stops too: nothing else would end it, and it would block the next start.
         """
         if not self.stopping:
             if self.torchrun not in (None, os.getppid()) and not self.signal_name:
@@ -3089,15 +3099,15 @@ class StopSignals:
         return self.stopping
 
     def agreed_to_leave_step(self) -> bool:
-        """Returns whether the step under way is to be left unfinished, as it and a save outlast torchrun's patience."""
+        """Returns whether the step under way is to be abandoned: torchrun would not wait for it and a save."""
         return self.agreed() and self.leaves_step
 
 
 def leave_process_group(worker: int) -> None:
-    """Takes a data worker out of its rank's process group, to which torchrun's SIGTERM and a Ctrl-C are sent.
+    """Moves a data worker out of its rank's Unix process group, which receives torchrun's SIGTERM and Ctrl-C.
 
-    A worker that died of them would end the rank with an error before it has saved. Its own rank still ends it, and
-    a worker whose rank has died leaves by itself.
+    If either killed a worker, the rank would fail before it could save. The rank can still terminate its worker, and
+    a worker whose rank has died exits by itself.
     """
     os.setpgrp()
     for number in StopSignals.HANDLED:
@@ -3108,7 +3118,7 @@ def leave_process_group(worker: int) -> None:
 
 
 def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> dict[str, Any]:
-    """Returns what decides the losses of a run, by flag name. Parallelism is not in it: it changes no loss."""
+    """Returns what decides the losses of a run, by flag name. Parallelism is left out: it changes no loss."""
     names = (
         "seed", "batch_size", "block_size", "loss_on", "lr", "lr_scheduler", "warmup_ratio", "weight_decay",
         "max_grad_norm", "random_init",
@@ -3138,26 +3148,26 @@ class Checkpoints:
     def __init__(self, config: Config, parallel: Parallel, curve: dict[str, Any], total_steps: int):
         self.config, self.parallel, self.curve, self.total_steps = config, parallel, curve, total_steps
         self.folder = Path(config.save_model_dir) / "checkpoints"
-        self.group = parallel.cpu_group()  # its own: a write in the background must not meet the training's messages
+        self.group = parallel.cpu_group()  # separate: a background write must not mix with training's messages
         self.checkpoint_bytes = 3 * parallel.plan.state_bytes * parallel.shape.parameters  # weights and two moments
         self.asynchronous = self.decide_async()
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
         self.saved_step = 0
-        self.seconds = self.pause_seconds = 0.0  # of the last save: from call to rename, and with training held
-        self.origin = "auto"  # the --resume that this curve began with
+        self.seconds = self.pause_seconds = 0.0  # of the last save: in all, and while training waited
+        self.origin = "auto"  # the --resume with which this curve began
         self.check_disk()
         self.check_host_memory()
 
     def decide_async(self) -> bool:
         """Returns whether checkpoints are written in the background, the same on every rank.
 
-        That takes a copy of each rank's share in host memory.
+        This takes host memory for a copy of each rank's share.
         """
         copy_gib = self.checkpoint_bytes / GIB / self.parallel.plan.dp_shard_size * self.parallel.cluster.ranks_per_node
         free_gib = free_host_memory() / GIB
         on_host = self.parallel.device.type == "cpu" or self.parallel.plan.cpu_offload
-        resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # these and the gradients, still to come
+        resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
         wanted = self.config.async_save
         usable = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted] * max(0.0, free_gib - resident_gib)
         asynchronous = all(self.together(lambda: copy_gib <= usable))
@@ -3231,7 +3241,7 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # the step after it was left unfinished
+        if self.saved_step == state.step:  # saved already: the step after it was abandoned
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -3258,13 +3268,13 @@ class Checkpoints:
         return self.seconds * (2 if self.pending is not None and not self.pending.done() else 1)
 
     def wait(self) -> None:
-        """Returns when no write is under way; raises what went wrong in it beyond a failed checkpoint."""
+        """Waits for the write under way, if any. Raises its error, unless it was reported as a failed checkpoint."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
 
     def write(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], began: float) -> None:
-        """Writes one checkpoint. A failure (a full disk, say) is told aloud; the old ones stay and the run goes on."""
+        """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on."""
         begin_thread_on(self.parallel.device)
         final = self.folder / f"step-{facts['step']:06d}"
         writing = final.with_name(final.name + WRITING)
@@ -3313,7 +3323,7 @@ class Checkpoints:
         sync_to_disk(writing / "manifest.json")
         sync_to_disk(writing)
         replaced = final.with_name(final.name + REPLACED)
-        if final.exists():  # the same step again: one of the two has its name at every moment, or is given it back
+        if final.exists():  # the same step again: after a kill in between, `clean_up` gives the old one its name back
             final.rename(replaced)
         writing.rename(final)
         sync_to_disk(self.folder)
@@ -3333,7 +3343,7 @@ class Checkpoints:
         return sorted(found, key=step_of, reverse=True)
 
     def clean_up(self) -> None:
-        """Removes what an interrupted write or deletion left, and puts back what was to be replaced. Rank 0."""
+        """Removes what an interrupted write or deletion left, and restores what was to be replaced. Rank 0 only."""
         for former in self.folder.glob("*" + REPLACED):
             if not former.with_suffix("").exists():
                 former.rename(former.with_suffix(""))
@@ -3350,8 +3360,8 @@ class Checkpoints:
         if wanted != "auto":
             self.origin = wanted if wanted == "never" else str(Path(wanted).resolve())
             if self.together(self.newest_began_like_this, main_only=True)[0]:
-                wanted = "auto"  # this very command was stopped, or is restarted: it goes on
-        if wanted == "never" and any(self.together(self.complete_ones)):
+                wanted = "auto"  # the same command again: it resumes its own checkpoints
+        if wanted == "never" and any(self.together(lambda: [*self.complete_ones(), *self.folder.glob("*" + REPLACED)])):
             raise UserError(
                 f"--resume never would write over the checkpoints in {self.folder}; give another --save-model-dir, or "
                 "delete them"
@@ -3384,7 +3394,7 @@ class Checkpoints:
         return state
 
     def newest_began_like_this(self) -> bool:
-        """Returns whether the newest checkpoint is of an unfinished run that began with the `--resume` of now."""
+        """Returns whether the newest checkpoint is of an unfinished run that began with the same `--resume`."""
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             facts = json.loads((self.complete_ones()[0] / "manifest.json").read_text())["facts"]
             return facts["origin"] == self.origin and facts["step"] < self.total_steps
@@ -3410,34 +3420,33 @@ class Checkpoints:
                 )
 
     def verify(self, folder: Path) -> dict[str, Any]:
-        """Returns the facts of a checkpoint whose every byte is as it was written; the ranks share the reading.
+        """Checks every byte of a checkpoint, the reading shared among the ranks, and returns its facts.
 
         Raises CheckpointError, naming the file, on every rank alike.
         """
+        return self.together(lambda: self.verify_share(folder))[0]
 
-        def read() -> tuple[dict[str, Any], list[str]]:
-            try:
-                manifest = json.loads((folder / "manifest.json").read_text())
-                signature = manifest.pop("sha256")
-            except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"manifest.json is missing or unreadable ({first_line(error)})") from None
-            if signature != sum_of(manifest):
-                raise CheckpointError("manifest.json was changed after it was written")
-            names = sorted(manifest["files"])[self.parallel.rank :: self.parallel.cluster.world_size]
-            for name in names:
-                path, expected = folder / name, manifest["files"][name]
-                if not path.is_file():
-                    raise CheckpointError(f"{name} is missing")
-                if path.stat().st_size != expected["bytes"]:
-                    raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-                if file_sum(path) != expected:
-                    raise CheckpointError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
-            return manifest["facts"]
-
-        return self.together(read)[0]
+    def verify_share(self, folder: Path) -> dict[str, Any]:
+        """Returns the facts, having checked the manifest and every n-th file of n ranks."""
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            signature = manifest.pop("sha256")
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"manifest.json is missing or unreadable ({first_line(error)})") from None
+        if signature != sum_of(manifest):
+            raise CheckpointError("manifest.json was changed after it was written")
+        for name in sorted(manifest["files"])[self.parallel.rank :: self.parallel.cluster.world_size]:
+            path, expected = folder / name, manifest["files"][name]
+            if not path.is_file():
+                raise CheckpointError(f"{name} is missing")
+            if path.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+            if file_sum(path) != expected:
+                raise CheckpointError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
+        return manifest["facts"]
 
     def check_curve(self, facts: dict[str, Any], folder: Path) -> None:
-        """Raises UserError where the flags of now would not continue the checkpoint's curve. More steps are welcome."""
+        """Raises UserError if these flags would not continue the checkpoint's curve. More steps are allowed."""
         saved = facts["curve"]
         changed = [name for name, value in self.curve.items() if saved.get(name) != value]
         if {"block_size", "loss_on", "model_name_or_path"} & set(changed):  # these change the tokens or labels too
@@ -3527,8 +3536,8 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def with_own_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors, those copied that share their storage with one before: tied weights, which safetensors
-    refuses."""
+    """Returns the tensors, copying each that shares storage with an earlier one (tied weights): safetensors refuses
+    those."""
     seen, owned = set(), {}
     for name, tensor in tensors.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -3643,7 +3652,7 @@ def write_model(
 ) -> None:
     """Writes a model folder that `from_pretrained` loads in one plain process, and flushes it to disk.
 
-    The model is written through a shell without storage: the parallel one would gather its fp32 weights once more.
+    It is written through a shell on the meta device, because the parallel model would gather its fp32 weights again.
     """
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(model.config, dtype=next(iter(weights.values())).dtype)
@@ -3687,7 +3696,7 @@ def finish_interrupted_save(folder: Path) -> None:
 def write_model_card(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> None:
     """Writes `README.md` into the save folder: what was trained, how, on what, and how well. Rank 0 writes.
 
-    A run that found all steps taken leaves the card of the run that took them.
+    A run that had no steps left to take keeps the card that is there.
     """
     folder = Path(config.save_model_dir)
     if not parallel.is_main or (log.steps_of_this_run == 0 and (folder / "README.md").exists()):
@@ -3722,7 +3731,7 @@ def changed_flags(config: Config) -> dict[str, list[str]]:
 
 
 def command_of(config: Config, parallel: Parallel) -> str:
-    """Returns the command of this run, to be pasted into a shell; several nodes run it each, HOST being one of them."""
+    """Returns the command of this run, to be pasted into a shell, on every node; HOST is one of them."""
     nodes, ranks, words = parallel.cluster.nodes, parallel.cluster.ranks_per_node, [Path(__file__).name]
     for name, values in changed_flags(config).items():
         words += [name, *values]
@@ -3733,11 +3742,11 @@ def command_of(config: Config, parallel: Parallel) -> str:
 
 
 def card_text(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> str:
-    """Returns the body of the model card, in Markdown. Results are those of the files, also of runs before this one."""
+    """Returns the body of the model card, in Markdown, with results from the log files, earlier runs included."""
     folder = Path(config.save_model_dir)
     changed = {name: " ".join(values) or "True" for name, values in changed_flags(config).items()}
     changed.pop("--save-model-dir", None)
-    lines, samples = read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
+    lines, samples = read_lines(folder / METRICS_FILE), read_lines(folder / SAMPLES_FILE)
     trained = next((line for line in reversed(lines) if "loss" in line), {})
     evaluated = next((line for line in reversed(lines) if "eval_loss" in line), {})
     results = {"optimizer steps": state.step, "tokens": f"{state.tokens:,}", "training loss": trained.get("loss")}
@@ -3768,7 +3777,7 @@ def card_text(config: Config, parallel: Parallel, state: TrainingState, log: Run
 
 
 def check_hub_access(config: Config, parallel: Parallel) -> None:
-    """Raises UserError before training where `--push-to-hub` could not be done after it. Every rank must call it."""
+    """Raises UserError before training if `--push-to-hub` would fail after it. Every rank must call it."""
     with agreed_by_all_ranks():
         if config.push_to_hub and parallel.is_main:
             try:
@@ -3781,7 +3790,7 @@ def check_hub_access(config: Config, parallel: Parallel) -> None:
 
 
 def push_model(config: Config, parallel: Parallel) -> None:
-    """Uploads the final model, card and curves. A failure is told; the model in the folder stays what it is."""
+    """Uploads the final model, card and curves. A failure is only reported: the model in the folder is safe."""
     if not config.push_to_hub or not parallel.is_main:
         return
     try:
@@ -3793,7 +3802,7 @@ def push_model(config: Config, parallel: Parallel) -> None:
             delete_patterns=["model*.safetensors*"],  # of a model before this one, in other shards
         )
         parallel.say(f"pushed    to https://huggingface.co/{config.push_to_hub}")
-    except Exception as error:  # as above; nothing of it may end a run whose model is saved
+    except Exception as error:  # as above; it must not fail a run whose model is saved
         parallel.say(
             f"WARNING   the model could not be pushed ({first_line(error)}); `hf upload {config.push_to_hub} "
             f"{config.save_model_dir}` does it"
@@ -3812,10 +3821,10 @@ def sync_to_disk(path: Path) -> None:
 
 
 def hold_folder(folder: Path, parallel: Parallel) -> None:
-    """Takes the folder for this process until it ends; two runs would delete each other's checkpoints. Rank 0.
+    """Locks the folder until this process ends; two runs would delete each other's checkpoints. Rank 0 only.
 
-    Waits for a former run that is on its way out. Raises UserError where it stays. A POSIX record lock: it is not
-    inherited by data workers, ends with the process however that ends, and holds on network disks too.
+    Waits for a previous run that is about to end; raises UserError if it does not. A POSIX record lock, unlike
+    filelock's: data workers do not inherit it, it ends with the process in any case, and it works on network disks.
     """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.timeout.total_seconds())  # the other ranks are waiting
@@ -3842,7 +3851,7 @@ def hold_folder(folder: Path, parallel: Parallel) -> None:
 
 
 def prepare_save_folder(config: Config, parallel: Parallel) -> None:
-    """Makes the save folder and sees that it can be written to. Every rank must call it."""
+    """Makes the save folder, checks that it is writable and shared, and locks it. Every rank must call it."""
     folder = Path(config.save_model_dir)
     with agreed_by_all_ranks():
         if parallel.is_main:
@@ -3884,15 +3893,6 @@ def prepare_save_folder(config: Config, parallel: Parallel) -> None:
 
 def shows_bars(parallel: Parallel) -> bool:
     return parallel.is_main and sys.stderr.isatty() and not parallel.quiet
-
-
-def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
-    """Returns the FLOPs that training on these documents takes, without recomputation.
-
-    PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * hidden per pair of
-    tokens in a document, not halved for causality. `squared_lengths` sums length**2 over the documents.
-    """
-    return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.hidden * squared_lengths
 
 
 def peak_flops(cluster: Cluster, precision: str) -> float | None:
@@ -4006,7 +4006,7 @@ class RunLog:
     def check_plan(self, result: StepResult) -> None:
         """After the second step of this run, prints and keeps predicted against measured. Waits for the device twice.
 
-        The prediction is made anew for the lengths of that step's documents, as the plan's is for full blocks.
+        The prediction is repeated for that step's own documents, as the plan's assumes full blocks.
         """
         if self.steps_of_this_run > 2 or not self.parallel.is_main or self.parallel.choice is None:
             return
@@ -4047,7 +4047,7 @@ class RunLog:
         return due and state.step > state.evaluated_step
 
     def evaluation(self, state: TrainingState, evaluation: Evaluation | None) -> None:
-        """Reports an evaluation, and draws the curves anew; None is one that was broken off."""
+        """Reports an evaluation, and draws the curves anew; None is one that a stop interrupted."""
         if evaluation is None:
             return
         state.evaluated_step, self.last_evaluation = state.step, evaluation
@@ -4071,7 +4071,7 @@ class RunLog:
         """Appends summaries to `samples.jsonl` and shows them in trackers that take text."""
         if not samples or not self.parallel.is_main:
             return
-        path = self.folder / "samples.jsonl"
+        path = self.folder / SAMPLES_FILE
         lines = [json.dumps(dict(step=step, **dataclasses.asdict(sample))) + "\n" for sample in samples]
         try:
             with path.open("a") as stream:
@@ -4142,7 +4142,7 @@ class RunLog:
         if not self.training_tokens:
             words = f"done      already at step {state.step}; the model in {self.folder} was written again"
             return self.parallel.say(words, always=True)
-        rate = self.training_tokens / self.training_seconds if self.training_seconds else math.nan
+        rate = self.training_tokens / self.training_seconds
         eval_loss = f", eval loss {self.last_evaluation.loss:.4f}" if self.last_evaluation else ""
         self.parallel.say(
             f"done      {state.step} steps, {state.tokens:,} tokens, the last {self.steps_of_this_run} of them in "
@@ -4157,9 +4157,9 @@ class RunLog:
 
 
 def continue_lines(path: Path, state: TrainingState) -> Path:
-    """Returns `path` without the lines that a run resumed at `state` writes again. All or nothing.
+    """Drops from `path` the lines that a run resumed at `state` will write again; returns `path`. Atomic.
 
-    Where a run starts anew in a folder that has lost its checkpoints, its former lines are put aside.
+    If the run starts from nothing, because the folder has lost its checkpoints, all former lines are put aside.
     """
     if state.step == 0 and path.exists() and path.stat().st_size:
         former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
@@ -4187,7 +4187,7 @@ def draw_curves(folder: Path) -> None:
         return
     from matplotlib.figure import Figure
 
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = read_lines(folder / METRICS_FILE)
     steps, evaluations = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
     if not steps:
         return
@@ -4234,17 +4234,14 @@ def check_of_plan(parallel: Parallel, result: StepResult, seconds: float, compil
     attended = result.squared_lengths / result.tokens
     predicted = predict_seconds(parallel.shape, parallel.cluster, plan, sum(tokens) / len(tokens), attended)["total"]
     on_gpu = parallel.device.type == "cuda"
+    allocated = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
+    in_use = device_memory_in_use_gib() if on_gpu else None
     low, expected, high = memory.reserved
+    active_band = [memory.active * (1 - ACTIVE_BAND), memory.active * (1 + ACTIVE_BAND)]
     time_band = [predicted / STEP_FACTOR, predicted * STEP_FACTOR] if on_gpu else None  # a CPU's cores are shared
     return dict(
-        active_gib=dict(
-            predicted=memory.active,
-            measured=torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
-            band=[memory.active * (1 - ACTIVE_BAND), memory.active * (1 + ACTIVE_BAND)],
-        ),
-        reserved_gib=dict(
-            predicted=expected, measured=device_memory_in_use_gib() if on_gpu else None, band=[low, high]
-        ),
+        active_gib=dict(predicted=memory.active, measured=allocated, band=active_band),
+        reserved_gib=dict(predicted=expected, measured=in_use, band=[low, high]),
         step_seconds=dict(predicted=predicted, measured=seconds, band=time_band),
     )
 
@@ -4362,15 +4359,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def command_line(argv: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns the exit code. Under torchrun every rank finds the same mistakes and rank 0 tells them.
+    """Runs `main` and returns the exit code. Under torchrun all ranks find the same mistakes and rank 0 reports them.
 
-    The others wait a little before they leave, because torchrun ends every rank as soon as one has left.
+    The others wait before they exit, because torchrun kills the remaining ranks, rank 0 too, as soon as one has failed.
     """
     try:
         main(argv)
     except (UserError, RunError) as error:
         problems = error.problems if isinstance(error, UserError) else [error]
-        if int(os.environ.get("RANK", 0)) == 0:
+        if launched_rank() == 0:
             print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
         else:
             time.sleep(5)
@@ -4381,7 +4378,7 @@ def command_line(argv: Sequence[str] | None = None) -> int:
         if not lost_contact(error):
             raise
         words = (
-            f"error: rank {os.environ.get('RANK', 0)} has lost the others ({first_line(error)}): a rank, its node or "
+            f"error: rank {launched_rank()} has lost the others ({first_line(error)}): a rank, its node or "
             "the network is gone for longer than --dist-timeout-minutes; the same command goes on from the newest "
             "checkpoint"
         )
@@ -4391,7 +4388,7 @@ def command_line(argv: Sequence[str] | None = None) -> int:
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Returns whether another rank is out of reach. NCCL and the store have errors of their own, gloo has words."""
+    """Returns whether another rank is out of reach. NCCL and the store raise DistError; gloo only words tell apart."""
     words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     out_of_memory = "out of memory" in str(error)  # NCCL's own buffers
     return not out_of_memory and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))

@@ -512,6 +512,17 @@ def test_a_run_that_goes_back_and_is_killed_before_its_first_save_goes_on_from_w
     assert_same_run(folder, uninterrupted)
 
 
+def test_resume_never_also_sees_what_a_kill_between_two_renames_left(stopped, copy_of, capsys):
+    """The same step was being saved again: the former checkpoint had lost its name, the new one had not got it."""
+    folder = copy_of(stopped)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        checkpoint.rename(checkpoint.with_name(checkpoint.name + ".replaced"))
+    before = saved(folder)
+    assert start(folder, resume="never") == 2
+    assert "--resume never would write over the checkpoints" in capsys.readouterr().err
+    assert saved(folder) == before
+
+
 def test_resume_never_in_a_folder_without_checkpoints_starts_anew(tmp_path):
     assert start(tmp_path, resume="never", max_steps=1) == 0
     assert saved(tmp_path) == ["step-000001"]

@@ -189,7 +189,8 @@ def test_two_nodes_of_two_ranks_train_as_one_process_through_a_cut_cable_and_a_s
             network.cable("up")
         assert in_time, network.logs()
         assert steps_so_far(tmp_path) < STEPS
-        assert all("Timed out waiting 15000ms" in network.log(node) for node in agents), network.logs()
+        waited = re.compile("Timed out waiting (15000|12000)ms")  # of the stop signals' group, 0.8 times as long
+        assert all(waited.search(network.log(node)) for node in agents), network.logs()
         for node in agents:  # in a line of the script's own, and none of its tracebacks
             assert re.search(r"error: rank \d has lost the others .*--dist-timeout-minutes", network.log(node)), (
                 network.logs()
