@@ -579,10 +579,8 @@ def counting(monkeypatch):
 @pytest.mark.parametrize(
     ("packing", "recompute", "kinds"),
     [
-        ("yes", "none", 2),  # training and evaluation
         ("yes", "every-2", 5),  # layers that recompute and those that do not; evaluation: their first one, too
-        ("no", "none", 4),  # and one row or several
-        ("no", "every-2", 10),
+        ("no", "every-2", 10),  # and one row or several
     ],
 )
 def test_many_lengths_are_compiled_for_once(counting, monkeypatch, packing, recompute, kinds):

@@ -131,16 +131,16 @@ def test_the_json_of_8_h100_is_one_object_with_the_contracts_fields_of_every_can
     assert len(set(keys)) == len(keys), "a candidate is weighed twice"
 
 
-def test_where_nothing_fits_chosen_is_null_and_one_line_tells_the_nearest_miss_and_the_levers():
+def test_where_nothing_fits_chosen_is_null_and_one_line_tells_the_nearest_miss_and_the_levers(capsys):
     """13.0 G parameters * 16 bytes = 193.9 GiB on one GPU of 79.1. Only a config.json is there to be read."""
-    run = script("--plan", "1xH100-80GB", "--plan-format", "json", "--model-name-or-path", "meta-llama/Llama-2-13b-hf")
-    assert run.returncode == 2
-    plan = json.loads(run.stdout)
+    assert train_llama2.command_line(["--plan", "1xH100-80GB", "--plan-format", "json"]) == 2
+    printed = capsys.readouterr()
+    plan = json.loads(printed.out)
     assert plan["chosen"] is None
     assert not any(candidate["fits"] for candidate in plan["candidates"])
     needs = [candidate["memory_gib"]["reserved"] for candidate in plan["candidates"]]
     assert needs == sorted(needs) and needs[0] > 193.9
-    (line,) = run.stderr.splitlines()
+    (line,) = printed.err.splitlines()
     assert line.startswith("error: the model does not fit on 1 x H100-80GB: the nearest miss, none, micro-batch 1 x 64")
     assert f"needs {needs[0]:.1f} GiB, 75.1 of 79.1 are usable" in line
     assert line.endswith(plan["lever"]) and "it would fit with" in line and "GPUs" in line
