@@ -3905,7 +3905,12 @@ def peak_memory_gib(parallel: Parallel) -> float:
     """Returns the peak so far of this rank: allocated device memory, or resident host memory on CPU."""
     if parallel.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    # Linux starts getrusage's peak at that of the process which started this one, so its own account goes first.
+    account = Path("/proc/self/status")
+    if account.exists() and (own := re.search(r"^VmHWM:\s*(\d+) kB", account.read_text(), re.M)):
+        return int(own[1]) * 1024 / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 # ---- Reporting: the log of a run -----------------------------------------------------------------------------

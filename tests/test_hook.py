@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, TINY_LLAMA, read_metrics, small_run
+from conftest import SCRIPT, TINY_LLAMA, read_metrics, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import train_llama2
@@ -137,7 +136,6 @@ def test_another_script_trains_another_causal_lm_with_tied_embeddings_on_two_sha
         text=True,
         timeout=120,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert run.returncode == 0, run.stderr
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_LLAMA, read_metrics
@@ -22,10 +22,8 @@ def block(marker: str) -> str:
     return re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, re.S).group(1)
 
 
-def run(words: list[str], folder, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        words, cwd=folder, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, **environment}
-    )
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_the_flag_table_is_the_parsers_both_ways_with_its_defaults():
@@ -61,7 +59,7 @@ def test_the_hook_example_runs_on_two_processes(tmp_path):
     assert '"Qwen/Qwen2.5-0.5B"' in example
     (tmp_path / "mine.py").write_text(example.replace('"Qwen/Qwen2.5-0.5B"', repr(str(TINY_LLAMA))))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "mine.py"]
-    finished = run(launcher, tmp_path, PYTHONPATH=str(ROOT))
+    finished = run(launcher, tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert re.findall(r"^step (\d) loss \d", finished.stdout, re.M) == ["0", "1", "2"]
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import struct
+import subprocess
 import sys
 import warnings
 import zlib
@@ -14,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import accelerate
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -173,6 +175,27 @@ def test_the_peak_of_a_gpu_is_found_by_its_name(name, tflops, monkeypatch):
 def test_a_cpu_has_no_peak():
     gpu = train_llama2.GPUS["A100-80GB"]
     assert train_llama2.peak_flops(Cluster(1, 1, "A100 in name only", False, gpu, {"peak": "table"}), "bf16") is None
+
+
+PEAKS = """
+from types import SimpleNamespace
+import numpy, torch
+from train_llama2 import peak_memory_gib
+
+cpu = SimpleNamespace(device=torch.device("cpu"))
+before = peak_memory_gib(cpu)
+numpy.ones(2**28, "uint8")
+print("GIB", before, peak_memory_gib(cpu))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells the peak in another way")
+def test_the_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    held_here = np.ones(2**30, "uint8")
+    run = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, timeout=120, check=True)
+    before, after = map(float, run.stdout.split("GIB")[1].split())
+    assert 0.1 < before < held_here.nbytes / 2**30
+    assert after - before == pytest.approx(0.25, abs=0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY_LLAMA, read_metrics, small_run
+from conftest import TINY_LLAMA, read_metrics, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_llama2
@@ -172,7 +171,6 @@ def test_all_ranks_skip_together_where_only_one_of_them_sees_a_nan(tmp_path, sto
         text=True,
         timeout=120,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert run.returncode == 0, run.stderr
     results = [json.loads(line.removeprefix("RESULT")) for line in run.stdout.splitlines() if line[:6] == "RESULT"]
