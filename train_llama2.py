@@ -1654,14 +1654,15 @@ def find_cluster() -> Cluster:
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
-    name, gpu, sources = find_device(ranks_per_node)
-    everyones = gather_object([(gpu.memory_gib, gpu.peak_tflops, ranks_per_node)])
-    memories, peaks, sizes = zip(*everyones, strict=True)
+    everyones = gather_object([(find_device(ranks_per_node), has_flash_attention(), ranks_per_node)])
+    devices, flash, sizes = zip(*everyones, strict=True)
     if len(sizes := set(sizes)) > 1:
         raise UserError(f"nodes run {' and '.join(map(str, sorted(sizes)))} ranks; give all the same --nproc_per_node")
-    gpu = dataclasses.replace(gpu, memory_gib=min(memories), peak_tflops=min(peaks))  # or ranks would plan apart
+    # Every rank plans alone, so all must plan with the same figures: the slowest device's, and the smallest memory.
+    name, gpu, sources = min(devices, key=lambda device: device[1].peak_tflops)
+    gpu = dataclasses.replace(gpu, memory_gib=min(gpu.memory_gib for _, gpu, _ in devices))
     nodes, has_gpu = world_size // ranks_per_node, torch.cuda.is_available()
-    return Cluster(nodes, ranks_per_node, name, has_gpu, gpu, sources, has_flash_attention())
+    return Cluster(nodes, ranks_per_node, name, has_gpu, gpu, sources, all(flash))
 
 
 def this_machine() -> Cluster:
@@ -2550,7 +2551,7 @@ def summed_token_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=HEAD_CHUNK_TOKENS,
             chunking_method=None,
@@ -3139,6 +3140,8 @@ def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> 
 class Checkpoints:
     """Writes, finds, verifies and loads checkpoints. Made on every rank, and every rank must call each method.
 
+    A context manager: a run that ends with an error of its own first finishes the save under way.
+
     `checkpoints/step-000500/` holds one or more safetensors files per rank, written by torch.distributed.checkpoint
     and readable on any number of ranks under any strategy, and `manifest.json`: where the run stood, and size and
     SHA-256 of every file. Nothing in it is ever unpickled. A checkpoint is written under another name, flushed, and
@@ -3158,6 +3161,13 @@ class Checkpoints:
         self.origin = "auto"  # the --resume with which this curve began
         self.check_disk()
         self.check_host_memory()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type in (None, UserError, RunError):  # on every rank alike: a save under way still gets whole
+            self.wait()
 
     def decide_async(self) -> bool:
         """Returns whether checkpoints are written in the background, the same on every rank.
@@ -4305,7 +4315,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(argv)
     if config.plan:
         return plan_only(config)
-    with enable_advanced_parallelization(config) as parallel, StopSignals(parallel) as stop:
+    with (
+        enable_advanced_parallelization(config) as parallel,
+        StopSignals(parallel) as stop,
+        contextlib.ExitStack() as leaving,
+    ):
         set_seed(config.seed)
         prepare_save_folder(config, parallel)
         check_hub_access(config, parallel)
@@ -4316,7 +4330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         total_steps = min(config.max_steps or sys.maxsize, config.num_train_epochs * steps_per_epoch)
 
         curve = curve_settings(config, parallel, train_documents)
-        checkpoints = Checkpoints(config, parallel, curve, total_steps)
+        checkpoints = leaving.enter_context(Checkpoints(config, parallel, curve, total_steps))
         model = load_model(config, parallel)
         optimizer = build_optimizer(model, config)
         state = checkpoints.resume(model, optimizer, parallel.device)

@@ -761,6 +761,25 @@ def test_a_stop_after_five_skipped_steps_in_a_row_saves_nothing_that_would_end_e
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
+SLOW_SAVE_AND_BROKEN_WEIGHTS = """
+save, evaluate = train_llama2.dcp.save, train_llama2.evaluate
+def slow(*arguments, **named):
+    time.sleep(3)
+    save(*arguments, **named)
+def broken(*arguments, stop=None, **named):
+    return float("nan") if stop else evaluate(*arguments, **named)
+train_llama2.dcp.save, train_llama2.evaluate = slow, broken
+"""
+
+
+def test_a_run_that_ends_with_an_error_finishes_the_save_under_way(tmp_path):
+    run = torchrun(tmp_path / "run", 2, SLOW_SAVE_AND_BROKEN_WEIGHTS, eval_interval=3, async_save="yes")
+    assert run.returncode == 1
+    assert "error: the validation loss is nan" in run.stderr
+    assert saved(tmp_path / "run") == ["step-000002"]
+    assert "step-000002 (0.00 GiB) in " in run.stdout
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Signals in one process
 # ----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -112,6 +113,31 @@ def test_more_ranks_than_gpus_on_a_node_are_refused_by_each_of_them(monkeypatch)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(UserError, match="more processes than the 1 GPUs here; use gpu"):
             enable_advanced_parallelization(Config(model_name_or_path=str(TINY_LLAMA), block_size=64))
+
+
+@pytest.mark.parametrize(
+    "kinds", [("A100-80GB", "A100-40GB"), ("H100-80GB", "L40S-48GB"), ("RTX3090-24GB", None)], ids=str
+)
+def test_ranks_with_unlike_gpus_plan_with_the_same_figures(monkeypatch, kinds):
+    """The slower GPU's and the smaller memory, on either rank. None: an older one, without flash attention."""
+    old = train_llama2.Gpu(14.6, 60, 300, 0.7, 0.75, 10, 12.5)
+    gpus = [train_llama2.GPUS[kind] if kind else old for kind in kinds]
+    told, clusters = [], []
+    for everyones in (None, told):  # first each says what it has, then each hears it all
+        for rank, gpu in enumerate(gpus):
+            device = (f"GPU of rank {rank}", gpu, {"peak": f"rank {rank}"})
+            monkeypatch.setattr(train_llama2, "find_device", lambda ranks_per_node, device=device: device)
+            monkeypatch.setattr(train_llama2, "has_flash_attention", lambda gpu=gpu: gpu is not old)
+            monkeypatch.setattr(
+                train_llama2, "gather_object", lambda mine, heard=everyones: heard or told.extend(mine) or mine
+            )
+            clusters.append(train_llama2.find_cluster())
+    first, second = clusters[2:]
+    assert first == second
+    assert first.memory_gib == min(gpu.memory_gib for gpu in gpus)
+    slower = min(gpus, key=lambda gpu: gpu.peak_tflops)
+    assert dataclasses.replace(first.gpu, memory_gib=0) == dataclasses.replace(slower, memory_gib=0)
+    assert first.has_flash_attention == (old not in gpus)
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(monkeypatch):
