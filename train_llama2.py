@@ -2268,15 +2268,13 @@ def remaining_batches(
 
 
 def data_loader(documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> DataLoader:
-    """Returns a loader of this rank's `GlobalBatch` for each of `batches`, collated ahead by a worker process."""
-    return DataLoader(
-        GlobalBatches(documents, batches, parallel),
-        batch_size=None,
-        num_workers=1,
-        prefetch_factor=4,
-        worker_init_fn=leave_process_group,
-        pin_memory=parallel.device.type == "cuda",
-    )
+    """Returns a loader of this rank's `GlobalBatch` for each of `batches`.
+
+    Made in this process: some milliseconds, while the device is still busy with the step before. A worker process
+    would be forked beside a checkpoint's writing thread, and would need open files for every tensor it hands over.
+    """
+    batches_of_rank = GlobalBatches(documents, batches, parallel)
+    return DataLoader(batches_of_rank, batch_size=None, pin_memory=parallel.device.type == "cuda")
 
 
 def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> str:
@@ -3104,17 +3102,6 @@ class StopSignals:
         return self.agreed() and self.leaves_step
 
 
-def leave_process_group(worker: int) -> None:
-    """Moves a data worker out of its rank's Unix process group, which receives torchrun's SIGTERM and Ctrl-C.
-
-    If either killed a worker, the rank would fail before it could save. The rank can still terminate its worker, and
-    a worker whose rank has died exits by itself.
-    """
-    os.setpgrp()
-    for number in StopSignals.HANDLED:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-
-
 # ---- Checkpoints: writing and resuming -----------------------------------------------------------------------
 
 
@@ -3834,7 +3821,7 @@ def hold_folder(folder: Path, parallel: Parallel) -> None:
     """Locks the folder until this process ends; two runs would delete each other's checkpoints. Rank 0 only.
 
     Waits for a previous run that is about to end; raises UserError if it does not. A POSIX record lock, unlike
-    filelock's: data workers do not inherit it, it ends with the process in any case, and it works on network disks.
+    filelock's: no child process inherits it, it ends with the process in any case, and it works on network disks.
     """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.timeout.total_seconds())  # the other ranks are waiting

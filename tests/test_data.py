@@ -7,9 +7,13 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -288,6 +292,21 @@ def test_rows_are_never_padded_beyond_the_block(three_documents, tokenizer, para
     """22 tokens would be padded to 24, and 15 to 16."""
     batches = batches_of(three_documents, [[0, 1], [2]], tokenizer, parallel, block_size=22)
     assert [list(batch.micro_batches[0]["input_ids"].shape) for batch in batches] == [[2, 22], [1, 16]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files as Linux does")
+def test_many_micro_batches_take_neither_open_files_nor_child_processes(three_documents, tokenizer, parallel):
+    """4 global batches of 200 micro-batches, with 10 open files to spare. A usual limit is 1,024 in all."""
+    documents, _ = load_data(settings(three_documents), tokenizer, parallel)
+    loader = train_llama2.data_loader(documents, [np.zeros(400, int)] * 4, parallel)
+    in_use, limits = max(map(int, os.listdir("/proc/self/fd"))), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 10, limits[1]))
+    try:
+        batches = list(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [len(batch.micro_batches) for batch in batches] == [200] * 4
+    assert not multiprocessing.active_children()
 
 
 def test_a_rank_without_documents_makes_a_row_that_trains_on_nothing(three_documents, tokenizer, parallel):

@@ -69,7 +69,7 @@ class Network:
         return [int(pid) for pid in listed.stdout.split()]
 
     def ranks(self) -> list[int]:
-        """Returns the living ranks of both nodes and their data workers."""
+        """Returns the living ranks of both nodes."""
         found = []
         for pid in self.pids("a") + self.pids("b"):
             with contextlib.suppress(OSError):
