@@ -43,6 +43,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -381,7 +382,9 @@ def convert_flag(field: dataclasses.Field, raw: Any) -> Any:
 
 
 def unknown_flag(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word.split("=")[0], known, n=1)
+    name = word.split("=")[0]
+    initials = "--" + "".join(part[:1] for part in name.strip("-").replace("_", "-").split("-"))  # of --learning-rate
+    close = [initials] if initials in known else difflib.get_close_matches(name, known, n=1)
     return f"{word} is not a flag of this script; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 
@@ -1620,6 +1623,7 @@ def quieten_libraries(speaks: bool, quiet: bool) -> None:
     """Silences the libraries' warnings on all but one process per node, and their bars unless it has a terminal."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # a file it cannot read is our error line
     if not speaks or quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
@@ -1774,9 +1778,11 @@ def load_tokenizer(config: Config, parallel: Parallel) -> PreTrainedTokenizerBas
             if not marks:
                 raise ValueError("its vocabulary is empty or missing")
         except Exception as error:  # transformers raises all kinds of errors on malformed files
+            present = any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
+            reason = first_line(error) if present else "it holds none of a tokenizer's files"
             raise UserError(
                 f"--model-name-or-path {config.model_name_or_path} has no tokenizer that loads "
-                f"({first_line(error)}); add its tokenizer.json, or pip install sentencepiece for a tokenizer.model"
+                f"({reason}); add its tokenizer.json, or pip install sentencepiece for a tokenizer.model"
             ) from error
         if not tokenizer.is_fast or tokenizer.eos_token_id is None:
             raise UserError(
@@ -1835,7 +1841,9 @@ def read_splits(config: Config) -> datasets.DatasetDict:
     except UserError:
         raise
     except Exception as error:
-        if local:
+        if isinstance(error.__cause__ or error, UnicodeDecodeError):
+            remedy = "it is not UTF-8: convert it"
+        elif local:
             remedy = "repair or leave out the malformed file: each needs the same columns, and at least one row"
         else:
             remedy = "check the name, --dataset-config and the network, or name local files"
@@ -2441,16 +2449,16 @@ def pretrained_model(
 # ---- Model: attention ----------------------------------------------------------------------------------------
 
 
-def attention_implementation(model_config: transformers.PretrainedConfig) -> str:
+def attention_implementation(model_config: transformers.PretrainedConfig) -> str | None:
     """Returns the name of the attention to train with: `causal_attention` wherever the result is the same.
 
     Rows are padded at their end, so no real token can see a pad under a causal mask anyway. An attention that is
     registered without a mask function gets no mask: no B x T x T tensor, SDPA takes its flash kernel, and
     transformers does not ask the device whether there is padding, a host sync in every forward. Models with sliding
-    windows need their masks and keep transformers' own choice.
+    windows need their masks and keep transformers' own choice (None).
     """
     if not attends_fully(model_config):
-        return "sdpa"
+        return None
     AttentionInterface.register("causal_attention", causal_attention)
     return "causal_attention"
 
@@ -3410,6 +3418,12 @@ class Checkpoints:
             if not checkpoint.is_dir():
                 problem = "is not a folder" if checkpoint.exists() else "does not exist"
                 raise UserError(f"--resume {checkpoint} {problem}; give auto, never, or a checkpoint's folder")
+            inside = [path for pattern in ("step-*/", "checkpoints/step-*/") for path in checkpoint.glob(pattern)]
+            if inside and not (checkpoint / "manifest.json").exists():
+                raise UserError(
+                    f"--resume {checkpoint} holds checkpoints but is none; name one, such as {max(inside)}, or leave "
+                    "--resume out to go on from the newest in --save-model-dir"
+                )
             if checkpoint.resolve().parent != self.folder.resolve() and self.complete_ones():
                 raise UserError(
                     f"--resume {checkpoint} would write over the checkpoints of another run in {self.folder}; give "

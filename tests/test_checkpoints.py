@@ -401,6 +401,17 @@ def test_a_path_may_lie_in_another_folder(stopped, tmp_path, uninterrupted):
     assert tree(stopped) == before
 
 
+@pytest.mark.parametrize("place", [".", "checkpoints"])
+def test_a_folder_of_checkpoints_is_refused_with_the_name_of_one(stopped, copy_of, capsys, place):
+    folder = copy_of(stopped)
+    assert start(folder, resume=folder / place) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    newest = folder / "checkpoints" / saved(folder)[-1]
+    assert line.startswith(
+        f"error: --resume {folder / place} holds checkpoints but is none; name one, such as {newest}"
+    )
+
+
 def test_a_path_is_refused_where_the_folder_has_checkpoints_of_another_run_and_nothing_is_deleted(
     stopped, uninterrupted, copy_of, capsys
 ):

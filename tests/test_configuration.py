@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import NEWS, TINY_LLAMA, run_script_several_times, small_run
+from conftest import NEWS, TINY_LLAMA, run_script, run_script_several_times, small_run
 from safetensors.torch import load_file, save_file
 
 from train_llama2 import UserError, command_line, parse_config, usable_cores
@@ -154,6 +154,7 @@ def test_the_largest_seed_trains(tmp_path):
     [
         (["--batch-siz", "3"], "did you mean --batch-size?"),
         (["--lr_scheduler=linear"], "did you mean --lr-scheduler?"),
+        (["--learning_rate", "3"], "did you mean --lr?"),
         (["--zzz"], "--help"),
     ],
 )
@@ -269,7 +270,7 @@ def lose_a_shard(folder: Path) -> None:
         pytest.param(edit_config(intermediate_size=171), "not those of its config.json", id="weights of another shape"),
         pytest.param(lose_a_tensor, "up_proj", id="a weight missing"),
         pytest.param(lose_a_shard, "model-00002-of-00002.safetensors", id="a shard missing"),
-        pytest.param(remove("tokenizer*"), "no tokenizer", id="no tokenizer"),
+        pytest.param(remove("tokenizer*"), "no tokenizer that loads (it holds none", id="no tokenizer"),
         pytest.param(remove("tokenizer.json"), "no tokenizer", id="no vocabulary"),
         pytest.param(lambda folder: (folder / "tokenizer.json").write_text("{}"), "no tokenizer", id="empty tokenizer"),
     ],
@@ -332,6 +333,9 @@ STRANGE = {"text": "a b c", "title": "d"}
         pytest.param(
             {"train.jsonl": lines_of(PAIR) * 2 + '{"article": "\udcff", "highlights": "d"}'}, ["UTF-8"], id="no UTF-8"
         ),
+        pytest.param(
+            {"train.csv": "article,highlights\na,caf\udce9\n"}, ["is not UTF-8: convert"], id="csv in Latin-1"
+        ),
         pytest.param({"train.csv": "article,highlights\n"}, ["at least one row"], id="csv of a header alone"),
         pytest.param(
             {"train.csv": "a b c,d\ne f g,h\n"}, ["--article-column article", "a b c, d"], id="csv without a header"
@@ -376,6 +380,14 @@ def test_unusable_data_is_told(refusal, tmp_path, files, words):
         (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     line = refusal(dataset_name_or_path=folder)
     assert [word for word in words if word not in line] == [], line
+
+
+def test_of_a_malformed_file_no_more_is_printed_than_the_error_line(tmp_path):
+    (tmp_path / "train.parquet").write_text("PAR0")
+    run = run_script(*small_run(tmp_path / "run", dataset_name_or_path=tmp_path / "train.parquet", quiet=True))
+    assert (run.returncode, run.stdout) == (2, "")
+    [line] = run.stderr.splitlines()
+    assert line.startswith("error: --dataset-name-or-path")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from accelerate.state import AcceleratorState
 from conftest import TINY_LLAMA
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy, linear
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import train_llama2
 from train_llama2 import (
@@ -390,6 +397,19 @@ def test_the_kernel_gets_half_precision_where_autocast_leaves_query_and_key_in_f
     heads = [torch.randn(6, 2, 8, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
     train_llama2.varlen_flash_attention(*heads, torch.tensor([0, 6], dtype=torch.int32), 8, 1.0)
     assert seen == [{torch.bfloat16}]
+
+
+def test_a_model_that_has_no_sdpa_gets_the_attention_transformers_would_choose(tmp_path):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=1, head_dim=16, sliding_window=8)
+    Gemma2ForCausalLM(Gemma2Config(**shape)).save_pretrained(tmp_path)
+    config, input_ids = Config(str(tmp_path), block_size=64), torch.randint(3, 1024, (2, 32))
+    with enable_advanced_parallelization(config) as parallel:
+        model = train_llama2.load_model(config, parallel)
+        loss = model(input_ids=input_ids, labels=input_ids).loss.item()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
+    assert loss == pytest.approx(plain(input_ids=input_ids, labels=input_ids).loss.item(), rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------
