@@ -135,11 +135,19 @@ class RunError(Exception):
     """A run that cannot continue, as every rank finds: one `error:` line, exit code 1, no traceback."""
 
 
-def first_line(error: BaseException) -> str:
-    """Returns the first non-empty line of the root cause's message, or its type where the message is empty."""
+LEFT_TOGETHER = (None, UserError, RunError)  # how all ranks leave a context alike, so that collectives still work
+
+
+def root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first non-empty line of the root cause's message, or its type where the message is empty."""
+    cause = root_cause(error)
+    return next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1442,7 +1450,7 @@ class Parallel:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        if error_type in (None, UserError, RunError):
+        if error_type in LEFT_TOGETHER:
             if self.accelerator.num_processes > 1:
                 # gloo's threads need the GIL to release their last message; destroying a DDP model, or Python's exit,
                 # would wait for them while holding it: now and then a hang or an abort
@@ -1664,7 +1672,7 @@ def find_cluster() -> Cluster:
         raise UserError(f"nodes run {' and '.join(map(str, sorted(sizes)))} ranks; give all the same --nproc_per_node")
     # Every rank plans alone, so all must plan with the same figures: the slowest device's, and the smallest memory.
     name, gpu, sources = min(devices, key=lambda device: device[1].peak_tflops)
-    gpu = dataclasses.replace(gpu, memory_gib=min(gpu.memory_gib for _, gpu, _ in devices))
+    gpu = dataclasses.replace(gpu, memory_gib=min(device[1].memory_gib for device in devices))
     nodes, has_gpu = world_size // ranks_per_node, torch.cuda.is_available()
     return Cluster(nodes, ranks_per_node, name, has_gpu, gpu, sources, all(flash))
 
@@ -1841,7 +1849,7 @@ def read_splits(config: Config) -> datasets.DatasetDict:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error.__cause__ or error, UnicodeDecodeError):
+        if isinstance(root_cause(error), UnicodeDecodeError):
             remedy = "it is not UTF-8: convert it"
         elif local:
             remedy = "repair or leave out the malformed file: each needs the same columns, and at least one row"
@@ -3161,7 +3169,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        if error_type in (None, UserError, RunError):  # on every rank alike: a save under way still gets whole
+        if error_type in LEFT_TOGETHER:
             self.wait()
 
     def decide_async(self) -> bool:
@@ -3344,8 +3352,7 @@ class Checkpoints:
 
     def complete_ones(self) -> list[Path]:
         """Returns the folders of complete checkpoints, newest first."""
-        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
-        return sorted(found, key=step_of, reverse=True)
+        return complete_checkpoints(self.folder)
 
     def clean_up(self) -> None:
         """Removes what an interrupted write or deletion left, and restores what was to be replaced. Rank 0 only."""
@@ -3418,10 +3425,9 @@ class Checkpoints:
             if not checkpoint.is_dir():
                 problem = "is not a folder" if checkpoint.exists() else "does not exist"
                 raise UserError(f"--resume {checkpoint} {problem}; give auto, never, or a checkpoint's folder")
-            inside = [path for pattern in ("step-*/", "checkpoints/step-*/") for path in checkpoint.glob(pattern)]
-            if inside and not (checkpoint / "manifest.json").exists():
+            if inside := complete_checkpoints(checkpoint) or complete_checkpoints(checkpoint / "checkpoints"):
                 raise UserError(
-                    f"--resume {checkpoint} holds checkpoints but is none; name one, such as {max(inside)}, or leave "
+                    f"--resume {checkpoint} holds checkpoints but is none; name one, such as {inside[0]}, or leave "
                     "--resume out to go on from the newest in --save-model-dir"
                 )
             if checkpoint.resolve().parent != self.folder.resolve() and self.complete_ones():
@@ -3602,6 +3608,12 @@ def remake_folder(folder: Path) -> None:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Returns the folders of the complete checkpoints in a folder, newest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def discard(folder: Path) -> None:
@@ -3912,9 +3924,9 @@ def peak_flops(cluster: Cluster, precision: str) -> float | None:
     return cluster.flops_per_second(precision) if known and precision != "fp32" else None
 
 
-def peak_memory_gib(parallel: Parallel) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """Returns the peak so far of this rank: allocated device memory, or resident host memory on CPU."""
-    if parallel.device.type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     # Linux starts getrusage's peak at that of the process which started this one, so its own account goes first.
     account = Path("/proc/self/status")
@@ -3995,7 +4007,7 @@ class RunLog:
             step_seconds=seconds / self.interval_steps,
             mfu=flops / seconds / self.parallel.cluster.world_size / peak if peak else None,
             data_wait_share=self.interval_waited / seconds,
-            peak_memory_gib=max(self.earlier_peak_gib, peak_memory_gib(self.parallel)),
+            peak_memory_gib=max(self.earlier_peak_gib, peak_memory_gib(self.parallel.device)),
             skipped_steps=int(skipped),
         )
         self.write(line)
@@ -4031,7 +4043,7 @@ class RunLog:
             torch.cuda.synchronize()
         if self.steps_of_this_run == 1:
             if on_gpu:  # the peaks before are of loading and evaluating
-                self.earlier_peak_gib = peak_memory_gib(self.parallel)
+                self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
                 torch.cuda.reset_peak_memory_stats()
             self.first_step_ended = time.perf_counter()
             return

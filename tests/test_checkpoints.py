@@ -24,7 +24,7 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import NEWS, ROOT, TINY_LLAMA, read_metrics, small_run
+from conftest import NEWS, TINY_LLAMA, read_metrics, small_run
 from test_saving import Crash, small_llama
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -126,10 +126,9 @@ def copy_of(tmp_path) -> Callable[[Path], Path]:
 # Two runs that go through strategies, numbers of processes and kinds of end, in real torchrun processes
 # ----------------------------------------------------------------------------------------------------------------
 
-PREAMBLE = f"""
+PREAMBLE = """
 import os, signal, sys, time
 import psutil
-sys.path.insert(0, {str(ROOT)!r})
 import train_llama2
 rank, received = int(os.environ["RANK"]), []
 receive, report = train_llama2.StopSignals.receive, train_llama2.RunLog.step
@@ -399,6 +398,16 @@ def test_a_path_may_lie_in_another_folder(stopped, tmp_path, uninterrupted):
     losses, expected = ([line["loss"] for line in read_metrics(f)[0][-5:]] for f in (tmp_path, uninterrupted))
     assert losses == pytest.approx(expected, rel=1e-5)
     assert tree(stopped) == before
+
+
+def test_a_folder_of_another_runs_checkpoints_is_refused_with_the_name_of_a_complete_one(
+    stopped, copy_of, tmp_path, capsys
+):
+    folder = copy_of(stopped)
+    newest = folder / "checkpoints" / saved(folder)[-1]
+    (folder / "checkpoints" / "step-999999.writing").mkdir()
+    assert start(tmp_path / "new", resume=folder) == 2
+    assert f"holds checkpoints but is none; name one, such as {newest}, or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints"])

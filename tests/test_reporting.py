@@ -178,11 +178,10 @@ def test_a_cpu_has_no_peak():
 
 
 PEAKS = """
-from types import SimpleNamespace
 import numpy, torch
 from train_llama2 import peak_memory_gib
 
-cpu = SimpleNamespace(device=torch.device("cpu"))
+cpu = torch.device("cpu")
 before = peak_memory_gib(cpu)
 numpy.ones(2**28, "uint8")
 print("GIB", before, peak_memory_gib(cpu))
