@@ -100,27 +100,13 @@ from transformers.distributed.utils import initialize_distributed_mesh
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # ----------------------------------------------------------------------------------------------------------------
-# 1. Constants
+# 1. Words and constants used throughout
 # ----------------------------------------------------------------------------------------------------------------
 
 PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
 IGNORE_INDEX = -100  # the label that torch.nn.functional.cross_entropy ignores
-PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the tensor cores
-HELD_OUT_SHARE = 0.05  # of the training split, held out when the data has no validation split
-SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
-HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
-COMPILE_SECONDS = 120.0  # estimate for compiling the layers: forward and backward, fixed and varying lengths
-LARGEST_INTEGER = 2**31  # no flag means anything beyond
-SHOWN_SAMPLES = 3  # summaries beside their references in the log, the trackers and the model card
-MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
-NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
-CHECKPOINTING_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # the layers recomputed in backward
 GIB = 2**30
-
-DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 METRICS_FILE, SAMPLES_FILE = LOG_FILES = ("metrics.jsonl", "samples.jsonl")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
 class UserError(Exception):
@@ -151,8 +137,11 @@ def first_line(error: BaseException) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 2. Configuration
+# 2. Flags
 # ----------------------------------------------------------------------------------------------------------------
+
+LARGEST_INTEGER = 2**31  # no flag means anything beyond
+CHECKPOINTING_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # the layers recomputed in backward
 
 
 def flag(
@@ -309,6 +298,33 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """Returns the configuration the flags describe. Raises UserError with every problem of the flags at once."""
+    parser = build_parser()
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
+    given, unknown = parser.parse_known_args(argv)
+    known = list(map(flag_name, FLAGS))
+    # a word without a dash is told only if it comes first: after an unknown flag it is that flag's value
+    problems = [unknown_flag(word, known) for word in unknown if word.startswith("-") or word is unknown[0]]
+    values = {}
+    for name, raw in vars(given).items():
+        field = FLAGS[name]
+        if raw is MISSING:
+            problems.append(f"{flag_name(name)} needs a value; leave it out for the default, {shown_default(field)}")
+            continue
+        try:
+            values[name] = convert_flag(field, raw)
+        except ValueError:
+            kind = {int: "a whole number", float: "a number"}[field.metadata["convert"]]
+            problems.append(
+                f"{flag_name(name)} {raw} is not {kind}; leave it out for the default, {shown_default(field)}"
+            )
+    problems += flag_problems(values)
+    if problems:
+        raise UserError(*problems)
+    return Config(**values)
+
+
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser that raises its errors, for `command_line` to report, and prints its help on rank 0 only."""
 
@@ -354,33 +370,6 @@ def help_text(field: dataclasses.Field) -> str:
     return f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%")
 
 
-def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """Returns the configuration the flags describe. Raises UserError with every problem of the flags at once."""
-    parser = build_parser()
-    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
-    given, unknown = parser.parse_known_args(argv)
-    known = list(map(flag_name, FLAGS))
-    # a word without a dash is told only if it comes first: after an unknown flag it is that flag's value
-    problems = [unknown_flag(word, known) for word in unknown if word.startswith("-") or word is unknown[0]]
-    values = {}
-    for name, raw in vars(given).items():
-        field = FLAGS[name]
-        if raw is MISSING:
-            problems.append(f"{flag_name(name)} needs a value; leave it out for the default, {shown_default(field)}")
-            continue
-        try:
-            values[name] = convert_flag(field, raw)
-        except ValueError:
-            kind = {int: "a whole number", float: "a number"}[field.metadata["convert"]]
-            problems.append(
-                f"{flag_name(name)} {raw} is not {kind}; leave it out for the default, {shown_default(field)}"
-            )
-    problems += flag_problems(values)
-    if problems:
-        raise UserError(*problems)
-    return Config(**values)
-
-
 def convert_flag(field: dataclasses.Field, raw: Any) -> Any:
     if isinstance(raw, list):
         return raw[0] if len(raw) == 1 else tuple(raw)
@@ -421,995 +410,498 @@ def flag_problems(values: dict[str, Any]) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 3. The plan
+# 3. The run
 # ----------------------------------------------------------------------------------------------------------------
-# What one optimizer step takes in memory and time is worked out from the model's sizes alone, for every way to execute
-# it, and the fastest that fits is chosen. Sizes are in bytes and in elements; T is the tokens of one micro-batch.
 
 
-# ---- The plan: devices and their figures ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the plan knows of a kind of GPU.
-
-    `memory_gib` as CUDA reports it. `peak_tflops`: dense bf16, from NVIDIA's data sheet, as are `hbm_gb_per_second` and
-    `fp32_tflops` (None: the 1/16 of the bf16 peak that an A100 has). `matmul_efficiency`: the share of the peak that
-    large matmuls reach end to end. `attention_efficiency`: that of flash attention, relative to matmuls.
-    `link_gb_per_second`: bus bandwidth of collectives among the GPUs of a node. `network_gbit_per_second`: usual
-    network of a node, per GPU.
-    """
-
-    memory_gib: float
-    peak_tflops: float
-    hbm_gb_per_second: float
-    matmul_efficiency: float
-    attention_efficiency: float
-    link_gb_per_second: float
-    network_gbit_per_second: float
-    fp32_tflops: float | None = None
-
-
-# Data sheets: NVIDIA's for A100, H100, H200, GH200, L40S, A10 and HGX B200; AWS's for the A10G (G5); the GA102, Ada and
-# RTX Blackwell white papers for the GeForce cards. Networks: DGX A100 and H100, AWS p4d for the A100-40GB, or guesses.
-# Efficiencies of A100 and H100: model FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in the
-# benchmark table of mosaicml/llm-foundry (0.79, 0.59 of the peak with all overheads). Attention: FlashAttention-2
-# reaches 0.50 to 0.73 of an A100 and 0.35 of an H100 (Dao 2023; Shah et al. 2024). Links: nccl-tests all-gather and
-# all-reduce bus bandwidth published for 8 GPUs. H200 has the H100's chip; every other efficiency is a guess from these.
-GPUS = {
-    "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 50, 19.5),
-    "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200, 19.5),
-    "H100-80GB": Gpu(79.1, 989, 3350, 0.60, 0.58, 345, 400, 67),
-    "H200-141GB": Gpu(139.8, 989, 4800, 0.60, 0.58, 345, 400, 67),
-    "B200-180GB": Gpu(178.3, 2250, 8000, 0.60, 0.58, 690, 400, 75),
-    "L40S-48GB": Gpu(44.4, 362, 864, 0.60, 0.75, 20, 25, 91.6),
-    "A10G-24GB": Gpu(22.0, 70, 600, 0.60, 0.75, 20, 12.5, 35),
-    "RTX3090-24GB": Gpu(23.6, 71, 936, 0.80, 0.75, 20, 12.5, 35.6),
-    "RTX4090-24GB": Gpu(23.5, 165.2, 1008, 0.70, 0.75, 20, 12.5, 82.6),
-    "RTX5090-32GB": Gpu(31.4, 209.5, 1792, 0.70, 0.75, 28, 12.5, 104.8),
-    "H100PCIE-80GB": Gpu(79.1, 756, 2039, 0.60, 0.58, 20, 100, 51),
-    "H100NVL-94GB": Gpu(93.0, 835, 3938, 0.60, 0.58, 20, 100, 60),
-    "H200NVL-141GB": Gpu(139.8, 835, 4800, 0.60, 0.58, 20, 100, 60),
-    "GH200-96GB": Gpu(94.5, 989, 4000, 0.60, 0.58, 345, 400, 67),
-    "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5, 31.2),
-}
-# pcie4, pcie5, nvlink3 and nvlink4: nccl-tests, as above; pcie3 and nvlink5 by the ratio of the nominal rates.
-LINKS_GB_PER_SECOND = {"pcie3": 10, "pcie4": 20, "pcie5": 28, "nvlink3": 231, "nvlink4": 345, "nvlink5": 690}
-# Guesses: what pinned copies reach of a PCIe 4 x16 link's 32 GB/s, one rank's share of a host's memory bandwidth for an
-# offloaded optimizer, and the memory bandwidth of a GPU that is not in the table.
-HOST_LINK_GB_PER_SECOND = 20
-HOST_MEMORY_GB_PER_SECOND = 20
-UNKNOWN_HBM_GB_PER_SECOND = 1000
-
-# Two constants fitted to four rows of the same table (MPT-13B, sequences of 1,024 and 2,048, on A100 and H100), and
-# one ratio of torchtitan's (Llama-3.1-8B on 8 H100, eager 5,762 and compiled 6,667 tokens/s).
-HALF_EFFICIENCY_TOKENS = 800  # tokens of a micro-batch at which matmuls reach half of their efficiency
-OVERLAP = 0.5  # share of the shorter of computation and communication that hides behind the other
-EAGER_SPEED = 5762 / 6667  # of a model that is not compiled
-NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68 to 0.96 by message size
-
-# Beyond the tensors: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published), and the caching allocator's
-# slack (0.2 to 0.37 of active memory published without expandable segments, which the hook turns on).
-CONTEXT_GIB = (0.5, 1.0, 1.6)
-ALLOCATOR_SLACK = (0.0, 0.08, 0.20)
-HEADROOM = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
-ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
-STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
-TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
-
-PLAN_FLAGS = (  # decided by the plan unless they are given
-    "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
-    "precision", "compile", "hsdp_shard_size", "parallelism",
-)  # fmt: skip
-CAN_REPLICATE_SHARDS = "dp_replicate_size" in inspect.signature(DistributedConfig).parameters  # transformers 5.23
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The devices of a run, and the source of each of their figures: `measured`, `table`, `given` or `guess`.
-
-    `memory_gib` is what one rank may use: its GPU's, or its share of a CPU node's.
-    """
-
-    nodes: int
-    ranks_per_node: int
-    device_name: str
-    has_gpu: bool
-    gpu: Gpu
-    sources: dict[str, str] = dataclasses.field(default_factory=dict)
-    has_flash_attention: bool = True  # an NVIDIA GPU from Ampere on
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.ranks_per_node
-
-    @property
-    def memory_gib(self) -> float:
-        return self.gpu.memory_gib
-
-    def flops_per_second(self, precision: str) -> float:
-        """Returns a device's peak in the compute precision, without TF32, as torch's default has it; a CPU's is one."""
-        if precision != "fp32" or not self.has_gpu:
-            return self.gpu.peak_tflops * 1e12
-        return 1e12 * (self.gpu.fp32_tflops or self.gpu.peak_tflops / 16)
-
-    def bus_gb_per_second(self, ranks: int) -> float:
-        """Returns the bus bandwidth of a collective among `ranks` neighbours: the node's link, or its whole network."""
-        if ranks <= self.ranks_per_node:
-            return self.gpu.link_gb_per_second
-        return min(self.gpu.link_gb_per_second, self.ranks_per_node * self.network_gb_per_second)
-
-    @property
-    def network_gb_per_second(self) -> float:
-        return self.gpu.network_gbit_per_second / 8 * NETWORK_EFFICIENCY
-
-
-# ---- The plan: the model's sizes, and the ways to execute a step ---------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a decoder that memory and time depend on. `parameters` is exact, counted on the meta device."""
-
-    parameters: int
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_width: int
-    vocabulary: int
-    positions: int
-    head_width: int = 128
-    attends_fully: bool = True  # no sliding windows: each token attends to everything before it
-
-    @property
-    def head_parameters(self) -> int:
-        """Output projection and final norm, which transformers keeps gathered between forward and backward."""
-        return self.vocabulary * self.hidden + self.hidden
-
-    @property
-    def layer_parameters(self) -> int:
-        """q, k, v, o; gate, up, down; two norms."""
-        h, k, f = self.hidden, self.kv_width, self.intermediate
-        return 2 * h * h + 2 * h * k + 3 * h * f + 2 * h
-
-    @property
-    def embedding_parameters(self) -> int:
-        return max(0, self.parameters - self.layers * self.layer_parameters - self.head_parameters)
-
-    @property
-    def matmul_parameters(self) -> int:
-        """Parameters a token is multiplied with: all but the input embedding, which is a look-up."""
-        return self.layers * self.layer_parameters + self.vocabulary * self.hidden
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a step is executed. `dp_replicate_size` copies of the model, each over `dp_shard_size` ranks."""
-
-    strategy: str
-    dp_replicate_size: int
-    dp_shard_size: int
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    activation_checkpointing: str
-    reshard_after_forward: bool
-    cpu_offload: bool
-    gradient_sync: str
-    precision: str
-    packing: bool = False
-    compiled: bool = False
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes per element of weights, gradients and each moment."""
-        return 2 if self.precision == "bf16-states" else 4
-
-    @property
-    def autocasts(self) -> bool:
-        """FSDP casts the weights it gathers; elsewhere torch.autocast does, where the weights are fp32."""
-        return self.precision == "bf16" and self.dp_shard_size == 1
-
-    def checkpoints_layer(self, layer: int) -> bool:
-        level = self.activation_checkpointing
-        return level == "full" or (level.startswith("every-") and layer % int(level[6:]) == 0)
-
-    @property
-    def holds_gradients_back(self) -> bool:
-        return self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
-
-    def describe(self) -> str:
-        """Returns the plan in a few words, as the table shows it."""
-        shards = f" {self.dp_replicate_size}x{self.dp_shard_size}" if self.strategy == "hsdp" else ""
-        level = self.activation_checkpointing
-        parts = [
-            f"{self.strategy}{shards}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
-            {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
-            "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
-            "reduce once" if self.dp_shard_size > 1 and self.holds_gradients_back else "",
-            "offload" if self.cpu_offload else "",
-        ]
-        return ", ".join(filter(None, parts))
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Predicted GPU memory of one rank in GiB. `active`: tensors alive at the peak. `reserved`: (low, expected, high)
-    of what nvidia-smi shows. `terms` make up `active`; `peak_moment` is when that is."""
-
-    active: float
-    reserved: tuple[float, float, float]
-    terms: dict[str, float]
-    peak_moment: str
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan, what it is predicted to take, and whether and why it is chosen. `seconds` are of one optimizer step."""
-
-    plan: Plan
-    memory: Memory
-    seconds: dict[str, float]
-    tokens_per_second_per_gpu: float
-    mfu: float
-    fits: bool
-    reason: str = ""
-
-    @property
-    def total_seconds(self) -> float:
-        return self.seconds["total"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The outcome of planning: what is chosen (None where nothing fits), every candidate, and what would help."""
-
-    chosen: Candidate | None
-    candidates: list[Candidate]
-    lever: str
-
-
-def model_shape(model_config: transformers.PretrainedConfig) -> ModelShape:
-    """Returns the shape of the model that `model_config` describes; builds it on the meta device to count exactly."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    text_config = model_config.get_text_config()
-    heads = text_config.num_attention_heads
-    head_width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    return ModelShape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=text_config.num_hidden_layers,
-        hidden=text_config.hidden_size,
-        intermediate=getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
-        heads=heads,
-        kv_width=(getattr(text_config, "num_key_value_heads", None) or heads) * head_width,
-        vocabulary=text_config.vocab_size,
-        positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
-        head_width=head_width,
-        attends_fully=attends_fully(model_config),
-    )
-
-
-def attends_fully(model_config: transformers.PretrainedConfig) -> bool:
-    text_config = model_config.get_text_config()
-    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not getattr(text_config, "sliding_window", None)
-
-
-# ---- The plan: memory ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """What the moments of a step have in common, for micro-batches of `tokens` tokens. In bytes.
-
-    Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
-    shows how closely). h hidden, f intermediate, k key and value width, a heads, v vocabulary.
-    """
-
-    shape: ModelShape
-    plan: Plan
-    tokens: int
-
-    @property
-    def width(self) -> int:
-        """Bytes of an element in the compute precision."""
-        return 4 if self.plan.precision == "fp32" else 2
-
-    @property
-    def rotary(self) -> int:
-        """Per token: cosines and sines of a position, shared by all layers."""
-        return 4 * self.shape.hidden // self.shape.heads
-
-    @property
-    def layer_input(self) -> int:
-        """Per token, what a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32."""
-        return (4 if self.width == 4 or self.plan.autocasts else 2) * self.shape.hidden
-
-    @property
-    def whole_layer(self) -> int:
-        """Per token, what a layer saves for its backward pass.
-
-        In bf16: two norms 16h, as transformers keeps fp32 copies of their input; query and attention output 4h, key
-        and value 4k; MLP 8f; log-sum-exp 4a. Autocast saves a bf16 copy of its input for each projection.
-        """
-        h, f, k, a = self.shape.hidden, self.shape.intermediate, self.shape.kv_width, self.shape.heads
-        if self.width == 4:
-            return 32 * h + 8 * k + 16 * f + 4 * a + 8
-        streams = 36 * h + 6 * k if self.plan.autocasts else 20 * h + 4 * k
-        return streams + 8 * f + 4 * a + 8
-
-    @property
-    def saved(self) -> list[int]:
-        """Per token, what each layer holds between its forward and its backward pass."""
-        recomputed = map(self.plan.checkpoints_layer, range(self.shape.layers))
-        return [self.layer_input if each else self.whole_layer for each in recomputed]
-
-    @property
-    def chunk(self) -> int:
-        """Logits and inputs of the head for one chunk of positions, in fp32."""
-        return 4 * min(self.tokens, HEAD_CHUNK_TOKENS) * (self.shape.vocabulary + self.shape.hidden)
-
-    @property
-    def head_buffers(self) -> int:
-        """The head's loss: a chunk, the gradient of the head as computed, and in fp32 that of a chunk."""
-        return self.chunk + (self.width + 4) * self.shape.head_parameters
-
-    def resident(self) -> dict[str, float]:
-        """Weights and moments; under CPU offload, the shards of the two layers being copied in."""
-        state, shards = self.plan.state_bytes, self.plan.dp_shard_size
-        if self.plan.cpu_offload:
-            return dict(weights=2 * state * self.shape.layer_parameters / shards, optimizer=0.0)
-        weights = state * self.shape.parameters / shards
-        return dict(weights=weights, optimizer=2 * weights)
-
-    def gradients(self, finished: float) -> float:
-        """Gradients once those of `finished` parameters are reduced."""
-        plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
-        accumulates = plan.gradient_accumulation_steps > 1
-        if plan.dp_shard_size == 1:
-            return state * (parameters if plan.strategy == "ddp" or accumulates else finished)  # DDP: its buckets
-        if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
-            return 4 * (parameters - finished) + state * finished / plan.dp_shard_size
-        if plan.strategy == "hsdp" and accumulates:  # FSDP2 keeps them on the device for the all-reduce, in fp32
-            return 4 * parameters / plan.dp_shard_size
-        return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
-
-    def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
-        """Returns the terms of a moment; `activations` are per token."""
-        passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
-        return {**self.resident(), "gradients": self.gradients(finished), **passing}
-
-
-def memory_moments(shape: ModelShape, plan: Plan, tokens: int) -> dict[str, dict[str, float]]:
-    """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens."""
-    step = StepMemory(shape, plan, tokens)
-    moments = sharded_moments(step) if plan.dp_shard_size > 1 else replicated_moments(step)
-    # what StochasticAdamW makes of one parameter, in fp32 and as random bits; fused AdamW makes nothing
-    largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
-    rounding = 32 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
-    if plan.cpu_offload:  # transformers loads every shard through the device
-        moments["loading"] = dict(weights=plan.state_bytes * shape.parameters / plan.dp_shard_size)
-    return {**moments, "optimizer": step.moment(0, rounding, 0, shape.parameters)}
-
-
-def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
-    """FSDP2, wrapped as transformers does it: embedding and each layer alone, last norm and head kept gathered."""
-    shape, plan, width, saved, rotary = step.shape, step.plan, step.width, step.saved, step.rotary
-    layer, head, embedding = shape.layer_parameters, shape.head_parameters, shape.embedding_parameters
-    h, f, layers = shape.hidden, shape.intermediate, shape.layers
-    kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
-    all_saved, beside_head = sum(saved), kept or width * layer  # the last layer is gathered ahead
-    moments = {
-        "loss": step.moment(all_saved + 10 * h + rotary + 44, step.head_buffers, kept + width * head, 0),
-        "reduction of the head": step.moment(all_saved + 8 * h + rotary, 0, kept + (2 * width + 4) * head, head),
-        "backward of the last norm": step.moment(
-            all_saved + 24 * h + rotary, 0, beside_head + (width + 4) * head, head
-        ),
-    }  # fmt: skip
-    if plan.holds_gradients_back:
-        held = step.moment(step.layer_input + 4 * width * h + rotary, 0, 3 * width * layer, 0)
-        moments["end of the first backward"] = held
-    mlp = step.tokens * (step.whole_layer + 2 * width * f + width * h) + width * h * f
-    attention = step.tokens * (26 if width == 2 else 24) * h + width * layer
-    for i in reversed(range(layers)):
-        ahead = layer if i else embedding  # gathered before its turn
-        reducing = 4 * layer if i < layers - 1 else 0  # fp32 gradient of the next layer; the head's is gone by then
-        gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead)
-        own = step.layer_input if plan.checkpoints_layer(i) else 0
-        finished = head + (layers - 1 - i) * layer
-        moments[f"backward of layer {i}"] = step.moment(
-            sum(saved[:i]) + own + rotary, max(mlp, attention), gathered + reducing, finished
-        )
-    return moments
-
-
-def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
-    """One process, or DDP: whole weights, and under autocast bf16 copies of them, cached until the forward pass ends
-    and saved for the backward pass of layers that are not recomputed."""
-    shape, plan, saved, rotary = step.shape, step.plan, step.saved, 2 * step.rotary
-    layer, head, h, f = shape.layer_parameters, shape.head_parameters, shape.hidden, shape.intermediate
-    copy = 2 if plan.autocasts else 0  # bytes per parameter
-    copies = [0 if plan.checkpoints_layer(i) else copy * layer for i in range(shape.layers)]
-    cache = copy * (shape.layers * layer + head)
-    moments = {
-        "end of forward": step.moment(sum(saved) + 14 * h + rotary, step.chunk, cache, 0),
-        "loss": step.moment(sum(saved) + 12 * h + rotary + 44, step.head_buffers, sum(copies) + copy * head, 0),
-    }
-    for i in reversed(range(shape.layers)):
-        own = (step.layer_input if plan.checkpoints_layer(i) else 0) + step.whole_layer + 2 * step.width * f + rotary
-        finished = head + (shape.layers - 1 - i) * layer + h * f  # with its down projection, whose copy is gone
-        gathered = sum(copies[:i]) + copy * (layer - h * f)
-        moments[f"backward of layer {i}"] = step.moment(sum(saved[:i]) + own, 0, gathered, finished)
-    moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)
-    return moments
-
-
-def predict_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True) -> Memory:
-    """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens."""
-    return peak_of(memory_moments(shape, plan, tokens), has_gpu)
-
-
-def peak_of(moments: dict[str, dict[str, float]], has_gpu: bool = True) -> Memory:
-    name = max(moments, key=lambda each: sum(moments[each].values()))
-    terms = {term: size / GIB for term, size in moments[name].items()}
-    active = sum(terms.values())
-    low, expected, high = (
-        active * (1 + slack) + context * has_gpu for slack, context in zip(ALLOCATOR_SLACK, CONTEXT_GIB, strict=True)
-    )
-    return Memory(active, (low, expected, high), terms, name)
-
-
-# ---- The plan: time ------------------------------------------------------------------------------------------
-
-
-def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
-    """Returns the FLOPs that training on these documents takes, without recomputation.
-
-    PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * hidden per pair of
-    tokens in a document, not halved for causality. `squared_lengths` sums length**2 over the documents.
-    """
-    return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.hidden * squared_lengths
-
-
-def predict_seconds(
-    shape: ModelShape, cluster: Cluster, plan: Plan, tokens: float, attended: float
-) -> dict[str, float]:
-    """Returns the seconds of one optimizer step by term, for micro-batches of `tokens` tokens on each rank.
-
-    `attended` is the mean length of the document a token is in. FLOPs per token: matmuls 2 per parameter forward, 4
-    backward, 2 more where a layer is recomputed; causal flash attention 2 * layers * hidden * attended forward, 2.5
-    times that backward (Dao 2023). FSDP gathers bf16 weights once or twice a micro-batch and reduces fp32 gradients
-    (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
-    twice that (Patarasu and Yuan 2009).
-    """
-    gpu, steps = cluster.gpu, plan.gradient_accumulation_steps
-    shards, replicas = plan.dp_shard_size, plan.dp_replicate_size
-    recomputed = sum(map(plan.checkpoints_layer, range(shape.layers))) / shape.layers
-    matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
-    attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
-    slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
-    rate = cluster.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
-    ramp = HALF_EFFICIENCY_TOKENS / tokens if cluster.has_gpu else 0
-    flops = matmul * (1 + ramp) + attention / gpu.attention_efficiency
-    compute = steps * tokens * flops / rate
-
-    compute_bytes = 4 if plan.precision == "fp32" else 2
-    gathers = 2 if plan.reshard_after_forward else 1
-    share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards) * 1e9
-    reductions = steps if plan.gradient_sync == "micro-batch" else 1
-    gather_reduce = share * (steps * gathers * compute_bytes + 4 * reductions) * shape.parameters / bus
-    across_nodes = plan.strategy == "hsdp" and cluster.nodes > 1
-    replica_bus = cluster.network_gb_per_second * 1e9 if across_nodes else cluster.bus_gb_per_second(replicas) * 1e9
-    reduced_bytes = 4 if shards > 1 else plan.state_bytes
-    all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * shape.parameters / shards / replica_bus
-    shard_bytes = plan.state_bytes * shape.parameters / shards
-    host_link = steps * shard_bytes * (gathers + 1) / (HOST_LINK_GB_PER_SECOND * 1e9) if plan.cpu_offload else 0.0
-    communication = gather_reduce + all_reduce + host_link
-    # fused AdamW reads weight, gradient and two moments and writes three of them; clipping reads the gradient again
-    memory_rate = HOST_MEMORY_GB_PER_SECOND if plan.cpu_offload else gpu.hbm_gb_per_second
-    optimizer = 8 * shard_bytes / (memory_rate * 1e9)
-    exposed = communication - OVERLAP * min(communication, compute)
-    return dict(
-        total=compute + exposed + optimizer,
-        compute=compute,
-        exposed_communication=exposed,
-        optimizer=optimizer,
-        communication=communication,
-        gather_reduce=gather_reduce,
-        all_reduce=all_reduce,
-        host_link=host_link,
-    )
-
-
-def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
-    """Returns the name of the link that most of a step's communication waits for."""
-    plan, seconds = candidate.plan, candidate.seconds
-    name = max(("gather_reduce", "all_reduce", "host_link"), key=lambda each: seconds[each])
-    if not seconds[name]:
-        return "no link"
-    if name == "host_link":
-        return f"host link {HOST_LINK_GB_PER_SECOND} GB/s"
-    inside = plan.dp_shard_size <= cluster.ranks_per_node if name == "gather_reduce" else cluster.nodes == 1
-    if inside:
-        return f"node link {cluster.gpu.link_gb_per_second:g} GB/s"
-    return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
-
-
-# ---- The plan: the candidates and the choice -----------------------------------------------------------------
-
-
-def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
-    """Returns what a plan takes when every document fills its block: the worst case, which must fit."""
-    block, steps = min(config.block_size, shape.positions), plan.gradient_accumulation_steps
-    share = math.ceil(config.batch_size / cluster.world_size)  # of the busiest rank, dealt evenly to its micro-batches
-    largest = plan.micro_batch_size if plan.packing else math.ceil(share / steps)  # padded ones are of like size
-    memory = predict_memory(shape, plan, largest * block, cluster.has_gpu)
-    seconds = predict_seconds(shape, cluster, plan, share / steps * block, block)
-    step_tokens = config.batch_size * block
-    rate = step_tokens / seconds["total"] / cluster.world_size
-    flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
-    mfu = flops / seconds["total"] / cluster.flops_per_second(plan.precision)
-    limit = HEADROOM * cluster.memory_gib
-    fits = memory.reserved[1] <= limit
-    reason = "" if fits else f"needs {memory.reserved[1]:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
-    return Candidate(plan, memory, seconds, rate, mfu, fits, reason)
-
-
-def shard_sizes(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) -> tuple[int, int]:
-    """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
-    world = cluster.world_size
-    if strategy == "none" and world > 1:
-        raise UserError(f"--parallelism none runs one process, but {world} were started; use ddp, fsdp or auto")
-    if strategy in ("ddp", "fsdp") and world < 2:
-        raise UserError(
-            f"--parallelism {strategy} needs at least 2 processes, but 1 was started; use torchrun --nproc_per_node=2"
-        )
-    if strategy != "hsdp":
-        return (1, world) if strategy == "fsdp" else (world, 1)
-    if not CAN_REPLICATE_SHARDS:
-        raise UserError("--parallelism hsdp needs transformers 5.23, and so Python 3.11; use fsdp")
-    shard = hsdp_shard_size or (cluster.ranks_per_node if cluster.nodes > 1 else world // 2)
-    if world < 4:
-        raise UserError(
-            f"--parallelism hsdp needs at least 4 processes, but {world} started; use torchrun --nproc_per_node=4"
-        )
-    if shard < 2 or world % shard or world == shard:
-        raise UserError(
-            f"--parallelism hsdp needs at least two equal groups of at least 2 ranks; {world} processes in groups of "
-            f"{shard} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {world}"
-        )
-    return world // shard, shard
-
-
-def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
-    """Returns whether rows are packed. Raises UserError for a --packing yes that would let documents see others.
-
-    torch's variable-length kernel takes heads of up to 256 elements, in eights (flash_api.cpp); SDPA alone pads them.
-    """
-    if config.packing == "yes" and not shape.attends_fully:
-        raise UserError("--packing yes needs a model whose layers all attend fully, without sliding windows; use no")
-    head_fits = shape.head_width % 8 == 0 and shape.head_width <= 256
-    flash = cluster.has_gpu and cluster.has_flash_attention and config.precision != "fp32" and head_fits
-    if config.packing == "yes" and cluster.has_gpu and not flash:
-        raise UserError(
-            "--packing yes needs flash attention: an Ampere GPU or newer, heads of up to 256 elements in eights, and "
-            "not --precision fp32; use no"
-        )
-    return config.packing == "yes" or (config.packing == "auto" and flash and shape.attends_fully)
-
-
-def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list[Plan]:
-    """Returns every plan the flags and the cluster leave open. Raises UserError where they leave none."""
-    packing = packs(shape, cluster, config)
-    compiled = config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu)
-    strategies = [config.parallelism]
-    if config.parallelism == "auto":
-        groups = cluster.nodes > 1 and cluster.ranks_per_node > 1 and CAN_REPLICATE_SHARDS
-        several = ["ddp", "fsdp", "hsdp"] if groups else ["ddp", "fsdp"]
-        strategies = several if cluster.world_size > 1 else ["none"]
-    if config.cpu_offload == "yes":
-        if not cluster.has_gpu:
-            raise UserError("--cpu-offload yes moves memory off a GPU, and this machine has none; leave it out")
-        strategies = [strategy for strategy in strategies if strategy in ("fsdp", "hsdp")]
-        if not strategies and cluster.world_size > 1:
-            raise UserError(f"--cpu-offload yes needs FSDP or HSDP, not --parallelism {config.parallelism}; use fsdp")
-        if not strategies:
-            raise UserError(
-                "--cpu-offload yes needs FSDP or HSDP, so at least 2 processes; use torchrun --nproc_per_node=2"
-            )
-    share = math.ceil(config.batch_size / cluster.world_size)
-    sizes = [min(config.micro_batch_size, share)] if config.micro_batch_size else even_sizes(share)
-    levels = CHECKPOINTING_LEVELS if config.activation_checkpointing == "auto" else [config.activation_checkpointing]
-    precision = config.precision if config.precision != "auto" else "bf16" if cluster.has_gpu else "fp32"
-    plans = []
-    for strategy in strategies:
-        replicas, shards = shard_sizes(strategy, cluster, config.hsdp_shard_size)
-        sharded = shards > 1
-        for size, level in itertools.product(sizes, levels):
-            steps = math.ceil(share / size)
-            if config.gradient_sync != "auto":
-                syncs = [config.gradient_sync]
-            elif not sharded or steps == 1:
-                syncs = ["step"]
-            else:  # HSDP's all-reduce across replicas waits anyway, and its node's links are fast
-                syncs = ["micro-batch"] if strategy == "hsdp" else ["micro-batch", "step"]
-            offloads = [config.cpu_offload == "yes"]
-            if config.cpu_offload == "auto" and sharded and cluster.has_gpu:
-                offloads = [False, True]
-            reshards = [config.reshard_after_forward == "yes"]
-            if config.reshard_after_forward == "auto" or not sharded:
-                reshards = [True, False] if sharded else [True]
-            for sync, offload, reshard in itertools.product(syncs, offloads, reshards):
-                layout = (strategy, replicas, shards, size, steps, level, reshard, offload, sync)
-                plans.append(Plan(*layout, precision, packing, compiled))
-    return plans
-
-
-def even_sizes(share: int) -> list[int]:
-    """Returns the micro-batch sizes to try: `share` and the powers of two below it, lowered to what even dealing needs.
-
-    Five documents, at most four at a time, are dealt as three and two: the size is three. Largest first.
-    """
-    powers = {share, *(2**power for power in range(share.bit_length()))}
-    return sorted({math.ceil(share / math.ceil(share / size)) for size in powers}, reverse=True)
-
-
-def check_block(shape: ModelShape, config: Config) -> None:
-    if config.block_size > shape.positions:
-        raise UserError(
-            f"--block-size {config.block_size} is longer than the {shape.positions} positions of "
-            f"{config.model_name_or_path}; use at most {shape.positions}"
+def main(argv: Sequence[str] | None = None) -> None:
+    """One run, top to bottom. Raises UserError for what the user can put right."""
+    config = parse_config(argv)
+    if config.plan:
+        return plan_only(config)
+    with (
+        enable_advanced_parallelization(config) as parallel,
+        StopSignals(parallel) as stop,
+        contextlib.ExitStack() as leaving,
+    ):
+        set_seed(config.seed)
+        prepare_save_folder(config, parallel)
+        check_hub_access(config, parallel)
+        tokenizer = load_tokenizer(config, parallel)
+        train_documents, eval_documents = load_data(config, tokenizer, parallel)
+        eval_loader = data_loader(eval_documents, evaluation_batches(eval_documents.lengths, parallel), parallel)
+        steps_per_epoch = math.ceil(len(train_documents) / config.batch_size)
+        total_steps = min(config.max_steps or sys.maxsize, config.num_train_epochs * steps_per_epoch)
+
+        curve = curve_settings(config, parallel, train_documents)
+        checkpoints = leaving.enter_context(Checkpoints(config, parallel, curve, total_steps))
+        model = load_model(config, parallel)
+        optimizer = build_optimizer(model, config)
+        state = checkpoints.resume(model, optimizer, parallel.device)
+        resolved = dict(
+            compiled=compile_layers(model, config, parallel, total_steps - state.step),
+            async_save=checkpoints.asynchronous,
+            save_dtype="bf16" if saved_dtype(config, parallel) == torch.bfloat16 else "fp32",
         )
 
+        check_setup(model, eval_loader, parallel)
+        log = RunLog(config, parallel, state, total_steps, steps_per_epoch, resolved)
 
-def simplicity(candidate: Candidate) -> tuple:
-    """Returns the sort key that breaks ties: the simplest plan first, and of those the one that takes least memory."""
-    plan = candidate.plan
-    return (
-        ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
-        plan.cpu_offload,
-        not plan.reshard_after_forward,
-        plan.dp_shard_size > 1 and plan.holds_gradients_back,
-        plan.activation_checkpointing not in ("none", "full"),
-        plan.gradient_accumulation_steps,
-        candidate.memory.active,
-    )
+        def evaluate_if_due() -> None:
+            if log.evaluation_due(state) and not stop.agreed():
+                with log.clock_stopped():
+                    log.evaluation(state, assess(model, eval_loader, config, parallel, stop))
 
+        evaluate_if_due()  # the run before may have been stopped at it
+        batches = remaining_batches(train_documents, state.step, total_steps, config, parallel)
+        for batch in log.timing_the_wait(batches):
+            lr = learning_rate(state.step, total_steps, config)
+            result = training_step(model, optimizer, batch, lr, state, config, parallel, stop)
+            if result is not None:
+                log.step(state, result)
+            evaluate_if_due()
+            stopping = stop.agreed()  # asked once: a signal from here on is for the next step to find, and to save
+            saving = stopping or state.step == total_steps or state.step % config.save_interval == 0
+            stop_if_broken(state, saving)
+            if saving:
+                with log.clock_stopped():
+                    log.sync()
+                    checkpoints.save(model, optimizer, state)
+            if stopping:
+                break
+            stop.seconds_to_leave = log.seconds_per_step() + checkpoints.seconds_to_save()
+        checkpoints.wait()
 
-def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate]:
-    """Returns every plan that the flags and the cluster leave open, with its predictions."""
-    return [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
-
-
-def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
-    """Returns the fastest candidate that fits with headroom; of those too close to call, the simplest whose whole band
-    of reserved memory fits.
-
-    Raises UserError for flags that cannot work on the cluster, or with the model.
-    """
-    check_block(shape, config)
-    weighed = weigh(shape, cluster, config)
-    fitting = sorted((each for each in weighed if each.fits), key=lambda each: each.total_seconds)
-    too_large = sorted((each for each in weighed if not each.fits), key=lambda each: each.memory.reserved[1])
-    if not fitting:
-        return Choice(None, too_large, lever_to_fit(shape, cluster, config))
-    fastest = fitting[0]
-    contenders = [each for each in fitting if each.total_seconds <= fastest.total_seconds * (1 + TIME_BAND)]
-    chosen = min(contenders, key=lambda each: (each.memory.reserved[2] > cluster.memory_gib, simplicity(each)))
-    reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
-    if chosen is not fastest:
-        reason = f"too close to call with {fastest.plan.describe()}; the simpler of them"
-    candidates = [dataclasses.replace(chosen, reason=reason)]
-    for rank, each in enumerate(fitting):
-        if each is not chosen:
-            slower = each.total_seconds / chosen.total_seconds - 1
-            words = "too close to call, and less simple" if rank < len(contenders) else f"{slower:.0%} slower"
-            candidates.append(dataclasses.replace(each, reason=words))
-    return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
-
-
-# ---- The plan: levers ----------------------------------------------------------------------------------------
-
-
-def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, active: float, block_size: int) -> str:
-    """Returns the flags of the fastest plan predicted to take at most nine tenths of `active` GiB, or of the smallest.
-
-    They pin the whole plan: were only some given, the planner would spend the memory they free on the others.
-    """
-    documents = plan.micro_batch_size * plan.gradient_accumulation_steps * cluster.world_size
-    fixed = dict(batch_size=documents, precision=plan.precision, packing="yes" if plan.packing else "no")
-    for block in (block_size, block_size // 2, block_size // 4, block_size // 8):
-        config = Config(block_size=block, **fixed)
-        weighed = weigh(shape, cluster, config)
-        smaller = [each for each in weighed if each.memory.active <= 0.9 * active]
-        if smaller:
-            break
-    if smaller:
-        chosen = min(smaller, key=lambda each: (each.total_seconds, simplicity(each))).plan
-    else:
-        chosen = min(weighed, key=lambda each: each.memory.active).plan
-    return flags_of(chosen) + (f" --block-size {block} --resume-anyway" if block < block_size else "")
-
-
-def flags_of(plan: Plan) -> str:
-    """Returns the flags that leave the planner no plan but this one."""
-    flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
-    if plan.strategy != "none":
-        flags = {"--parallelism": plan.strategy, **flags}
-    if plan.dp_shard_size > 1:
-        flags["--gradient-sync"] = "step" if plan.holds_gradients_back else "micro-batch"
-        flags["--reshard-after-forward"] = "yes" if plan.reshard_after_forward else "no"
-        flags |= {"--cpu-offload": "yes"} if plan.cpu_offload else {}
-    return " ".join(f"{name} {value}" for name, value in flags.items())
-
-
-def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | None:
-    """Returns the fastest candidate that fits; None where none does, or where the flags rule each other out."""
-    with contextlib.suppress(UserError):
-        fitting = (each for each in weigh(shape, cluster, config) if each.fits)
-        return min(fitting, key=lambda each: each.total_seconds, default=None)
-    return None
-
-
-def freed_flags(config: Config) -> list[tuple[str, Config]]:
-    """Returns, for each flag that restricts the plan, the words that set it back to auto and the resulting Config."""
-    freed = []
-    for name in PLAN_FLAGS:
-        default, words = FLAGS[name].default, f"{flag_name(name)} auto"
-        if getattr(config, name) != default:
-            changes = {name: default}
-            if name == "parallelism" and config.hsdp_shard_size:
-                changes, words = {**changes, "hsdp_shard_size": None}, f"{words} --hsdp-shard-size auto"
-            freed.append((words, dataclasses.replace(config, **changes)))
-    return freed
-
-
-def lever_to_fit(shape: ModelShape, cluster: Cluster, config: Config) -> str:
-    """Returns the single changes that would make the model fit, cheapest first; each is tried, not guessed.
-
-    Where no single change is enough, tries setting all the flags that restrict the plan back to auto.
-    """
-    freed = freed_flags(config)
-    helping = [words for words, changed in freed if best_of(shape, cluster, changed)]
-    changed = dataclasses.replace(config, precision="bf16-states")
-    if cluster.has_gpu and config.precision in ("auto", "bf16") and best_of(shape, cluster, changed):
-        helping.append("--precision bf16-states (a trade: no fp32 weights)")
-    for block in (4096, 2048, 1024, 512, 256):
-        if block < config.block_size and best_of(shape, cluster, dataclasses.replace(config, block_size=block)):
-            helping.append(f"--block-size {block}")
-            break
-    for factor in (2, 4, 8, 16):
-        nodes, ranks = cluster.nodes, cluster.ranks_per_node * factor
-        if ranks > 8 or not cluster.has_gpu:  # more processes on a CPU have no more memory
-            nodes, ranks = cluster.nodes * factor, cluster.ranks_per_node
-        if best_of(shape, dataclasses.replace(cluster, nodes=nodes, ranks_per_node=ranks), config):
-            helping.append(f"{nodes * ranks} GPUs" if cluster.has_gpu else f"{nodes} such machines")
-            break
-    if not helping and freed:
-        defaults = {name: FLAGS[name].default for name in PLAN_FLAGS}
-        if best_of(shape, cluster, dataclasses.replace(config, **defaults)):
-            helping.append(" ".join(words for words, _ in freed if not words.startswith("--hsdp-shard-size")))
-    return "it would fit with " + ", or ".join(helping) if helping else "no change of a flag makes it fit"
-
-
-def lever_to_speed(shape: ModelShape, cluster: Cluster, config: Config, chosen: Candidate) -> str:
-    """Returns the cheapest change that would train more tokens a second, as predicted."""
-    larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
-    changes = [*freed_flags(config), (f"--batch-size {larger.batch_size} (another curve)", larger)]
-    for words, changed in changes:
-        better = best_of(shape, cluster, changed)
-        gain = better.tokens_per_second_per_gpu / chosen.tokens_per_second_per_gpu - 1 if better else 0.0
-        if gain > TIME_BAND:
-            return f"{words} would train {gain:.0%} more tokens/s"
-    return "none: no flag gains more than the error of the prediction"
-
-
-# ---- The plan: a cluster that is not here --------------------------------------------------------------------
-
-
-def parse_cluster(text: str) -> Cluster:
-    """Returns the cluster that e.g. `8xH100-80GB`, `2x8xA100-40GB,ib=200` or `8x(48GB,181TFLOPS,pcie4)` describes.
-
-    `ib` is the network in Gbit/s per GPU. Raises UserError for one it cannot read, listing the GPUs it knows.
-    """
-    pattern = r"(?:(\d{1,6}) ?x ?)?(\d{1,6}) ?x ?(\([^)]*\)|[^,(]+)(?:, ?ib=(\d+(?:\.\d+)?))?"
-    match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
-    if not match or int(match[1] or 1) < 1 or int(match[2]) < 1 or float(match[4] or 1) <= 0:
-        raise UserError(
-            f"--plan {text} is no cluster; write [NODES x]GPUS x NAME, such as 8xH100-80GB or 2x8xA100-40GB,ib=200, or "
-            "8x(48GB,181TFLOPS,pcie4)"
-        )
-    name, sources = match[3], {"memory": "table", "network": "guess"}
-    if name.startswith("("):
-        gpu, link = described_gpu(name, text)
-        sources |= {"memory": "given", "peak": "given", "efficiency": "guess", "node link": link}
-    else:
-        key = named_gpu(name, text)
-        gpu = GPUS[key]
-        sources |= figures_of(key)
-    if match[4]:
-        gpu = dataclasses.replace(gpu, network_gbit_per_second=float(match[4]))
-        sources["network"] = "given"
-    return Cluster(int(match[1] or 1), int(match[2]), name.strip("()"), True, gpu, sources)
-
-
-def named_gpu(name: str, text: str) -> str:
-    """Returns the key in GPUS that `name` means. Raises UserError where it means none, or several."""
-    wanted = name.upper().replace(" ", "").replace("NVIDIA", "").replace("-SXM4", "").replace("-SXM", "")
-    found = [key for key in GPUS if wanted in (key, key.split("-")[0])]
-    if len(found) > 1:
-        raise UserError(f"--plan {text}: {name} may be {' or '.join(found)}; give the whole name")
-    if not found:
-        raise UserError(
-            f"--plan {text}: {name} is not one of the GPUs known, {', '.join(GPUS)}; or give (48GB,181TFLOPS)"
-        )
-    return found[0]
-
-
-def described_gpu(name: str, text: str) -> tuple[Gpu, str]:
-    """Returns the GPU that `(48GB,181TFLOPS,pcie4)` describes, and whether its link was `given` or is a `guess`."""
-    values: dict[str, float] = {}
-    for part in name.strip("()").replace(" ", "").lower().split(","):
-        amount = re.fullmatch(r"(\d+(?:\.\d+)?)(gb/s|gb|tflops)", part)
-        if amount and float(amount[1]) > 0:
-            values[amount[2]] = float(amount[1])
-        elif part in LINKS_GB_PER_SECOND:
-            values["gb/s"] = LINKS_GB_PER_SECOND[part]
+        if state.step < total_steps:
+            log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
         else:
-            links = ", ".join(LINKS_GB_PER_SECOND)
-            raise UserError(f"--plan {text}: {part} is no memory (48GB), peak (181TFLOPS) or link ({links})")
-    if not values.get("gb") or not values.get("tflops"):
-        raise UserError(f"--plan {text}: a GPU without a name needs memory and peak; write (48GB,181TFLOPS,pcie4)")
-    link, source = (values["gb/s"], "given") if "gb/s" in values else (LINKS_GB_PER_SECOND["pcie4"], "guess")
-    memory_gib = values["gb"] * 1e9 / GIB
-    return Gpu(memory_gib, values["tflops"], UNKNOWN_HBM_GB_PER_SECOND, 0.60, 0.75, link, 12.5), source
+            save_model(model, tokenizer, config, parallel)
+            write_model_card(config, parallel, state, log)
+            push_model(config, parallel)
+            log.summary(state)
 
 
-# ---- The plan: telling it ------------------------------------------------------------------------------------
+def command_line(argv: Sequence[str] | None = None) -> int:
+    """Runs `main` and returns the exit code. Under torchrun all ranks find the same mistakes and rank 0 reports them.
 
-
-def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config: Config) -> str:
-    """Returns the plan as a table of at most 100 columns: the chosen one, the best of each other kind, and why."""
-    nodes = f"{cluster.nodes} x " if cluster.nodes > 1 else ""
-    first, device = choice.candidates[0].plan, "a GPU" if cluster.has_gpu else "a rank"
-    rows, layers = "packed" if first.packing else "padded", "compiled" if first.compiled else "eager"
-    lines = [
-        f"plan      {nodes}{cluster.ranks_per_node} x {cluster.device_name} of {cluster.memory_gib:.1f} GiB; "
-        f"{in_words(shape.parameters)} parameters; {config.batch_size} documents a step, of up to "
-        f"{config.block_size} tokens",
-        f"          {f'{first.precision}, {rows}, {layers}':44}{'GiB ' + device:>17} {'step':>8} {'tokens/s':>9}",
-        f"          {'':44}{'active':>8}{'reserved':>9} {'seconds':>8} {device:>9} {'MFU':>5}",
-    ]
-    for candidate in best_of_each_kind(choice):
-        memory, is_chosen = candidate.memory, candidate is choice.chosen
-        plan, *rest = textwrap.wrap(candidate.plan.describe(), 43)
-        head = f"{'  chosen' if is_chosen else '':10}"
-        lines.append(
-            f"{head}{plan:44}{memory.active:8.1f}{memory.reserved[1]:9.1f} "
-            f"{candidate.total_seconds:8.2f} {candidate.tokens_per_second_per_gpu:9,.0f} {candidate.mfu:5.0%}"
-        )
-        lines += [f"{'':12}{words}" for words in (*rest, candidate.reason)]
-    best = choice.chosen or choice.candidates[0]
-    terms = (
-        ", ".join(f"{name} {gib:.1f}" for name, gib in best.memory.terms.items() if gib >= 0.05) or "next to nothing"
-    )
-    low, _, high = best.memory.reserved
-    seconds = best.seconds
-    assumed = ", ".join(f"{name} {source}" for name, source in cluster.sources.items())
-    lines += [
-        f"  peak      {best.memory.peak_moment}: {terms}; reserved {low:.1f} to {high:.1f}",
-        f"  step      compute {seconds['compute']:.2f} s, exposed communication "
-        f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
-        f"optimizer {seconds['optimizer']:.2f} s",
-        f"  lever     {choice.lever}",
-        f"  assumed   every document fills its block; {assumed}; overlap fitted; reserved guess"
-        + ("; host link and memory guess" if best.plan.cpu_offload else ""),
-    ]
-    if best.plan.cpu_offload:
-        host = host_gib(shape, cluster, best.plan)
-        lines.insert(-2, f"  host      weights, gradients and moments take {host:.1f} GiB of each node's own memory")
-    return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 12) for line in lines)
-
-
-def host_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
-    """Returns what weights, gradients and moments take of a node's host memory under CPU offload, in GiB.
-
-    Weights and gradients lie in pinned memory, of which torch takes a power of two for each tensor
-    (CachingHostAllocator.h).
+    The others wait before they exit, because torchrun kills the remaining ranks, rank 0 too, as soon as one has failed.
     """
-    h, f, k, v = shape.hidden, shape.intermediate, shape.kv_width, shape.vocabulary
-    matrices = shape.layers * [h * h, h * h, h * k, h * k, h * f, h * f, h * f] + [v * h]
-    matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
-    pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
-    moments = 2 * plan.state_bytes * shape.parameters / plan.dp_shard_size
-    return (2 * pinned + moments) * cluster.ranks_per_node / GIB
+    try:
+        main(argv)
+    except (UserError, RunError) as error:
+        problems = error.problems if isinstance(error, UserError) else [error]
+        if launched_rank() == 0:
+            print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)
+        return 2 if isinstance(error, UserError) else 1
+    except torch.OutOfMemoryError:  # told by the hook's context, which knows the plan
+        return 1
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        words = (
+            f"error: rank {launched_rank()} has lost the others ({first_line(error)}): a rank, its node or "
+            "the network is gone for longer than --dist-timeout-minutes; the same command goes on from the newest "
+            "checkpoint"
+        )
+        print(words, file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
-def in_words(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+def lost_contact(error: RuntimeError) -> bool:
+    """Returns whether another rank is out of reach. NCCL and the store raise DistError; gloo only words tell apart."""
+    words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    out_of_memory = "out of memory" in str(error)  # NCCL's own buffers
+    return not out_of_memory and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
 
 
-def best_of_each_kind(choice: Choice) -> list[Candidate]:
-    """Returns the best candidate of each kind (strategy, offload, recomputation or none), the chosen one first."""
-    best: dict[tuple, Candidate] = {}
-    for each in choice.candidates:
-        plan = each.plan
-        best.setdefault((plan.strategy, plan.cpu_offload, plan.activation_checkpointing == "none"), each)
-    return list(best.values())[:7]
+# ----------------------------------------------------------------------------------------------------------------
+# 4. Training step and evaluation
+# ----------------------------------------------------------------------------------------------------------------
+
+NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
+SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
 
 
-def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    low, expected, high = candidate.memory.reserved
-    return dict(
-        **dataclasses.asdict(candidate.plan),
-        memory_gib=dict(
-            active=candidate.memory.active,
-            reserved=expected,
-            reserved_low=low,
-            reserved_high=high,
-            terms=candidate.memory.terms,
-            peak_moment=candidate.memory.peak_moment,
-        ),
-        step_seconds=candidate.seconds,
-        tokens_per_second_per_gpu=candidate.tokens_per_second_per_gpu,
-        mfu=candidate.mfu,
-        fits=candidate.fits,
-        reason=candidate.reason,
-    )
+@dataclass
+class TrainingState:
+    """Where the run stands. The tensors stay on the device, so counting costs no host sync."""
+
+    skipped: torch.Tensor
+    skipped_in_a_row: torch.Tensor
+    longest_skip: torch.Tensor
+    step: int = 0
+    tokens: int = 0
+    evaluated_step: int = 0
+    run_id: str = ""
+
+    @classmethod
+    def fresh(cls, device: torch.device) -> TrainingState:
+        return cls(*(torch.zeros((), device=device) for _ in range(3)), run_id=uuid.uuid4().hex[:12])
+
+    def as_facts(self) -> dict[str, Any]:
+        """Returns the state for a checkpoint's manifest. Waits for the device."""
+        return {name: int(value) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, torch.full_like(value, facts[name]) if isinstance(value, torch.Tensor) else facts[name])
 
 
-def choice_json(choice: Choice, cluster: Cluster) -> dict[str, Any]:
-    """Returns what `--plan-format json` prints and `train_config.json` holds."""
-    return dict(
-        cluster=dataclasses.asdict(cluster),
-        chosen=candidate_json(choice.chosen) if choice.chosen else None,
-        candidates=[candidate_json(each) for each in choice.candidates],
-        lever=choice.lever,
-    )
+@dataclass(frozen=True)
+class StepResult:
+    """Loss and gradient norm of one optimizer step over all ranks, as tensors on the device, and its counts."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    lr: float
+    tokens: int
+    squared_lengths: int
+    micro_batch_tokens: list[int]  # of this rank, padding included
 
 
-def refuse_what_does_not_fit(choice: Choice, cluster: Cluster) -> None:
-    """Raises UserError with the nearest miss and what would help, where no plan fits."""
-    if choice.chosen is None:
-        nearest = choice.candidates[0]
-        raise UserError(
-            f"the model does not fit on {cluster.world_size} x {cluster.device_name}: the nearest miss, "
-            f"{nearest.plan.describe()}, {nearest.reason}; {choice.lever}"
+def training_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: GlobalBatch,
+    lr: float,
+    state: TrainingState,
+    config: Config,
+    parallel: Parallel,
+    stop: StopSignals | None = None,
+) -> StepResult | None:
+    """One optimizer step on a global batch. Every rank must call it. No host sync.
+
+    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete.
+
+    The loss is (sum of token losses over all ranks) / (label tokens over all ranks). DDP and FSDP average gradients
+    over the ranks, hence the factor dp_size. A step whose loss or gradient norm is not finite changes nothing: fused
+    AdamW leaves weights and moments alone where `found_inf` is 1, the way torch.amp.GradScaler skips.
+    """
+    model.train()
+    loss_sum = torch.zeros((), device=parallel.device)
+    for index, micro_batch in enumerate(batch.micro_batches):
+        if stop and stop.agreed_to_leave_step():
+            optimizer.zero_grad()
+            return None
+        with parallel.gradient_sync(model, is_last=index == len(batch.micro_batches) - 1):
+            micro_loss = token_loss_sum(model, micro_batch, parallel)
+            (micro_loss * (parallel.dp_size / batch.label_tokens)).backward()
+        loss_sum += micro_loss.detach()
+    loss = parallel.sum_over_ranks(loss_sum) / batch.label_tokens
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor().to(parallel.device)
+    skip = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
+    parameter = optimizer.param_groups[0]["params"][0]
+    optimizer.grad_scale, optimizer.found_inf = None, skip.to(parameter.device)  # a host sync only under CPU offload
+    optimizer.rounding_seed = state.step  # of StochasticAdamW
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    state.step += 1
+    state.tokens += batch.tokens
+    state.skipped += skip
+    state.skipped_in_a_row = (state.skipped_in_a_row + skip) * skip
+    state.longest_skip = torch.maximum(state.longest_skip, state.skipped_in_a_row)
+    micro_batch_tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
+    return StepResult(loss, grad_norm, lr, batch.tokens, batch.squared_lengths, micro_batch_tokens)
+
+
+def token_loss_sum(model: torch.nn.Module, micro_batch: dict[str, torch.Tensor], parallel: Parallel) -> torch.Tensor:
+    """Returns the sum of the token losses of a micro-batch, fp32, on the device; differentiable."""
+    inputs: dict[str, Any] = {
+        name: tensor.to(parallel.device, non_blocking=True)
+        for name, tensor in micro_batch.items()
+        if name != "labels"  # the head is given its targets
+    }
+    if parallel.plan.packing:
+        inputs["max_length"] = parallel.block_size  # a bound that never changes, or compiled layers would
+    with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
+        return model(**inputs, use_cache=False)
+
+
+def stop_if_broken(state: TrainingState, saving: bool) -> None:
+    """Ends the run after too many skipped updates in a row, on all ranks alike, as all saw the same loss and norm.
+
+    Reading the count waits for the device, so it is read every fifth step, and before a save: a checkpoint inside
+    such a row would end every run that resumes from it. The steps in between do no harm: their updates are skipped as
+    well.
+    """
+    if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
+        raise RunError(
+            f"loss or gradient norm was not finite in {NONFINITE_LIMIT} steps in a row, up to step {state.step}; "
+            "those updates were skipped. Lower --lr, lengthen --warmup-ratio, or look at the data of these steps"
         )
 
 
-LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: for --plan without gated files
-    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
-    "70b": dict(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
-    ),
-}
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """Returns the learning rate of update number `step` (from 0): linear warm-up, then the schedule down to 0."""
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if config.lr_scheduler == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (1 - progress) if config.lr_scheduler == "linear" else config.lr
 
 
-def plan_only(config: Config) -> None:
-    """Prints the plan for `--plan`'s cluster: no process group, no GPU and no weights are needed.
+def check_setup(model: torch.nn.Module, loader: DataLoader, parallel: Parallel) -> None:
+    """Evaluates the two batches of the longest documents before training: a broken set-up fails in the first minute."""
+    loss = evaluate(model, loader, parallel, max_batches=SANITY_BATCHES)
+    if not math.isfinite(loss):
+        raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
 
-    Raises UserError where nothing fits, after printing what was weighed.
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: mean token loss in nats; with --rouge-samples the summaries and their scores."""
+
+    loss: float
+    rouge: dict[str, float]
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A validation document's own summary beside the model's."""
+
+    reference: str
+    summary: str
+
+
+def assess(
+    model: torch.nn.Module, loader: DataLoader, config: Config, parallel: Parallel, stop: StopSignals
+) -> Evaluation | None:
+    """Returns the evaluation of the whole validation split, None where the run was asked to stop meanwhile.
+
+    Every rank must call it. Raises RunError where the loss is not finite.
     """
-    cluster = this_machine() if config.plan == "here" else parse_cluster(config.plan)
-    llama_2 = re.fullmatch(r"meta-llama/Llama-2-(\w+?)(-chat)?-hf", config.model_name_or_path)
-    if llama_2 and llama_2[1] in LLAMA_2:
-        shape = model_shape(transformers.LlamaConfig(**LLAMA_2[llama_2[1]], max_position_embeddings=4096))
+    loss = evaluate(model, loader, parallel, stop=stop)
+    if loss is not None and not math.isfinite(loss):
+        raise RunError(
+            f"the validation loss is {loss}: the weights are broken, and are not saved; what was saved before is kept. "
+            "Go back with --resume to an earlier checkpoint and lower --lr, or lengthen --warmup-ratio"
+        )
+    if loss is None:
+        return None
+    samples = summarise(model, loader.dataset.documents, config, parallel, stop)
+    return None if samples is None else Evaluation(loss, rouge_scores(samples), samples)
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    loader: DataLoader,
+    parallel: Parallel,
+    max_batches: int | None = None,
+    stop: StopSignals | None = None,
+) -> float | None:
+    """Returns the mean token loss in nats over the loader's (first `max_batches`) batches, the same on every rank.
+
+    Every rank must call it. Weighted by tokens, and each document counts once on any number of ranks. None where
+    the run was asked to stop meanwhile.
+    """
+    model.eval()
+    loss_sum = torch.zeros((), device=parallel.device, dtype=torch.float64)
+    label_tokens, steps = 0, min(len(loader), max_batches or len(loader))
+    for batch in tqdm(
+        itertools.islice(loader, steps), "evaluating", steps, leave=False, disable=not shows_bars(parallel)
+    ):
+        if stop and stop.agreed():
+            return None
+        for micro_batch in batch.micro_batches:
+            loss_sum += token_loss_sum(model, micro_batch, parallel)
+        label_tokens += batch.label_tokens
+    return (parallel.sum_over_ranks(loss_sum) / label_tokens).item()
+
+
+@torch.no_grad()
+def summarise(
+    model: torch.nn.Module, documents: Documents, config: Config, parallel: Parallel, stop: StopSignals
+) -> list[Sample] | None:
+    """Returns the model's summaries of `--rouge-samples` documents drawn by the seed, the same list on every rank.
+
+    Every rank must call it; None where the run was asked to stop meanwhile. The documents are dealt to the ranks, and
+    every rank makes the same number of calls: sharded forwards are collective, so a rank with nothing left summarises
+    a document once more, and transformers keeps all ranks of a call going until the last has ended its summaries.
+    """
+    module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
+    module.eval()
+    drawn = np.random.default_rng(config.seed).permutation(len(documents))[: config.rouge_samples]
+    mine, size = drawn[parallel.rank :: parallel.dp_size], prompts_at_a_time(config, parallel)
+    calls = math.ceil(math.ceil(len(drawn) / parallel.dp_size) / size)
+    settings = transformers.GenerationConfig(
+        max_new_tokens=config.max_summary_tokens, num_beams=config.num_beams, do_sample=False,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer), bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    written: list[Sample] = []
+    for call in tqdm(range(calls), "summarising", leave=False, disable=not shows_bars(parallel)):
+        if stop.agreed():
+            return None
+        batch = mine[call * size : (call + 1) * size]
+        rows = documents.rows[batch if len(batch) else drawn[:1]]
+        documents_and_prompts = list(zip(rows["input_ids"], rows["prompt_length"], strict=True))
+        prompts = [ids[:length] for ids, length in documents_and_prompts]
+        references = [ids[length:] for ids, length in documents_and_prompts]
+        inputs = {name: tensor.to(parallel.device) for name, tensor in pad_prompts(prompts, tokenizer).items()}
+        with generating(module, parallel):
+            outputs = module.generate(**inputs, generation_config=settings)
+        texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        references = tokenizer.batch_decode(references, skip_special_tokens=True)
+        written += map(Sample, map(str.strip, references), map(str.strip, texts))
+    everyones = gather_object([written])  # by rank; what fills an empty share comes last in it, and is left out here
+    return [everyones[place % parallel.dp_size][place // parallel.dp_size] for place in range(len(drawn))]
+
+
+def prompts_at_a_time(config: Config, parallel: Parallel) -> int:
+    """Returns how many documents a rank summarises in one call: a micro-batch, or fewer where their caches need more
+    memory than weights and moments leave. The same on every rank, as the plan counts with the smallest device.
+
+    A cache holds keys and values of every layer, per token of prompt and summary and per beam.
+    """
+    shape, plan, cluster = parallel.shape, parallel.plan, parallel.cluster
+    step = StepMemory(shape, plan, tokens=1)
+    gathered = 2 * step.width * (shape.layer_parameters + shape.head_parameters)
+    room = HEADROOM * cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
+    token_bytes = 2 * shape.layers * shape.kv_width * (4 if plan.autocasts else step.width)
+    beams_reordered = 2 if config.num_beams > 1 else 1  # beam search copies the cache to reorder it
+    document_bytes = token_bytes * (config.block_size + config.max_summary_tokens) * config.num_beams * beams_reordered
+    return max(1, min(plan.micro_batch_size, int(room // document_bytes)))
+
+
+def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Returns `input_ids` and `attention_mask` (B, T), padded at their beginning, so that all end at one place."""
+    rows = [torch.as_tensor(prompt) for prompt in prompts]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return dict(
+        input_ids=pad(rows, padding_value=padding_id(tokenizer)), attention_mask=pad(list(map(torch.ones_like, rows)))
+    )
+
+
+@contextlib.contextmanager
+def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
+    """Inside, attention uses the padding mask, which left-padded prompts need, and no layer is recompiled."""
+    training_attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    autocast = torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts)
+    try:
+        with autocast, torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.set_attn_implementation(training_attention)
+
+
+def rouge_scores(samples: Sequence[Sample]) -> dict[str, float]:
+    """Returns the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-Lsum (Lin 2004) in percent, with stemming; {} for no samples.
+
+    Lsum compares sentence by sentence, a line each.
+    """
+    if not samples:
+        return {}
+    from rouge_score.rouge_scorer import RougeScorer  # an optional extra
+
+    names = ("rouge1", "rouge2", "rougeLsum")
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(sentence_lines(each.reference), sentence_lines(each.summary)) for each in samples]
+    return {name: 100 * float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+
+
+def sentence_lines(text: str) -> str:
+    return re.sub(r"(?<=[.!?]) +", "\n", text)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 5. The hook
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def enable_advanced_parallelization(config: Config) -> Parallel:
+    """Makes the rest of a single-GPU script run on every device there is; returns what it set up.
+
+    Where `torch.moreh` exists, MoAI takes over: the platform shows its whole cluster as one device, and the script
+    goes on as one plain process. Elsewhere the strategy is chosen from the world torchrun made, the model's own
+    config and the devices' memory. Call it once, on every rank, before the model is built.
+
+    Works for other causal LMs and other scripts: `enable_advanced_parallelization(Config(model_name_or_path=...))`.
+    Raises UserError when the model cannot be read, or the plan that was asked for cannot work.
+    """
+    on_moai = hasattr(torch, "moreh")
+    if on_moai:
+        torch.moreh.option.enable_advanced_parallelization()
     else:
-        shape = read_model_shape(config)[1]
-    choice = choose_plan(shape, cluster, config)
-    if launched_rank() == 0:
-        as_json = config.plan_format == "json"
-        print(json.dumps(choice_json(choice, cluster)) if as_json else describe_choice(choice, shape, cluster, config))
-    refuse_what_does_not_fit(choice, cluster)
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
+        start_process_group(config)
+    check_optional_packages(config)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.save_model_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+    quieten_libraries(accelerator.is_local_main_process, config.quiet)
+    cluster = find_cluster()
+    with agreed_by_all_ranks():
+        model_config, shape = read_model_shape(config)
+        if on_moai:
+            check_block(shape, config)
+            choice, plan, told = None, moai_plan(config), MOAI_WORDS
+        else:
+            choice = choose_plan(shape, cluster, config)
+            refuse_what_does_not_fit(choice, cluster)
+            plan, told = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
+    timeout = timedelta(minutes=config.dist_timeout_minutes)
+    parallel = Parallel(
+        accelerator, cluster, model_config, shape, plan, choice, config.block_size, timeout, config.quiet
+    )
+    parallel.say(told)
+    if (gpus := torch.cuda.device_count()) > 1 and cluster.world_size == 1 and not on_moai:
+        parallel.say(f"  note      1 of {gpus} GPUs; torchrun --nproc_per_node=gpu uses them all")
+    return parallel
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 4. The hook
-# ----------------------------------------------------------------------------------------------------------------
+def check_optional_packages(config: Config) -> None:
+    """Raises UserError for a flag that needs a package which is not installed."""
+    if config.rouge_samples and importlib.util.find_spec("rouge_score") is None:
+        raise UserError(
+            "--rouge-samples needs the package rouge-score, which is not installed; pip install rouge-score"
+        )
+    if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
+        raise UserError(
+            f"--report-to {config.report_to} needs a package that is not installed; "
+            f"pip install {config.report_to.replace('_', '-')}"
+        )
+
+
+def moai_plan(config: Config) -> Plan:
+    """On MoAI the platform decides: one forward takes the whole batch, and nothing is sharded or synchronised here.
+
+    Raises UserError for flags that would take the decision from it.
+    """
+    for name in ("parallelism", "cpu_offload"):
+        if (value := getattr(config, name)) not in ("auto", "none", "no"):
+            raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
+    micro_batch_size = config.micro_batch_size or config.batch_size
+    recompute = "none" if config.activation_checkpointing == "auto" else config.activation_checkpointing
+    return Plan(
+        strategy="moai",
+        dp_replicate_size=1,
+        dp_shard_size=1,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=math.ceil(config.batch_size / micro_batch_size),
+        activation_checkpointing=recompute,
+        reshard_after_forward=True,
+        cpu_offload=False,
+        gradient_sync="step",
+        precision="bf16" if config.precision == "auto" else config.precision,
+        compiled=config.compile == "yes",
+    )
+
+
+MOAI_WORDS = "plan      moai: torch.moreh.option.enable_advanced_parallelization() was called, and the platform decides"
 
 
 @dataclass(frozen=True)
@@ -1530,64 +1022,20 @@ class Parallel:
                 yield
 
 
-def enable_advanced_parallelization(config: Config) -> Parallel:
-    """Makes the rest of a single-GPU script run on every device there is; returns what it set up.
+@contextlib.contextmanager
+def agreed_by_all_ranks() -> Iterator[None]:
+    """A UserError that one rank raises in the body is raised on every rank, so that all leave together.
 
-    Where `torch.moreh` exists, MoAI takes over: the platform shows its whole cluster as one device, and the script
-    goes on as one plain process. Elsewhere the strategy is chosen from the world torchrun made, the model's own
-    config and the devices' memory. Call it once, on every rank, before the model is built.
-
-    Works for other causal LMs and other scripts: `enable_advanced_parallelization(Config(model_name_or_path=...))`.
-    Raises UserError when the model cannot be read, or the plan that was asked for cannot work.
+    Every rank must enter. The body must hold no collective that a failing rank would leave the others in;
+    `node_main_first` is none, as a failing rank reaches its barrier too.
     """
-    on_moai = hasattr(torch, "moreh")
-    if on_moai:
-        torch.moreh.option.enable_advanced_parallelization()
-    else:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
-        start_process_group(config)
-    check_optional_packages(config)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.save_model_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-    )
-    quieten_libraries(accelerator.is_local_main_process, config.quiet)
-    cluster = find_cluster()
-    with agreed_by_all_ranks():
-        model_config, shape = read_model_shape(config)
-        if on_moai:
-            check_block(shape, config)
-            choice, plan, told = None, moai_plan(config), MOAI_WORDS
-        else:
-            choice = choose_plan(shape, cluster, config)
-            refuse_what_does_not_fit(choice, cluster)
-            plan, told = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
-    timeout = timedelta(minutes=config.dist_timeout_minutes)
-    parallel = Parallel(
-        accelerator, cluster, model_config, shape, plan, choice, config.block_size, timeout, config.quiet
-    )
-    parallel.say(told)
-    if (gpus := torch.cuda.device_count()) > 1 and cluster.world_size == 1 and not on_moai:
-        parallel.say(f"  note      1 of {gpus} GPUs; torchrun --nproc_per_node=gpu uses them all")
-    return parallel
-
-
-def check_optional_packages(config: Config) -> None:
-    """Raises UserError for a flag that needs a package which is not installed."""
-    if config.rouge_samples and importlib.util.find_spec("rouge_score") is None:
-        raise UserError(
-            "--rouge-samples needs the package rouge-score, which is not installed; pip install rouge-score"
-        )
-    if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
-        raise UserError(
-            f"--report-to {config.report_to} needs a package that is not installed; "
-            f"pip install {config.report_to.replace('_', '-')}"
-        )
-
-
-# ---- The hook: processes -------------------------------------------------------------------------------------
+    problems: tuple[str, ...] = ()
+    try:
+        yield
+    except UserError as error:
+        problems = error.problems
+    if found := next(filter(None, gather_object([problems])), None):
+        raise UserError(*found)
 
 
 def start_process_group(config: Config) -> None:
@@ -1618,15 +1066,6 @@ def start_process_group(config: Config) -> None:
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def coloured(words: str) -> str:
-    """On a terminal, returns the text with the first word of each line in bold, or a warning in yellow."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return words
-    if words.startswith(("WARNING", "error")):
-        return f"\033[33m{words}\033[0m"
-    return re.sub(r"^(\w[\w/]*)(?=  | \d)", "\033[1m\\1\033[0m", words, flags=re.MULTILINE)
-
-
 def quieten_libraries(speaks: bool, quiet: bool) -> None:
     """Silences the libraries' warnings on all but one process per node, and their bars unless it has a terminal."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -1640,140 +1079,24 @@ def quieten_libraries(speaks: bool, quiet: bool) -> None:
         transformers.logging.set_verbosity_error()
 
 
-@contextlib.contextmanager
-def agreed_by_all_ranks() -> Iterator[None]:
-    """A UserError that one rank raises in the body is raised on every rank, so that all leave together.
-
-    Every rank must enter. The body must hold no collective that a failing rank would leave the others in;
-    `node_main_first` is none, as a failing rank reaches its barrier too.
-    """
-    problems: tuple[str, ...] = ()
-    try:
-        yield
-    except UserError as error:
-        problems = error.problems
-    if found := next(filter(None, gather_object([problems])), None):
-        raise UserError(*found)
-
-
-# ---- The hook: devices ---------------------------------------------------------------------------------------
-
-
-def find_cluster() -> Cluster:
-    """Returns the cluster this process is part of, from torchrun's environment and the device it was given.
-
-    Every rank must call it. Raises UserError on nodes with different numbers of ranks.
-    """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
-    everyones = gather_object([(find_device(ranks_per_node), has_flash_attention(), ranks_per_node)])
-    devices, flash, sizes = zip(*everyones, strict=True)
-    if len(sizes := set(sizes)) > 1:
-        raise UserError(f"nodes run {' and '.join(map(str, sorted(sizes)))} ranks; give all the same --nproc_per_node")
-    # Every rank plans alone, so all must plan with the same figures: the slowest device's, and the smallest memory.
-    name, gpu, sources = min(devices, key=lambda device: device[1].peak_tflops)
-    gpu = dataclasses.replace(gpu, memory_gib=min(device[1].memory_gib for device in devices))
-    nodes, has_gpu = world_size // ranks_per_node, torch.cuda.is_available()
-    return Cluster(nodes, ranks_per_node, name, has_gpu, gpu, sources, all(flash))
-
-
-def this_machine() -> Cluster:
-    """Returns the cluster that torchrun with all of this machine's GPUs would make; one process where it has none."""
-    ranks = max(1, torch.cuda.device_count())
-    name, gpu, sources = find_device(ranks_per_node=1)
-    return Cluster(1, ranks, name, torch.cuda.is_available(), gpu, sources, has_flash_attention())
-
-
-def has_flash_attention() -> bool:
-    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
-
-
-def find_device(ranks_per_node: int) -> tuple[str, Gpu, dict[str, str]]:
-    """Returns the name and figures of this process's device, and the source of each figure."""
-    sources = {"memory": "measured", "peak": "measured"}
-    sources |= dict.fromkeys(("efficiency", "node link", "network"), "guess")
-    if not torch.cuda.is_available():
-        memory_gib = psutil.virtual_memory().available / GIB / ranks_per_node
-        # Half of what bare matmuls reach, memory of 10 GB/s, 1 GB/s between processes: good enough for trying out.
-        cpu = Gpu(memory_gib, measure_matmul_tflops("cpu", torch.float32, 512), 10, 0.5, 1.0, 1, 1)
-        return platform.processor() or platform.machine(), cpu, sources
-    name, memory_gib = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / GIB
-    key = known_gpu(name, memory_gib)
-    if key is None:
-        peak = measure_matmul_tflops("cuda", torch.bfloat16, 8192)
-        measured = Gpu(memory_gib, peak, UNKNOWN_HBM_GB_PER_SECOND, 0.9, 0.75, LINKS_GB_PER_SECOND["pcie4"], 12.5)
-        return name, measured, sources  # 0.9 of what bare matmuls reach is a guess
-    gpu = dataclasses.replace(GPUS[key], memory_gib=memory_gib)
-    if "PCIE" in name.upper():
-        gpu = dataclasses.replace(gpu, link_gb_per_second=LINKS_GB_PER_SECOND["pcie4"])
-    return name, gpu, {**sources, **figures_of(key)}
-
-
-def figures_of(key: str) -> dict[str, str]:
-    """Returns where the figures of an entry of GPUS are from; only these chips have published efficiencies."""
-    chip = "table" if key.split("-")[0] in ("A100", "H100", "H200", "GH200") else "guess"
-    return {"peak": "table", "efficiency": chip, "node link": chip}
-
-
-def known_gpu(device_name: str, memory_gib: float) -> str | None:
-    """Returns the key in GPUS of CUDA's `device_name`; None for an unknown GPU, a laptop's, or a MIG slice."""
-    if re.search(r"\b(MIG|LAPTOP)\b", device_name.upper()):
-        return None
-    words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200) (?=PCIE|NVL))", r"\1\2", device_name.upper())
-    keys = [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9])", words)]
-    return min(keys, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
-
-
-def measure_matmul_tflops(device: str, dtype: torch.dtype, size: int, seconds: float = 0.05) -> float:
-    """Returns the TFLOP/s of square matmuls, measured for about `seconds` seconds."""
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-
-    def timed(repeats: int) -> float:
-        began = time.perf_counter()
-        for _ in range(repeats):
-            product = matrix @ matrix
-        product[0, 0].item()  # waits for the device
-        return time.perf_counter() - began
-
-    timed(2)
-    repeats = max(1, round(seconds / timed(1)))
-    return 2 * size**3 * repeats / timed(repeats) / 1e12
-
-
-MOAI_WORDS = "plan      moai: torch.moreh.option.enable_advanced_parallelization() was called, and the platform decides"
-
-
-def moai_plan(config: Config) -> Plan:
-    """On MoAI the platform decides: one forward takes the whole batch, and nothing is sharded or synchronised here.
-
-    Raises UserError for flags that would take the decision from it.
-    """
-    for name in ("parallelism", "cpu_offload"):
-        if (value := getattr(config, name)) not in ("auto", "none", "no"):
-            raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
-    micro_batch_size = config.micro_batch_size or config.batch_size
-    recompute = "none" if config.activation_checkpointing == "auto" else config.activation_checkpointing
-    return Plan(
-        strategy="moai",
-        dp_replicate_size=1,
-        dp_shard_size=1,
-        micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=math.ceil(config.batch_size / micro_batch_size),
-        activation_checkpointing=recompute,
-        reshard_after_forward=True,
-        cpu_offload=False,
-        gradient_sync="step",
-        precision="bf16" if config.precision == "auto" else config.precision,
-        compiled=config.compile == "yes",
-    )
+def coloured(words: str) -> str:
+    """On a terminal, returns the text with the first word of each line in bold, or a warning in yellow."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return words
+    if words.startswith(("WARNING", "error")):
+        return f"\033[33m{words}\033[0m"
+    return re.sub(r"^(\w[\w/]*)(?=  | \d)", "\033[1m\\1\033[0m", words, flags=re.MULTILINE)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 5. Data
+# 6. Data
 # ----------------------------------------------------------------------------------------------------------------
 
-
-# ---- Data: documents -----------------------------------------------------------------------------------------
+PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the tensor cores
+HELD_OUT_SHARE = 0.05  # of the training split, held out when the data has no validation split
+MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
+DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
 def load_tokenizer(config: Config, parallel: Parallel) -> PreTrainedTokenizerBase:
@@ -1810,6 +1133,43 @@ def load_tokenizer(config: Config, parallel: Parallel) -> PreTrainedTokenizerBas
                 f"end-of-sequence token take {taken} tokens; use at least 64"
             )
     return tokenizer
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents]:
+    """Returns the encoded training and validation documents. Every rank must call it; rank 0 prints an audit.
+
+    Raises UserError where nothing is left to learn from.
+    """
+    encoded = {}
+    for name, split in load_documents(config, parallel).items():
+        documents = encode_documents(split, tokenizer, config, parallel)
+        if not documents.label_counts.sum() > 0:
+            raise UserError(
+                f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
+            )
+        if name == "train":
+            batches = training_batches(len(documents), epoch=0, config=config)
+        else:
+            batches = evaluation_batches(documents.lengths, parallel)
+        if parallel.is_main:  # costly, as it deals every document
+            parallel.say(audit(name, len(split), documents, batches, parallel))
+        encoded[name] = documents
+    return encoded["train"], encoded["validation"]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Encoded, memory-mapped documents, the length and label count of each, and what turning them into rows takes."""
+
+    rows: datasets.Dataset
+    lengths: np.ndarray
+    label_counts: np.ndarray
+    tokenizer: PreTrainedTokenizerBase
+    block_size: int
+    loss_on: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def load_documents(config: Config, parallel: Parallel) -> datasets.DatasetDict:
@@ -1863,20 +1223,6 @@ def read_splits(config: Config) -> datasets.DatasetDict:
     if len(splits["train"]) < (1 if "validation" in splits else 2):
         raise UserError(f"{shown} has {len(splits['train'])} training documents; that is too few to train on")
     return splits
-
-
-def data_folders(config: Config) -> list[Path]:
-    """Returns the local folders among what `--dataset-name-or-path` names."""
-    return [path for path in map(Path, config.dataset_paths) if path.is_dir()]
-
-
-def is_local(name: str) -> bool:
-    return os.path.exists(name) or looks_like_a_path(name)
-
-
-def looks_like_a_path(name: str) -> bool:
-    """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_FORMATS
 
 
 def find_data_files(paths: list[str], shown: str) -> tuple[str, dict[str, list[str]]]:
@@ -1935,29 +1281,21 @@ def check_columns(split: datasets.Dataset, name: str, config: Config) -> None:
             raise UserError(f"{flag_name(flag_field)} {column} of the {name} split holds no text; name a text column")
 
 
-def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents]:
-    """Returns the encoded training and validation documents. Every rank must call it; rank 0 prints an audit.
-
-    Raises UserError where nothing is left to learn from.
-    """
-    encoded = {}
-    for name, split in load_documents(config, parallel).items():
-        documents = encode_documents(split, tokenizer, config, parallel)
-        if not documents.label_counts.sum() > 0:
-            raise UserError(
-                f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
-            )
-        if name == "train":
-            batches = training_batches(len(documents), epoch=0, config=config)
-        else:
-            batches = evaluation_batches(documents.lengths, parallel)
-        if parallel.is_main:  # costly, as it deals every document
-            parallel.say(audit(name, len(split), documents, batches, parallel))
-        encoded[name] = documents
-    return encoded["train"], encoded["validation"]
+def data_folders(config: Config) -> list[Path]:
+    """Returns the local folders among what `--dataset-name-or-path` names."""
+    return [path for path in map(Path, config.dataset_paths) if path.is_dir()]
 
 
-# ---- Data: tokens --------------------------------------------------------------------------------------------
+def is_local(name: str) -> bool:
+    return os.path.exists(name) or looks_like_a_path(name)
+
+
+def looks_like_a_path(name: str) -> bool:
+    """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_FORMATS
+
+
+# ---- Data: tokens ----------------------------------------------------------------------------------------------
 
 
 def encode_documents(
@@ -2052,12 +1390,12 @@ def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: 
     )
 
 
-# ---- Data: masks ---------------------------------------------------------------------------------------------
+def label_counts(lengths: np.ndarray, prompt_lengths: np.ndarray, loss_on: str) -> np.ndarray:
+    """Returns how many labels each document has. The first token is predicted from nothing, so it never counts."""
+    return lengths - (np.maximum(prompt_lengths, 1) if loss_on == "summary" else 1)
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the id that pads rows. Llama-2 has none of its own, so its end-of-sequence id serves."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+# ---- Data: masks -----------------------------------------------------------------------------------------------
 
 
 def create_mask(input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -2084,22 +1422,123 @@ def mask_pads(
     return inputs.masked_fill(create_mask(inputs, tokenizer) == 0, ignore_index)
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Encoded, memory-mapped documents, the length and label count of each, and what turning them into rows takes."""
-
-    rows: datasets.Dataset
-    lengths: np.ndarray
-    label_counts: np.ndarray
-    tokenizer: PreTrainedTokenizerBase
-    block_size: int
-    loss_on: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id that pads rows. Llama-2 has none of its own, so its end-of-sequence id serves."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-# ---- Data: batches -------------------------------------------------------------------------------------------
+# ---- Data: dealing documents to ranks and micro-batches --------------------------------------------------------
+
+
+def training_batches(documents: int, epoch: int, config: Config) -> list[np.ndarray]:
+    """Returns the global batches of an epoch: an order drawn from seed and epoch alone; the last may be smaller."""
+    order = np.random.default_rng((config.seed, epoch)).permutation(documents)
+    return np.split(order, range(config.batch_size, documents, config.batch_size))
+
+
+def evaluation_batches(lengths: np.ndarray, parallel: Parallel) -> list[np.ndarray]:
+    """Returns every document once, longest first, in batches of one micro-batch per rank (packed, of about four)."""
+    order, size = np.argsort(-lengths, kind="stable"), parallel.dp_size * parallel.plan.micro_batch_size
+    size *= 4 if parallel.plan.packing else 1
+    return np.split(order, range(size, len(order), size))
+
+
+def deal(lengths: np.ndarray, dp_size: int, plan: Plan, block_size: int) -> list[list[np.ndarray]]:
+    """Returns `dealt[micro_step][rank]` for the plan; a packed row holds at most what a full padded one does."""
+    if plan.packing:
+        return pack_documents(lengths, dp_size, plan.micro_batch_size * block_size)
+    return deal_documents(lengths, dp_size, plan.micro_batch_size)
+
+
+def deal_documents(lengths: np.ndarray, dp_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
+    """Returns `dealt[micro_step][rank]`, positions into `lengths`; each document exactly once.
+
+    Longest first, the ranks in turn: documents of like length share a micro-batch, so little is padded, and all
+    ranks of a micro-step carry like loads. Every rank gets the same number of micro-batches, and sizes differ by
+    one at most.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    micro_steps = math.ceil(len(order) / (dp_size * micro_batch_size))
+    parts = np.array_split(order, micro_steps * dp_size)  # sizes differ by one at most
+    steps = [np.concatenate(parts[first : first + dp_size]) for first in range(0, len(parts), dp_size)]
+    return [[step[rank::dp_size] for rank in range(dp_size)] for step in steps]
+
+
+def pack_documents(lengths: np.ndarray, dp_size: int, row_tokens: int) -> list[list[np.ndarray]]:
+    """Returns `dealt[micro_step][rank]` like `deal_documents`, for rows of at most `row_tokens` tokens, few and even.
+
+    Longest first, each document into the emptiest row (Graham 1969, "Bounds on multiprocessing timing anomalies": at
+    most 4/3 of the best longest row). If that overfills a row, tries again with one more row per rank. Rows of like
+    length share a micro-step, in which ranks wait for each other.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    micro_steps = max(1, math.ceil(lengths.sum() / (dp_size * row_tokens)))
+    while True:
+        rows: list[list[int]] = [[] for _ in range(micro_steps * dp_size)]
+        loads = [(0, row) for row in range(len(rows))]
+        for position in order:
+            load, row = loads[0]
+            heapq.heapreplace(loads, (load + int(lengths[position]), row))
+            rows[row].append(position)
+        if max(loads)[0] <= row_tokens:
+            break
+        micro_steps += 1
+    by_load = [np.array(rows[row], dtype=np.int64) for _, row in sorted(loads, reverse=True)]
+    return [by_load[step * dp_size : (step + 1) * dp_size] for step in range(micro_steps)]
+
+
+def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> str:
+    """Returns a line on what encoding cut or dropped of `total` pairs, and how evenly `batches` deal the rest."""
+    columns = documents.rows.with_format("numpy")
+    cut, summaries_cut = np.asarray(columns["tokens_cut"][:]), np.asarray(columns["summary_cut"][:])
+    loads = []  # tokens computed, padding included: a row per micro-step, a column per rank
+    for batch in batches:
+        lengths = documents.lengths[batch]
+        for ranks in deal(lengths, parallel.dp_size, parallel.plan, documents.block_size):
+            loads.append([executed_tokens(lengths[rank], parallel.plan, documents.block_size) for rank in ranks])
+    loads, tokens = np.array(loads), documents.lengths.sum()
+    waiting = loads.max(axis=1).sum() / loads.mean(axis=1).sum()  # all ranks wait for the busiest in each micro-step
+    return (
+        f"data      {name}: {len(documents):,} documents, {tokens:,} tokens (mean {tokens / len(documents):,.0f}); "
+        f"{(cut > 0).sum():,} articles cut by {cut.sum():,} tokens; {summaries_cut.sum():,} summaries cut; "
+        f"{total - len(documents):,} empty documents dropped; {1 - tokens / loads.sum():.1%} padding; longest rank "
+        f"{waiting:.3f} of the mean"
+    )
+
+
+def executed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
+    """Returns the tokens, padding included, of a micro-batch of documents of these lengths."""
+    if plan.packing or not len(lengths):
+        return int(lengths.sum())
+    return len(lengths) * row_width(int(lengths.max()), block_size)
+
+
+# ---- Data: batches ---------------------------------------------------------------------------------------------
+
+
+def remaining_batches(
+    documents: Documents, step: int, total_steps: int, config: Config, parallel: Parallel
+) -> Iterator[GlobalBatch]:
+    """Yields this rank's part of every global batch from `step` on, across epochs.
+
+    The step alone determines where to begin; batches already consumed are not read again.
+    """
+    steps_per_epoch = math.ceil(len(documents) / config.batch_size)
+    while step < total_steps:
+        epoch, consumed = divmod(step, steps_per_epoch)
+        batches = training_batches(len(documents), epoch, config)[consumed:][: total_steps - step]
+        yield from data_loader(documents, batches, parallel)
+        step += len(batches)
+
+
+def data_loader(documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> DataLoader:
+    """Returns a loader of this rank's `GlobalBatch` for each of `batches`.
+
+    Made in this process: some milliseconds, while the device is still busy with the step before. A worker process
+    would be forked beside a checkpoint's writing thread, and would need open files for every tensor it hands over.
+    """
+    batches_of_rank = GlobalBatches(documents, batches, parallel)
+    return DataLoader(batches_of_rank, batch_size=None, pin_memory=parallel.device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -2203,168 +1642,13 @@ def pad_rows(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, block_si
     return torch.nn.functional.pad(padded, (0, row_width(longest, block_size) - longest), value=pad_id)
 
 
-def label_counts(lengths: np.ndarray, prompt_lengths: np.ndarray, loss_on: str) -> np.ndarray:
-    """Returns how many labels each document has. The first token is predicted from nothing, so it never counts."""
-    return lengths - (np.maximum(prompt_lengths, 1) if loss_on == "summary" else 1)
-
-
-# ---- Data: dealing documents to ranks and micro-batches ------------------------------------------------------
-
-
-def deal_documents(lengths: np.ndarray, dp_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
-    """Returns `dealt[micro_step][rank]`, positions into `lengths`; each document exactly once.
-
-    Longest first, the ranks in turn: documents of like length share a micro-batch, so little is padded, and all
-    ranks of a micro-step carry like loads. Every rank gets the same number of micro-batches, and sizes differ by
-    one at most.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    micro_steps = math.ceil(len(order) / (dp_size * micro_batch_size))
-    parts = np.array_split(order, micro_steps * dp_size)  # sizes differ by one at most
-    steps = [np.concatenate(parts[first : first + dp_size]) for first in range(0, len(parts), dp_size)]
-    return [[step[rank::dp_size] for rank in range(dp_size)] for step in steps]
-
-
-def pack_documents(lengths: np.ndarray, dp_size: int, row_tokens: int) -> list[list[np.ndarray]]:
-    """Returns `dealt[micro_step][rank]` like `deal_documents`, for rows of at most `row_tokens` tokens, few and even.
-
-    Longest first, each document into the emptiest row (Graham 1969, "Bounds on multiprocessing timing anomalies": at
-    most 4/3 of the best longest row). If that overfills a row, tries again with one more row per rank. Rows of like
-    length share a micro-step, in which ranks wait for each other.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    micro_steps = max(1, math.ceil(lengths.sum() / (dp_size * row_tokens)))
-    while True:
-        rows: list[list[int]] = [[] for _ in range(micro_steps * dp_size)]
-        loads = [(0, row) for row in range(len(rows))]
-        for position in order:
-            load, row = loads[0]
-            heapq.heapreplace(loads, (load + int(lengths[position]), row))
-            rows[row].append(position)
-        if max(loads)[0] <= row_tokens:
-            break
-        micro_steps += 1
-    by_load = [np.array(rows[row], dtype=np.int64) for _, row in sorted(loads, reverse=True)]
-    return [by_load[step * dp_size : (step + 1) * dp_size] for step in range(micro_steps)]
-
-
-def deal(lengths: np.ndarray, dp_size: int, plan: Plan, block_size: int) -> list[list[np.ndarray]]:
-    """Returns `dealt[micro_step][rank]` for the plan; a packed row holds at most what a full padded one does."""
-    if plan.packing:
-        return pack_documents(lengths, dp_size, plan.micro_batch_size * block_size)
-    return deal_documents(lengths, dp_size, plan.micro_batch_size)
-
-
-def training_batches(documents: int, epoch: int, config: Config) -> list[np.ndarray]:
-    """Returns the global batches of an epoch: an order drawn from seed and epoch alone; the last may be smaller."""
-    order = np.random.default_rng((config.seed, epoch)).permutation(documents)
-    return np.split(order, range(config.batch_size, documents, config.batch_size))
-
-
-def evaluation_batches(lengths: np.ndarray, parallel: Parallel) -> list[np.ndarray]:
-    """Returns every document once, longest first, in batches of one micro-batch per rank (packed, of about four)."""
-    order, size = np.argsort(-lengths, kind="stable"), parallel.dp_size * parallel.plan.micro_batch_size
-    size *= 4 if parallel.plan.packing else 1
-    return np.split(order, range(size, len(order), size))
-
-
-def remaining_batches(
-    documents: Documents, step: int, total_steps: int, config: Config, parallel: Parallel
-) -> Iterator[GlobalBatch]:
-    """Yields this rank's part of every global batch from `step` on, across epochs.
-
-    The step alone determines where to begin; batches already consumed are not read again.
-    """
-    steps_per_epoch = math.ceil(len(documents) / config.batch_size)
-    while step < total_steps:
-        epoch, consumed = divmod(step, steps_per_epoch)
-        batches = training_batches(len(documents), epoch, config)[consumed:][: total_steps - step]
-        yield from data_loader(documents, batches, parallel)
-        step += len(batches)
-
-
-def data_loader(documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> DataLoader:
-    """Returns a loader of this rank's `GlobalBatch` for each of `batches`.
-
-    Made in this process: some milliseconds, while the device is still busy with the step before. A worker process
-    would be forked beside a checkpoint's writing thread, and would need open files for every tensor it hands over.
-    """
-    batches_of_rank = GlobalBatches(documents, batches, parallel)
-    return DataLoader(batches_of_rank, batch_size=None, pin_memory=parallel.device.type == "cuda")
-
-
-def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> str:
-    """Returns a line on what encoding cut or dropped of `total` pairs, and how evenly `batches` deal the rest."""
-    columns = documents.rows.with_format("numpy")
-    cut, summaries_cut = np.asarray(columns["tokens_cut"][:]), np.asarray(columns["summary_cut"][:])
-    loads = []  # tokens computed, padding included: a row per micro-step, a column per rank
-    for batch in batches:
-        lengths = documents.lengths[batch]
-        for ranks in deal(lengths, parallel.dp_size, parallel.plan, documents.block_size):
-            loads.append([executed_tokens(lengths[rank], parallel.plan, documents.block_size) for rank in ranks])
-    loads, tokens = np.array(loads), documents.lengths.sum()
-    waiting = loads.max(axis=1).sum() / loads.mean(axis=1).sum()  # all ranks wait for the busiest in each micro-step
-    return (
-        f"data      {name}: {len(documents):,} documents, {tokens:,} tokens (mean {tokens / len(documents):,.0f}); "
-        f"{(cut > 0).sum():,} articles cut by {cut.sum():,} tokens; {summaries_cut.sum():,} summaries cut; "
-        f"{total - len(documents):,} empty documents dropped; {1 - tokens / loads.sum():.1%} padding; longest rank "
-        f"{waiting:.3f} of the mean"
-    )
-
-
-def executed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
-    """Returns the tokens, padding included, of a micro-batch of documents of these lengths."""
-    if plan.packing or not len(lengths):
-        return int(lengths.sum())
-    return len(lengths) * row_width(int(lengths.max()), block_size)
-
-
 # ----------------------------------------------------------------------------------------------------------------
-# 6. Model
+# 7. Model
 # ----------------------------------------------------------------------------------------------------------------
 
-
-# ---- Model: loading ------------------------------------------------------------------------------------------
-
-
-def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
-    """Returns a local folder that holds the model's files of these patterns; downloads them if necessary."""
-    shown = f"--model-name-or-path {name_or_path}"
-    if os.path.isdir(name_or_path):
-        return Path(name_or_path)
-    if looks_like_a_path(name_or_path):
-        raise UserError(f"{shown} is not a folder; give a Hub id, or a folder with config.json and safetensors weights")
-    try:
-        return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns)))
-    except huggingface_hub.errors.GatedRepoError as error:
-        raise UserError(
-            f"{shown} is gated: ask for access at https://huggingface.co/{name_or_path}, then run `hf auth login` "
-            "or set HF_TOKEN"
-        ) from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{shown} is not on the Hub, or is private; check the name, and log in with `hf auth login`"
-        ) from error
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise UserError(
-            f"{shown} is neither a folder nor within reach on the Hub ({first_line(error)}); check the name and the "
-            "network, or download it elsewhere and give its folder"
-        ) from error
-
-
-def read_model_shape(config: Config) -> tuple[transformers.PretrainedConfig, ModelShape]:
-    """Returns the model's config and its sizes, from `config.json` alone."""
-    folder = model_folder(config.model_name_or_path, ["config.json"])
-    try:
-        if not (folder / "config.json").is_file():
-            raise OSError("config.json is missing")
-        model_config = AutoConfig.from_pretrained(folder)
-        return model_config, model_shape(model_config)
-    except Exception as error:  # transformers raises all kinds of errors on a malformed config
-        raise UserError(
-            f"--model-name-or-path {config.model_name_or_path} holds no causal language model that loads "
-            f"({first_line(error)}); give a folder with config.json and safetensors weights"
-        ) from error
+HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
+COMPILE_SECONDS = 120.0  # estimate for compiling the layers: forward and backward, fixed and varying lengths
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 def load_model(config: Config, parallel: Parallel) -> torch.nn.Module:
@@ -2454,7 +1738,85 @@ def pretrained_model(
     return model
 
 
-# ---- Model: attention ----------------------------------------------------------------------------------------
+def random_model(
+    model_config: transformers.PretrainedConfig,
+    distributed_config: DistributedConfig | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere.
+
+    Raises UserError for tied embeddings under FSDP, which wraps embedding and head apart before they are loaded.
+    """
+    if distributed_config is not None and model_config.get_text_config().tie_word_embeddings:
+        raise UserError("--random-init under FSDP needs a model whose embeddings are not tied; use --parallelism ddp")
+    with torch.device("meta"):
+        attention = attention_implementation(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
+    if distributed_config is not None:
+        _, mesh = initialize_distributed_mesh(distributed_config)
+        model = type(model).maybe_distribute_model(model, distributed_config, mesh)
+    model.to_empty(device=device)
+    model.initialize_weights()
+    model.tie_weights()
+    return model
+
+
+def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
+    """Moves the shards to host memory, where FSDP2's offload policy wants them; buffers stay with the compute.
+
+    There the optimizer computes, for which torchrun leaves each rank one thread.
+    """
+    buffers = dict(model.named_buffers())
+    model.to("cpu")
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
+    torch.cuda.empty_cache()  # of what the shards were loaded through
+    torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
+    """Returns a local folder that holds the model's files of these patterns; downloads them if necessary."""
+    shown = f"--model-name-or-path {name_or_path}"
+    if os.path.isdir(name_or_path):
+        return Path(name_or_path)
+    if looks_like_a_path(name_or_path):
+        raise UserError(f"{shown} is not a folder; give a Hub id, or a folder with config.json and safetensors weights")
+    try:
+        return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns)))
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise UserError(
+            f"{shown} is gated: ask for access at https://huggingface.co/{name_or_path}, then run `hf auth login` "
+            "or set HF_TOKEN"
+        ) from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{shown} is not on the Hub, or is private; check the name, and log in with `hf auth login`"
+        ) from error
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise UserError(
+            f"{shown} is neither a folder nor within reach on the Hub ({first_line(error)}); check the name and the "
+            "network, or download it elsewhere and give its folder"
+        ) from error
+
+
+def read_model_shape(config: Config) -> tuple[transformers.PretrainedConfig, ModelShape]:
+    """Returns the model's config and its sizes, from `config.json` alone."""
+    folder = model_folder(config.model_name_or_path, ["config.json"])
+    try:
+        if not (folder / "config.json").is_file():
+            raise OSError("config.json is missing")
+        model_config = AutoConfig.from_pretrained(folder)
+        return model_config, model_shape(model_config)
+    except Exception as error:  # transformers raises all kinds of errors on a malformed config
+        raise UserError(
+            f"--model-name-or-path {config.model_name_or_path} holds no causal language model that loads "
+            f"({first_line(error)}); give a folder with config.json and safetensors weights"
+        ) from error
+
+
+# ---- Model: attention ------------------------------------------------------------------------------------------
 
 
 def attention_implementation(model_config: transformers.PretrainedConfig) -> str | None:
@@ -2524,7 +1886,7 @@ def document_attention(
     return torch.cat(outputs)
 
 
-# ---- Model: loss ---------------------------------------------------------------------------------------------
+# ---- Model: loss -----------------------------------------------------------------------------------------------
 
 
 def use_token_loss(model: PreTrainedModel) -> None:
@@ -2590,7 +1952,7 @@ def loss_of_chunk(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-# ---- Model: compiling ----------------------------------------------------------------------------------------
+# ---- Model: compiling ------------------------------------------------------------------------------------------
 
 
 def compile_layers(model: torch.nn.Module, config: Config, parallel: Parallel, steps: int) -> bool:
@@ -2616,45 +1978,7 @@ def compile_layers(model: torch.nn.Module, config: Config, parallel: Parallel, s
     return True
 
 
-def random_model(
-    model_config: transformers.PretrainedConfig,
-    distributed_config: DistributedConfig | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> PreTrainedModel:
-    """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere.
-
-    Raises UserError for tied embeddings under FSDP, which wraps embedding and head apart before they are loaded.
-    """
-    if distributed_config is not None and model_config.get_text_config().tie_word_embeddings:
-        raise UserError("--random-init under FSDP needs a model whose embeddings are not tied; use --parallelism ddp")
-    with torch.device("meta"):
-        attention = attention_implementation(model_config)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
-    if distributed_config is not None:
-        _, mesh = initialize_distributed_mesh(distributed_config)
-        model = type(model).maybe_distribute_model(model, distributed_config, mesh)
-    model.to_empty(device=device)
-    model.initialize_weights()
-    model.tie_weights()
-    return model
-
-
-def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
-    """Moves the shards to host memory, where FSDP2's offload policy wants them; buffers stay with the compute.
-
-    There the optimizer computes, for which torchrun leaves each rank one thread.
-    """
-    buffers = dict(model.named_buffers())
-    model.to("cpu")
-    for name, buffer in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer)
-    torch.cuda.empty_cache()  # of what the shards were loaded through
-    torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-# ---- Model: optimizer and schedule ---------------------------------------------------------------------------
+# ---- Model: optimizer ------------------------------------------------------------------------------------------
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -2734,328 +2058,95 @@ def round_stochastically(tensor: torch.Tensor, generator: torch.Generator | None
     return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
-def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """Returns the learning rate of update number `step` (from 0): linear warm-up, then the schedule down to 0."""
-    warmup = math.ceil(config.warmup_ratio * total_steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    if config.lr_scheduler == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (1 - progress) if config.lr_scheduler == "linear" else config.lr
-
-
 # ----------------------------------------------------------------------------------------------------------------
-# 7. Training step
-# ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainingState:
-    """Where the run stands. The tensors stay on the device, so counting costs no host sync."""
-
-    skipped: torch.Tensor
-    skipped_in_a_row: torch.Tensor
-    longest_skip: torch.Tensor
-    step: int = 0
-    tokens: int = 0
-    evaluated_step: int = 0
-    run_id: str = ""
-
-    @classmethod
-    def fresh(cls, device: torch.device) -> TrainingState:
-        return cls(*(torch.zeros((), device=device) for _ in range(3)), run_id=uuid.uuid4().hex[:12])
-
-    def as_facts(self) -> dict[str, Any]:
-        """Returns the state for a checkpoint's manifest. Waits for the device."""
-        return {name: int(value) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
-
-    def restore(self, facts: dict[str, Any]) -> None:
-        for name, value in vars(self).items():
-            setattr(self, name, torch.full_like(value, facts[name]) if isinstance(value, torch.Tensor) else facts[name])
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Loss and gradient norm of one optimizer step over all ranks, as tensors on the device, and its counts."""
-
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    lr: float
-    tokens: int
-    squared_lengths: int
-    micro_batch_tokens: list[int]  # of this rank, padding included
-
-
-def token_loss_sum(model: torch.nn.Module, micro_batch: dict[str, torch.Tensor], parallel: Parallel) -> torch.Tensor:
-    """Returns the sum of the token losses of a micro-batch, fp32, on the device; differentiable."""
-    inputs: dict[str, Any] = {
-        name: tensor.to(parallel.device, non_blocking=True)
-        for name, tensor in micro_batch.items()
-        if name != "labels"  # the head is given its targets
-    }
-    if parallel.plan.packing:
-        inputs["max_length"] = parallel.block_size  # a bound that never changes, or compiled layers would
-    with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
-        return model(**inputs, use_cache=False)
-
-
-def training_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: GlobalBatch,
-    lr: float,
-    state: TrainingState,
-    config: Config,
-    parallel: Parallel,
-    stop: StopSignals | None = None,
-) -> StepResult | None:
-    """One optimizer step on a global batch. Every rank must call it. No host sync.
-
-    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete.
-
-    The loss is (sum of token losses over all ranks) / (label tokens over all ranks). DDP and FSDP average gradients
-    over the ranks, hence the factor dp_size. A step whose loss or gradient norm is not finite changes nothing: fused
-    AdamW leaves weights and moments alone where `found_inf` is 1, the way torch.amp.GradScaler skips.
-    """
-    model.train()
-    loss_sum = torch.zeros((), device=parallel.device)
-    for index, micro_batch in enumerate(batch.micro_batches):
-        if stop and stop.agreed_to_leave_step():
-            optimizer.zero_grad()
-            return None
-        with parallel.gradient_sync(model, is_last=index == len(batch.micro_batches) - 1):
-            micro_loss = token_loss_sum(model, micro_batch, parallel)
-            (micro_loss * (parallel.dp_size / batch.label_tokens)).backward()
-        loss_sum += micro_loss.detach()
-    loss = parallel.sum_over_ranks(loss_sum) / batch.label_tokens
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor().to(parallel.device)
-    skip = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
-    parameter = optimizer.param_groups[0]["params"][0]
-    optimizer.grad_scale, optimizer.found_inf = None, skip.to(parameter.device)  # a host sync only under CPU offload
-    optimizer.rounding_seed = state.step  # of StochasticAdamW
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    state.step += 1
-    state.tokens += batch.tokens
-    state.skipped += skip
-    state.skipped_in_a_row = (state.skipped_in_a_row + skip) * skip
-    state.longest_skip = torch.maximum(state.longest_skip, state.skipped_in_a_row)
-    micro_batch_tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
-    return StepResult(loss, grad_norm, lr, batch.tokens, batch.squared_lengths, micro_batch_tokens)
-
-
-def stop_if_broken(state: TrainingState, saving: bool) -> None:
-    """Ends the run after too many skipped updates in a row, on all ranks alike, as all saw the same loss and norm.
-
-    Reading the count waits for the device, so it is read every fifth step, and before a save: a checkpoint inside
-    such a row would end every run that resumes from it. The steps in between do no harm: their updates are skipped as
-    well.
-    """
-    if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
-        raise RunError(
-            f"loss or gradient norm was not finite in {NONFINITE_LIMIT} steps in a row, up to step {state.step}; "
-            "those updates were skipped. Lower --lr, lengthen --warmup-ratio, or look at the data of these steps"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# 8. Evaluation
-# ----------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    loader: DataLoader,
-    parallel: Parallel,
-    max_batches: int | None = None,
-    stop: StopSignals | None = None,
-) -> float | None:
-    """Returns the mean token loss in nats over the loader's (first `max_batches`) batches, the same on every rank.
-
-    Every rank must call it. Weighted by tokens, and each document counts once on any number of ranks. None where
-    the run was asked to stop meanwhile.
-    """
-    model.eval()
-    loss_sum = torch.zeros((), device=parallel.device, dtype=torch.float64)
-    label_tokens, steps = 0, min(len(loader), max_batches or len(loader))
-    for batch in tqdm(
-        itertools.islice(loader, steps), "evaluating", steps, leave=False, disable=not shows_bars(parallel)
-    ):
-        if stop and stop.agreed():
-            return None
-        for micro_batch in batch.micro_batches:
-            loss_sum += token_loss_sum(model, micro_batch, parallel)
-        label_tokens += batch.label_tokens
-    return (parallel.sum_over_ranks(loss_sum) / label_tokens).item()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A validation document's own summary beside the model's."""
-
-    reference: str
-    summary: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found: mean token loss in nats; with --rouge-samples the summaries and their scores."""
-
-    loss: float
-    rouge: dict[str, float]
-    samples: list[Sample]
-
-
-def assess(
-    model: torch.nn.Module, loader: DataLoader, config: Config, parallel: Parallel, stop: StopSignals
-) -> Evaluation | None:
-    """Returns the evaluation of the whole validation split, None where the run was asked to stop meanwhile.
-
-    Every rank must call it. Raises RunError where the loss is not finite.
-    """
-    loss = evaluate(model, loader, parallel, stop=stop)
-    if loss is not None and not math.isfinite(loss):
-        raise RunError(
-            f"the validation loss is {loss}: the weights are broken, and are not saved; what was saved before is kept. "
-            "Go back with --resume to an earlier checkpoint and lower --lr, or lengthen --warmup-ratio"
-        )
-    if loss is None:
-        return None
-    samples = summarise(model, loader.dataset.documents, config, parallel, stop)
-    return None if samples is None else Evaluation(loss, rouge_scores(samples), samples)
-
-
-@torch.no_grad()
-def summarise(
-    model: torch.nn.Module, documents: Documents, config: Config, parallel: Parallel, stop: StopSignals
-) -> list[Sample] | None:
-    """Returns the model's summaries of `--rouge-samples` documents drawn by the seed, the same list on every rank.
-
-    Every rank must call it; None where the run was asked to stop meanwhile. The documents are dealt to the ranks, and
-    every rank makes the same number of calls: sharded forwards are collective, so a rank with nothing left summarises
-    a document once more, and transformers keeps all ranks of a call going until the last has ended its summaries.
-    """
-    module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
-    module.eval()
-    drawn = np.random.default_rng(config.seed).permutation(len(documents))[: config.rouge_samples]
-    mine, size = drawn[parallel.rank :: parallel.dp_size], prompts_at_a_time(config, parallel)
-    calls = math.ceil(math.ceil(len(drawn) / parallel.dp_size) / size)
-    settings = transformers.GenerationConfig(
-        max_new_tokens=config.max_summary_tokens, num_beams=config.num_beams, do_sample=False,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer), bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
-    written: list[Sample] = []
-    for call in tqdm(range(calls), "summarising", leave=False, disable=not shows_bars(parallel)):
-        if stop.agreed():
-            return None
-        batch = mine[call * size : (call + 1) * size]
-        rows = documents.rows[batch if len(batch) else drawn[:1]]
-        documents_and_prompts = list(zip(rows["input_ids"], rows["prompt_length"], strict=True))
-        prompts = [ids[:length] for ids, length in documents_and_prompts]
-        references = [ids[length:] for ids, length in documents_and_prompts]
-        inputs = {name: tensor.to(parallel.device) for name, tensor in pad_prompts(prompts, tokenizer).items()}
-        with generating(module, parallel):
-            outputs = module.generate(**inputs, generation_config=settings)
-        texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        references = tokenizer.batch_decode(references, skip_special_tokens=True)
-        written += map(Sample, map(str.strip, references), map(str.strip, texts))
-    everyones = gather_object([written])  # by rank; what fills an empty share comes last in it, and is left out here
-    return [everyones[place % parallel.dp_size][place // parallel.dp_size] for place in range(len(drawn))]
-
-
-def prompts_at_a_time(config: Config, parallel: Parallel) -> int:
-    """Returns how many documents a rank summarises in one call: a micro-batch, or fewer where their caches need more
-    memory than weights and moments leave. The same on every rank, as the plan counts with the smallest device.
-
-    A cache holds keys and values of every layer, per token of prompt and summary and per beam.
-    """
-    shape, plan, cluster = parallel.shape, parallel.plan, parallel.cluster
-    step = StepMemory(shape, plan, tokens=1)
-    gathered = 2 * step.width * (shape.layer_parameters + shape.head_parameters)
-    room = HEADROOM * cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
-    token_bytes = 2 * shape.layers * shape.kv_width * (4 if plan.autocasts else step.width)
-    beams_reordered = 2 if config.num_beams > 1 else 1  # beam search copies the cache to reorder it
-    document_bytes = token_bytes * (config.block_size + config.max_summary_tokens) * config.num_beams * beams_reordered
-    return max(1, min(plan.micro_batch_size, int(room // document_bytes)))
-
-
-def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Returns `input_ids` and `attention_mask` (B, T), padded at their beginning, so that all end at one place."""
-    rows = [torch.as_tensor(prompt) for prompt in prompts]
-    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    return dict(
-        input_ids=pad(rows, padding_value=padding_id(tokenizer)), attention_mask=pad(list(map(torch.ones_like, rows)))
-    )
-
-
-@contextlib.contextmanager
-def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
-    """Inside, attention uses the padding mask, which left-padded prompts need, and no layer is recompiled."""
-    training_attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    autocast = torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts)
-    try:
-        with autocast, torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        model.set_attn_implementation(training_attention)
-
-
-def rouge_scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-Lsum (Lin 2004) in percent, with stemming; {} for no samples.
-
-    Lsum compares sentence by sentence, a line each.
-    """
-    if not samples:
-        return {}
-    from rouge_score.rouge_scorer import RougeScorer  # an optional extra
-
-    names = ("rouge1", "rouge2", "rougeLsum")
-    scorer = RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score(sentence_lines(each.reference), sentence_lines(each.summary)) for each in samples]
-    return {name: 100 * float(np.mean([score[name].fmeasure for score in scores])) for name in names}
-
-
-def sentence_lines(text: str) -> str:
-    return re.sub(r"(?<=[.!?]) +", "\n", text)
-
-
-def check_setup(model: torch.nn.Module, loader: DataLoader, parallel: Parallel) -> None:
-    """Evaluates the two batches of the longest documents before training: a broken set-up fails in the first minute."""
-    loss = evaluate(model, loader, parallel, max_batches=SANITY_BATCHES)
-    if not math.isfinite(loss):
-        raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# 9. Checkpoints
+# 8. Checkpoints
 # ----------------------------------------------------------------------------------------------------------------
 
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a file in memory, holding the GIL
 WRITING, REPLACED, DELETING, ASIDE = ".writing", ".replaced", ".deleting", ".aside"
+LOCK_WAIT_SECONDS = 90  # for a former run to finish the step and the save it is in
 
 
-class CheckpointError(Exception):
-    """A checkpoint could not be written, or is not whole: the reason, the same on every rank."""
+# ---- Checkpoints: the save folder ------------------------------------------------------------------------------
 
 
-def patience_seconds() -> float:
-    """Returns the seconds between a signal and torchrun's SIGKILL; infinity without torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return math.inf
-    told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") if torch.__version__ >= "2.13" else None
-    return float(told or TORCHRUN_GRACE_SECONDS)
+def prepare_save_folder(config: Config, parallel: Parallel) -> None:
+    """Makes the save folder, checks that it is writable and shared, and locks it. Every rank must call it."""
+    folder = Path(config.save_model_dir)
+    with agreed_by_all_ranks():
+        if parallel.is_main:
+            for data in data_folders(config):
+                if folder.resolve().is_relative_to(data.resolve()):
+                    raise UserError(
+                        f"--save-model-dir {folder} lies in --dataset-name-or-path {data}, where what the run writes "
+                        "would be read as data; give another folder"
+                    )
+            if (folder / "checkpoints").is_file():
+                raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ".writable").touch()
+                (folder / ".writable").unlink()
+            except OSError as error:
+                raise UserError(
+                    f"--save-model-dir {folder} cannot be written to ({error.strerror}); give a folder that can"
+                ) from error
+            if folder.resolve() == Path(config.model_name_or_path).resolve() and not (folder / "checkpoints").exists():
+                raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
+            hold_folder(folder, parallel)
+            finish_interrupted_save(folder)
+            (folder / ".shared").touch()
+    with agreed_by_all_ranks():
+        if not (folder / ".shared").exists():
+            raise UserError(
+                f"--save-model-dir {folder} is not shared: what rank 0 writes does not appear on every node; give a "
+                "folder on a filesystem that all nodes share"
+            )
+    if parallel.is_main:
+        (folder / ".shared").unlink()
 
 
-# ---- Checkpoints: stop signals -------------------------------------------------------------------------------
+def hold_folder(folder: Path, parallel: Parallel) -> None:
+    """Locks the folder until this process ends; two runs would delete each other's checkpoints. Rank 0 only.
+
+    Waits for a previous run that is about to end; raises UserError if it does not. A POSIX record lock, unlike
+    filelock's: no child process inherits it, it ends with the process in any case, and it works on network disks.
+    """
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.timeout.total_seconds())  # the other ranks are waiting
+    deadline, holder = time.monotonic() + patience, ""
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+            return
+        except (BlockingIOError, PermissionError):
+            if not holder:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another run"
+                parallel.say(f"waiting   for {holder} to leave {folder}")
+        except OSError as error:
+            parallel.say(f"WARNING   {folder} cannot be locked ({first_line(error)}); let no second run write to it")
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--save-model-dir {folder} is being written to by another run, {holder}; end it, or give another "
+                f"folder; if its node is gone, delete {folder / '.lock'}"
+            )
+        time.sleep(min(1.0, patience))
+
+
+def sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- Checkpoints: stop signals ---------------------------------------------------------------------------------
 
 
 class StopSignals:
@@ -3118,26 +2209,15 @@ class StopSignals:
         return self.agreed() and self.leaves_step
 
 
-# ---- Checkpoints: writing and resuming -----------------------------------------------------------------------
+def patience_seconds() -> float:
+    """Returns the seconds between a signal and torchrun's SIGKILL; infinity without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return math.inf
+    told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") if torch.__version__ >= "2.13" else None
+    return float(told or TORCHRUN_GRACE_SECONDS)
 
 
-def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> dict[str, Any]:
-    """Returns what decides the losses of a run, by flag name. Parallelism is left out: it changes no loss."""
-    names = (
-        "seed", "batch_size", "block_size", "loss_on", "lr", "lr_scheduler", "warmup_ratio", "weight_decay",
-        "max_grad_norm", "random_init",
-    )  # fmt: skip
-    settings = {name: getattr(config, name) for name in names}
-    settings["precision"] = parallel.plan.precision
-    tokens = hashlib.sha256(documents.label_counts.tobytes() if config.loss_on == "summary" else b"")
-    for chunk in documents.rows.data.column("input_ids").chunks:
-        tokens.update(chunk.flatten().to_numpy())
-    settings["dataset_name_or_path"] = f"{len(documents)} training documents with fingerprint {tokens.hexdigest()[:12]}"
-    incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-    model = {name: value for name, value in parallel.model_config.to_diff_dict().items() if name not in incidental}
-    shape = f"a model of {parallel.shape.parameters} parameters"
-    settings["model_name_or_path"] = f"{shape} with fingerprint {sum_of(model)[:12]}"
-    return settings
+# ---- Checkpoints: writing and resuming -------------------------------------------------------------------------
 
 
 class Checkpoints:
@@ -3510,7 +2590,27 @@ class Checkpoints:
         self.saved_step = state.step if folder.resolve().parent == self.folder.resolve() else 0
 
 
-# ---- Checkpoints: host memory, tensors and files -------------------------------------------------------------
+class CheckpointError(Exception):
+    """A checkpoint could not be written, or is not whole: the reason, the same on every rank."""
+
+
+def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> dict[str, Any]:
+    """Returns what decides the losses of a run, by flag name. Parallelism is left out: it changes no loss."""
+    names = (
+        "seed", "batch_size", "block_size", "loss_on", "lr", "lr_scheduler", "warmup_ratio", "weight_decay",
+        "max_grad_norm", "random_init",
+    )  # fmt: skip
+    settings = {name: getattr(config, name) for name in names}
+    settings["precision"] = parallel.plan.precision
+    tokens = hashlib.sha256(documents.label_counts.tobytes() if config.loss_on == "summary" else b"")
+    for chunk in documents.rows.data.column("input_ids").chunks:
+        tokens.update(chunk.flatten().to_numpy())
+    settings["dataset_name_or_path"] = f"{len(documents)} training documents with fingerprint {tokens.hexdigest()[:12]}"
+    incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    model = {name: value for name, value in parallel.model_config.to_diff_dict().items() if name not in incidental}
+    shape = f"a model of {parallel.shape.parameters} parameters"
+    settings["model_name_or_path"] = f"{shape} with fingerprint {sum_of(model)[:12]}"
+    return settings
 
 
 def begin_thread_on(device: torch.device) -> None:
@@ -3534,6 +2634,9 @@ def free_host_memory() -> int:
                 used = int((folder / "memory.current").read_text()) - int(cached[1] if cached else 0)
                 free = min(free, max(0, int(limit) - used))
     return free
+
+
+# ---- Checkpoints: tensors and files ----------------------------------------------------------------------------
 
 
 def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, copy: bool) -> dict[str, torch.Tensor]:
@@ -3625,10 +2728,9 @@ def discard(folder: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 10. The final model
+# 9. The final model
 # ----------------------------------------------------------------------------------------------------------------
 
-LOCK_WAIT_SECONDS = 90  # for a former run to finish the step and the save it is in
 STAGING, STAGED, MOVING = ".final-model.writing", ".final-model.complete", ".final-model.moving"
 
 
@@ -3713,7 +2815,7 @@ def finish_interrupted_save(folder: Path) -> None:
         moving.rmdir()
 
 
-# ---- The final model: its card, and the Hub ------------------------------------------------------------------
+# ---- The final model: its card, and the Hub --------------------------------------------------------------------
 
 
 def write_model_card(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> None:
@@ -3740,28 +2842,6 @@ def write_model_card(config: Config, parallel: Parallel, state: TrainingState, l
         written.replace(folder / "README.md")
     except (OSError, ValueError) as error:  # a full disk must not end a run whose model is saved
         parallel.say(f"WARNING   the model card could not be written ({first_line(error)})")
-
-
-def changed_flags(config: Config) -> dict[str, list[str]]:
-    """Returns the flags that differ from their defaults, each with the words that follow it on a command line."""
-    changed = {}
-    for name, field in FLAGS.items():
-        value = getattr(config, name)
-        if value != field.default:
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            changed[flag_name(name)] = list(map(str, values))
-    return changed
-
-
-def command_of(config: Config, parallel: Parallel) -> str:
-    """Returns the command of this run, to be pasted into a shell, on every node; HOST is one of them."""
-    nodes, ranks, words = parallel.cluster.nodes, parallel.cluster.ranks_per_node, [Path(__file__).name]
-    for name, values in changed_flags(config).items():
-        words += [name, *values]
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if nodes * ranks > 1 else ["python"]
-    if nodes > 1:
-        launcher[1:2] = [f"--nnodes={nodes}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
-    return shlex.join([*launcher, *words])
 
 
 def card_text(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> str:
@@ -3799,6 +2879,28 @@ def card_text(config: Config, parallel: Parallel, state: TrainingState, log: Run
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def command_of(config: Config, parallel: Parallel) -> str:
+    """Returns the command of this run, to be pasted into a shell, on every node; HOST is one of them."""
+    nodes, ranks, words = parallel.cluster.nodes, parallel.cluster.ranks_per_node, [Path(__file__).name]
+    for name, values in changed_flags(config).items():
+        words += [name, *values]
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if nodes * ranks > 1 else ["python"]
+    if nodes > 1:
+        launcher[1:2] = [f"--nnodes={nodes}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
+    return shlex.join([*launcher, *words])
+
+
+def changed_flags(config: Config) -> dict[str, list[str]]:
+    """Returns the flags that differ from their defaults, each with the words that follow it on a command line."""
+    changed = {}
+    for name, field in FLAGS.items():
+        value = getattr(config, name)
+        if value != field.default:
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            changed[flag_name(name)] = list(map(str, values))
+    return changed
+
+
 def check_hub_access(config: Config, parallel: Parallel) -> None:
     """Raises UserError before training if `--push-to-hub` would fail after it. Every rank must call it."""
     with agreed_by_all_ranks():
@@ -3832,111 +2934,11 @@ def push_model(config: Config, parallel: Parallel) -> None:
         )
 
 
-# ---- The final model: the folder -----------------------------------------------------------------------------
-
-
-def sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hold_folder(folder: Path, parallel: Parallel) -> None:
-    """Locks the folder until this process ends; two runs would delete each other's checkpoints. Rank 0 only.
-
-    Waits for a previous run that is about to end; raises UserError if it does not. A POSIX record lock, unlike
-    filelock's: no child process inherits it, it ends with the process in any case, and it works on network disks.
-    """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.timeout.total_seconds())  # the other ranks are waiting
-    deadline, holder = time.monotonic() + patience, ""
-    while True:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-            return
-        except (BlockingIOError, PermissionError):
-            if not holder:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another run"
-                parallel.say(f"waiting   for {holder} to leave {folder}")
-        except OSError as error:
-            parallel.say(f"WARNING   {folder} cannot be locked ({first_line(error)}); let no second run write to it")
-            return
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"--save-model-dir {folder} is being written to by another run, {holder}; end it, or give another "
-                f"folder; if its node is gone, delete {folder / '.lock'}"
-            )
-        time.sleep(min(1.0, patience))
-
-
-def prepare_save_folder(config: Config, parallel: Parallel) -> None:
-    """Makes the save folder, checks that it is writable and shared, and locks it. Every rank must call it."""
-    folder = Path(config.save_model_dir)
-    with agreed_by_all_ranks():
-        if parallel.is_main:
-            for data in data_folders(config):
-                if folder.resolve().is_relative_to(data.resolve()):
-                    raise UserError(
-                        f"--save-model-dir {folder} lies in --dataset-name-or-path {data}, where what the run writes "
-                        "would be read as data; give another folder"
-                    )
-            if (folder / "checkpoints").is_file():
-                raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").touch()
-                (folder / ".writable").unlink()
-            except OSError as error:
-                raise UserError(
-                    f"--save-model-dir {folder} cannot be written to ({error.strerror}); give a folder that can"
-                ) from error
-            if folder.resolve() == Path(config.model_name_or_path).resolve() and not (folder / "checkpoints").exists():
-                raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
-            hold_folder(folder, parallel)
-            finish_interrupted_save(folder)
-            (folder / ".shared").touch()
-    with agreed_by_all_ranks():
-        if not (folder / ".shared").exists():
-            raise UserError(
-                f"--save-model-dir {folder} is not shared: what rank 0 writes does not appear on every node; give a "
-                "folder on a filesystem that all nodes share"
-            )
-    if parallel.is_main:
-        (folder / ".shared").unlink()
-
-
 # ----------------------------------------------------------------------------------------------------------------
-# 11. Reporting
+# 10. Reporting
 # ----------------------------------------------------------------------------------------------------------------
 
-
-def shows_bars(parallel: Parallel) -> bool:
-    return parallel.is_main and sys.stderr.isatty() and not parallel.quiet
-
-
-def peak_flops(cluster: Cluster, precision: str) -> float | None:
-    """Returns the dense bf16 peak of one device in FLOP/s; None for fp32, and for a device the table does not know."""
-    known = cluster.has_gpu and cluster.sources.get("peak") == "table"
-    return cluster.flops_per_second(precision) if known and precision != "fp32" else None
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Returns the peak so far of this rank: allocated device memory, or resident host memory on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    # Linux starts getrusage's peak at that of the process which started this one, so its own account goes first.
-    account = Path("/proc/self/status")
-    if account.exists() and (own := re.search(r"^VmHWM:\s*(\d+) kB", account.read_text(), re.M)):
-        return int(own[1]) * 1024 / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
-# ---- Reporting: the log of a run -----------------------------------------------------------------------------
+SHOWN_SAMPLES = 3  # summaries beside their references in the log, the trackers and the model card
 
 
 class RunLog:
@@ -4181,7 +3183,29 @@ class RunLog:
         )
 
 
-# ---- Reporting: files ----------------------------------------------------------------------------------------
+def shows_bars(parallel: Parallel) -> bool:
+    return parallel.is_main and sys.stderr.isatty() and not parallel.quiet
+
+
+def peak_flops(cluster: Cluster, precision: str) -> float | None:
+    """Returns the dense bf16 peak of one device in FLOP/s; None for fp32, and for a device the table does not know."""
+    known = cluster.has_gpu and cluster.sources.get("peak") == "table"
+    return cluster.flops_per_second(precision) if known and precision != "fp32" else None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the peak so far of this rank: allocated device memory, or resident host memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    # Linux starts getrusage's peak at that of the process which started this one, so its own account goes first.
+    account = Path("/proc/self/status")
+    if account.exists() and (own := re.search(r"^VmHWM:\s*(\d+) kB", account.read_text(), re.M)):
+        return int(own[1]) * 1024 / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+# ---- Reporting: files ------------------------------------------------------------------------------------------
 
 
 def continue_lines(path: Path, state: TrainingState) -> Path:
@@ -4248,7 +3272,29 @@ def draw_curves(folder: Path) -> None:
     drawn.replace(folder / "curves.png")
 
 
-# ---- Reporting: the plan against what happened ---------------------------------------------------------------
+def run_description(
+    config: Config, parallel: Parallel, resolved: dict[str, Any], check: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns what `train_config.json` holds: every flag's value, the versions, the machine, the plan, its check.
+
+    `resolved`: what became of the `auto` flags that the plan does not decide.
+    """
+    packages = (torch, transformers, datasets, accelerate)
+    return dict(
+        flags=dataclasses.asdict(config),
+        versions=dict(
+            {p.__name__: p.__version__ for p in packages}, python=platform.python_version(), cuda=torch.version.cuda
+        ),
+        cluster=dataclasses.asdict(parallel.cluster),
+        model=dataclasses.asdict(parallel.shape),
+        plan=dataclasses.asdict(parallel.plan),
+        choice=choice_json(parallel.choice, parallel.cluster) if parallel.choice is not None else None,
+        resolved=resolved,
+        plan_check=check,
+    )
+
+
+# ---- Reporting: the plan against what happened -----------------------------------------------------------------
 
 
 def check_of_plan(parallel: Parallel, result: StepResult, seconds: float, compiled: bool) -> dict[str, dict[str, Any]]:
@@ -4296,134 +3342,1062 @@ def describe_check(check: dict[str, dict[str, Any]]) -> str:
     return "\n".join([f"check     predicted / measured, step 2: {', '.join(parts)}", *misses])
 
 
-def run_description(
-    config: Config, parallel: Parallel, resolved: dict[str, Any], check: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Returns what `train_config.json` holds: every flag's value, the versions, the machine, the plan, its check.
+# ----------------------------------------------------------------------------------------------------------------
+# 11. The plan
+# ----------------------------------------------------------------------------------------------------------------
 
-    `resolved`: what became of the `auto` flags that the plan does not decide.
+# Two constants fitted to four rows of the same table (MPT-13B, sequences of 1,024 and 2,048, on A100 and H100), and
+# one ratio of torchtitan's (Llama-3.1-8B on 8 H100, eager 5,762 and compiled 6,667 tokens/s).
+HALF_EFFICIENCY_TOKENS = 800  # tokens of a micro-batch at which matmuls reach half of their efficiency
+OVERLAP = 0.5  # share of the shorter of computation and communication that hides behind the other
+EAGER_SPEED = 5762 / 6667  # of a model that is not compiled
+NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68 to 0.96 by message size
+# Beyond the tensors: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published), and the caching allocator's
+# slack (0.2 to 0.37 of active memory published without expandable segments, which the hook turns on).
+CONTEXT_GIB = (0.5, 1.0, 1.6)
+ALLOCATOR_SLACK = (0.0, 0.08, 0.20)
+HEADROOM = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
+ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
+STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
+TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
+PLAN_FLAGS = (  # decided by the plan unless they are given
+    "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
+    "precision", "compile", "hsdp_shard_size", "parallelism",
+)  # fmt: skip
+CAN_REPLICATE_SHARDS = "dp_replicate_size" in inspect.signature(DistributedConfig).parameters  # transformers 5.23
+
+
+def plan_only(config: Config) -> None:
+    """Prints the plan for `--plan`'s cluster: no process group, no GPU and no weights are needed.
+
+    Raises UserError where nothing fits, after printing what was weighed.
     """
-    packages = (torch, transformers, datasets, accelerate)
-    return dict(
-        flags=dataclasses.asdict(config),
-        versions=dict(
-            {p.__name__: p.__version__ for p in packages}, python=platform.python_version(), cuda=torch.version.cuda
-        ),
-        cluster=dataclasses.asdict(parallel.cluster),
-        model=dataclasses.asdict(parallel.shape),
-        plan=dataclasses.asdict(parallel.plan),
-        choice=choice_json(parallel.choice, parallel.cluster) if parallel.choice is not None else None,
-        resolved=resolved,
-        plan_check=check,
+    cluster = this_machine() if config.plan == "here" else parse_cluster(config.plan)
+    llama_2 = re.fullmatch(r"meta-llama/Llama-2-(\w+?)(-chat)?-hf", config.model_name_or_path)
+    if llama_2 and llama_2[1] in LLAMA_2:
+        shape = model_shape(transformers.LlamaConfig(**LLAMA_2[llama_2[1]], max_position_embeddings=4096))
+    else:
+        shape = read_model_shape(config)[1]
+    choice = choose_plan(shape, cluster, config)
+    if launched_rank() == 0:
+        as_json = config.plan_format == "json"
+        print(json.dumps(choice_json(choice, cluster)) if as_json else describe_choice(choice, shape, cluster, config))
+    refuse_what_does_not_fit(choice, cluster)
+
+
+LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: for --plan without gated files
+    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    "70b": dict(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    ),
+}
+
+
+def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
+    """Returns the fastest candidate that fits with headroom; of those too close to call, the simplest whose whole band
+    of reserved memory fits.
+
+    Raises UserError for flags that cannot work on the cluster, or with the model.
+    """
+    check_block(shape, config)
+    weighed = weigh(shape, cluster, config)
+    fitting = sorted((each for each in weighed if each.fits), key=lambda each: each.total_seconds)
+    too_large = sorted((each for each in weighed if not each.fits), key=lambda each: each.memory.reserved[1])
+    if not fitting:
+        return Choice(None, too_large, lever_to_fit(shape, cluster, config))
+    fastest = fitting[0]
+    contenders = [each for each in fitting if each.total_seconds <= fastest.total_seconds * (1 + TIME_BAND)]
+    chosen = min(contenders, key=lambda each: (each.memory.reserved[2] > cluster.memory_gib, simplicity(each)))
+    reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
+    if chosen is not fastest:
+        reason = f"too close to call with {fastest.plan.describe()}; the simpler of them"
+    candidates = [dataclasses.replace(chosen, reason=reason)]
+    for rank, each in enumerate(fitting):
+        if each is not chosen:
+            slower = each.total_seconds / chosen.total_seconds - 1
+            words = "too close to call, and less simple" if rank < len(contenders) else f"{slower:.0%} slower"
+            candidates.append(dataclasses.replace(each, reason=words))
+    return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
+
+
+def refuse_what_does_not_fit(choice: Choice, cluster: Cluster) -> None:
+    """Raises UserError with the nearest miss and what would help, where no plan fits."""
+    if choice.chosen is None:
+        nearest = choice.candidates[0]
+        raise UserError(
+            f"the model does not fit on {cluster.world_size} x {cluster.device_name}: the nearest miss, "
+            f"{nearest.plan.describe()}, {nearest.reason}; {choice.lever}"
+        )
+
+
+def check_block(shape: ModelShape, config: Config) -> None:
+    if config.block_size > shape.positions:
+        raise UserError(
+            f"--block-size {config.block_size} is longer than the {shape.positions} positions of "
+            f"{config.model_name_or_path}; use at most {shape.positions}"
+        )
+
+
+def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate]:
+    """Returns every plan that the flags and the cluster leave open, with its predictions."""
+    return [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
+
+
+def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
+    """Returns what a plan takes when every document fills its block: the worst case, which must fit."""
+    block, steps = min(config.block_size, shape.positions), plan.gradient_accumulation_steps
+    share = math.ceil(config.batch_size / cluster.world_size)  # of the busiest rank, dealt evenly to its micro-batches
+    largest = plan.micro_batch_size if plan.packing else math.ceil(share / steps)  # padded ones are of like size
+    memory = predict_memory(shape, plan, largest * block, cluster.has_gpu)
+    seconds = predict_seconds(shape, cluster, plan, share / steps * block, block)
+    step_tokens = config.batch_size * block
+    rate = step_tokens / seconds["total"] / cluster.world_size
+    flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
+    mfu = flops / seconds["total"] / cluster.flops_per_second(plan.precision)
+    limit = HEADROOM * cluster.memory_gib
+    fits = memory.reserved[1] <= limit
+    reason = "" if fits else f"needs {memory.reserved[1]:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
+    return Candidate(plan, memory, seconds, rate, mfu, fits, reason)
+
+
+def simplicity(candidate: Candidate) -> tuple:
+    """Returns the sort key that breaks ties: the simplest plan first, and of those the one that takes least memory."""
+    plan = candidate.plan
+    return (
+        ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
+        plan.cpu_offload,
+        not plan.reshard_after_forward,
+        plan.dp_shard_size > 1 and plan.holds_gradients_back,
+        plan.activation_checkpointing not in ("none", "full"),
+        plan.gradient_accumulation_steps,
+        candidate.memory.active,
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 12. main()
-# ----------------------------------------------------------------------------------------------------------------
+def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list[Plan]:
+    """Returns every plan the flags and the cluster leave open. Raises UserError where they leave none."""
+    packing = packs(shape, cluster, config)
+    compiled = config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu)
+    strategies = [config.parallelism]
+    if config.parallelism == "auto":
+        groups = cluster.nodes > 1 and cluster.ranks_per_node > 1 and CAN_REPLICATE_SHARDS
+        several = ["ddp", "fsdp", "hsdp"] if groups else ["ddp", "fsdp"]
+        strategies = several if cluster.world_size > 1 else ["none"]
+    if config.cpu_offload == "yes":
+        if not cluster.has_gpu:
+            raise UserError("--cpu-offload yes moves memory off a GPU, and this machine has none; leave it out")
+        strategies = [strategy for strategy in strategies if strategy in ("fsdp", "hsdp")]
+        if not strategies and cluster.world_size > 1:
+            raise UserError(f"--cpu-offload yes needs FSDP or HSDP, not --parallelism {config.parallelism}; use fsdp")
+        if not strategies:
+            raise UserError(
+                "--cpu-offload yes needs FSDP or HSDP, so at least 2 processes; use torchrun --nproc_per_node=2"
+            )
+    share = math.ceil(config.batch_size / cluster.world_size)
+    sizes = [min(config.micro_batch_size, share)] if config.micro_batch_size else even_sizes(share)
+    levels = CHECKPOINTING_LEVELS if config.activation_checkpointing == "auto" else [config.activation_checkpointing]
+    precision = config.precision if config.precision != "auto" else "bf16" if cluster.has_gpu else "fp32"
+    plans = []
+    for strategy in strategies:
+        replicas, shards = shard_sizes(strategy, cluster, config.hsdp_shard_size)
+        sharded = shards > 1
+        for size, level in itertools.product(sizes, levels):
+            steps = math.ceil(share / size)
+            if config.gradient_sync != "auto":
+                syncs = [config.gradient_sync]
+            elif not sharded or steps == 1:
+                syncs = ["step"]
+            else:  # HSDP's all-reduce across replicas waits anyway, and its node's links are fast
+                syncs = ["micro-batch"] if strategy == "hsdp" else ["micro-batch", "step"]
+            offloads = [config.cpu_offload == "yes"]
+            if config.cpu_offload == "auto" and sharded and cluster.has_gpu:
+                offloads = [False, True]
+            reshards = [config.reshard_after_forward == "yes"]
+            if config.reshard_after_forward == "auto" or not sharded:
+                reshards = [True, False] if sharded else [True]
+            for sync, offload, reshard in itertools.product(syncs, offloads, reshards):
+                layout = (strategy, replicas, shards, size, steps, level, reshard, offload, sync)
+                plans.append(Plan(*layout, precision, packing, compiled))
+    return plans
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """One run, top to bottom. Raises UserError for what the user can put right."""
-    config = parse_config(argv)
-    if config.plan:
-        return plan_only(config)
-    with (
-        enable_advanced_parallelization(config) as parallel,
-        StopSignals(parallel) as stop,
-        contextlib.ExitStack() as leaving,
-    ):
-        set_seed(config.seed)
-        prepare_save_folder(config, parallel)
-        check_hub_access(config, parallel)
-        tokenizer = load_tokenizer(config, parallel)
-        train_documents, eval_documents = load_data(config, tokenizer, parallel)
-        eval_loader = data_loader(eval_documents, evaluation_batches(eval_documents.lengths, parallel), parallel)
-        steps_per_epoch = math.ceil(len(train_documents) / config.batch_size)
-        total_steps = min(config.max_steps or sys.maxsize, config.num_train_epochs * steps_per_epoch)
+def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
+    """Returns whether rows are packed. Raises UserError for a --packing yes that would let documents see others.
 
-        curve = curve_settings(config, parallel, train_documents)
-        checkpoints = leaving.enter_context(Checkpoints(config, parallel, curve, total_steps))
-        model = load_model(config, parallel)
-        optimizer = build_optimizer(model, config)
-        state = checkpoints.resume(model, optimizer, parallel.device)
-        resolved = dict(
-            compiled=compile_layers(model, config, parallel, total_steps - state.step),
-            async_save=checkpoints.asynchronous,
-            save_dtype="bf16" if saved_dtype(config, parallel) == torch.bfloat16 else "fp32",
-        )
-
-        check_setup(model, eval_loader, parallel)
-        log = RunLog(config, parallel, state, total_steps, steps_per_epoch, resolved)
-
-        def evaluate_if_due() -> None:
-            if log.evaluation_due(state) and not stop.agreed():
-                with log.clock_stopped():
-                    log.evaluation(state, assess(model, eval_loader, config, parallel, stop))
-
-        evaluate_if_due()  # the run before may have been stopped at it
-        batches = remaining_batches(train_documents, state.step, total_steps, config, parallel)
-        for batch in log.timing_the_wait(batches):
-            lr = learning_rate(state.step, total_steps, config)
-            result = training_step(model, optimizer, batch, lr, state, config, parallel, stop)
-            if result is not None:
-                log.step(state, result)
-            evaluate_if_due()
-            stopping = stop.agreed()  # asked once: a signal from here on is for the next step to find, and to save
-            saving = stopping or state.step == total_steps or state.step % config.save_interval == 0
-            stop_if_broken(state, saving)
-            if saving:
-                with log.clock_stopped():
-                    log.sync()
-                    checkpoints.save(model, optimizer, state)
-            if stopping:
-                break
-            stop.seconds_to_leave = log.seconds_per_step() + checkpoints.seconds_to_save()
-        checkpoints.wait()
-
-        if state.step < total_steps:
-            log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
-        else:
-            save_model(model, tokenizer, config, parallel)
-            write_model_card(config, parallel, state, log)
-            push_model(config, parallel)
-            log.summary(state)
-
-
-def command_line(argv: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns the exit code. Under torchrun all ranks find the same mistakes and rank 0 reports them.
-
-    The others wait before they exit, because torchrun kills the remaining ranks, rank 0 too, as soon as one has failed.
+    torch's variable-length kernel takes heads of up to 256 elements, in eights (flash_api.cpp); SDPA alone pads them.
     """
-    try:
-        main(argv)
-    except (UserError, RunError) as error:
-        problems = error.problems if isinstance(error, UserError) else [error]
-        if launched_rank() == 0:
-            print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)
-        return 2 if isinstance(error, UserError) else 1
-    except torch.OutOfMemoryError:  # told by the hook's context, which knows the plan
-        return 1
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        words = (
-            f"error: rank {launched_rank()} has lost the others ({first_line(error)}): a rank, its node or "
-            "the network is gone for longer than --dist-timeout-minutes; the same command goes on from the newest "
-            "checkpoint"
+    if config.packing == "yes" and not shape.attends_fully:
+        raise UserError("--packing yes needs a model whose layers all attend fully, without sliding windows; use no")
+    head_fits = shape.head_width % 8 == 0 and shape.head_width <= 256
+    flash = cluster.has_gpu and cluster.has_flash_attention and config.precision != "fp32" and head_fits
+    if config.packing == "yes" and cluster.has_gpu and not flash:
+        raise UserError(
+            "--packing yes needs flash attention: an Ampere GPU or newer, heads of up to 256 elements in eights, and "
+            "not --precision fp32; use no"
         )
-        print(words, file=sys.stderr, flush=True)
-        return 1
-    return 0
+    return config.packing == "yes" or (config.packing == "auto" and flash and shape.attends_fully)
 
 
-def lost_contact(error: RuntimeError) -> bool:
-    """Returns whether another rank is out of reach. NCCL and the store raise DistError; gloo only words tell apart."""
-    words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    out_of_memory = "out of memory" in str(error)  # NCCL's own buffers
-    return not out_of_memory and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
+def shard_sizes(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) -> tuple[int, int]:
+    """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
+    world = cluster.world_size
+    if strategy == "none" and world > 1:
+        raise UserError(f"--parallelism none runs one process, but {world} were started; use ddp, fsdp or auto")
+    if strategy in ("ddp", "fsdp") and world < 2:
+        raise UserError(
+            f"--parallelism {strategy} needs at least 2 processes, but 1 was started; use torchrun --nproc_per_node=2"
+        )
+    if strategy != "hsdp":
+        return (1, world) if strategy == "fsdp" else (world, 1)
+    if not CAN_REPLICATE_SHARDS:
+        raise UserError("--parallelism hsdp needs transformers 5.23, and so Python 3.11; use fsdp")
+    shard = hsdp_shard_size or (cluster.ranks_per_node if cluster.nodes > 1 else world // 2)
+    if world < 4:
+        raise UserError(
+            f"--parallelism hsdp needs at least 4 processes, but {world} started; use torchrun --nproc_per_node=4"
+        )
+    if shard < 2 or world % shard or world == shard:
+        raise UserError(
+            f"--parallelism hsdp needs at least two equal groups of at least 2 ranks; {world} processes in groups of "
+            f"{shard} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {world}"
+        )
+    return world // shard, shard
+
+
+def even_sizes(share: int) -> list[int]:
+    """Returns the micro-batch sizes to try: `share` and the powers of two below it, lowered to what even dealing needs.
+
+    Five documents, at most four at a time, are dealt as three and two: the size is three. Largest first.
+    """
+    powers = {share, *(2**power for power in range(share.bit_length()))}
+    return sorted({math.ceil(share / math.ceil(share / size)) for size in powers}, reverse=True)
+
+
+# ---- The plan: what it deals in --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is executed. `dp_replicate_size` copies of the model, each over `dp_shard_size` ranks."""
+
+    strategy: str
+    dp_replicate_size: int
+    dp_shard_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    activation_checkpointing: str
+    reshard_after_forward: bool
+    cpu_offload: bool
+    gradient_sync: str
+    precision: str
+    packing: bool = False
+    compiled: bool = False
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per element of weights, gradients and each moment."""
+        return 2 if self.precision == "bf16-states" else 4
+
+    @property
+    def autocasts(self) -> bool:
+        """FSDP casts the weights it gathers; elsewhere torch.autocast does, where the weights are fp32."""
+        return self.precision == "bf16" and self.dp_shard_size == 1
+
+    def checkpoints_layer(self, layer: int) -> bool:
+        level = self.activation_checkpointing
+        return level == "full" or (level.startswith("every-") and layer % int(level[6:]) == 0)
+
+    @property
+    def holds_gradients_back(self) -> bool:
+        return self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
+
+    def describe(self) -> str:
+        """Returns the plan in a few words, as the table shows it."""
+        shards = f" {self.dp_replicate_size}x{self.dp_shard_size}" if self.strategy == "hsdp" else ""
+        level = self.activation_checkpointing
+        parts = [
+            f"{self.strategy}{shards}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
+            {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
+            "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
+            "reduce once" if self.dp_shard_size > 1 and self.holds_gradients_back else "",
+            "offload" if self.cpu_offload else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, what it is predicted to take, and whether and why it is chosen. `seconds` are of one optimizer step."""
+
+    plan: Plan
+    memory: Memory
+    seconds: dict[str, float]
+    tokens_per_second_per_gpu: float
+    mfu: float
+    fits: bool
+    reason: str = ""
+
+    @property
+    def total_seconds(self) -> float:
+        return self.seconds["total"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of planning: what is chosen (None where nothing fits), every candidate, and what would help."""
+
+    chosen: Candidate | None
+    candidates: list[Candidate]
+    lever: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted GPU memory of one rank in GiB. `active`: tensors alive at the peak. `reserved`: (low, expected, high)
+    of what nvidia-smi shows. `terms` make up `active`; `peak_moment` is when that is."""
+
+    active: float
+    reserved: tuple[float, float, float]
+    terms: dict[str, float]
+    peak_moment: str
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder that memory and time depend on. `parameters` is exact, counted on the meta device."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_width: int
+    vocabulary: int
+    positions: int
+    head_width: int = 128
+    attends_fully: bool = True  # no sliding windows: each token attends to everything before it
+
+    @property
+    def head_parameters(self) -> int:
+        """Output projection and final norm, which transformers keeps gathered between forward and backward."""
+        return self.vocabulary * self.hidden + self.hidden
+
+    @property
+    def layer_parameters(self) -> int:
+        """q, k, v, o; gate, up, down; two norms."""
+        h, k, f = self.hidden, self.kv_width, self.intermediate
+        return 2 * h * h + 2 * h * k + 3 * h * f + 2 * h
+
+    @property
+    def embedding_parameters(self) -> int:
+        return max(0, self.parameters - self.layers * self.layer_parameters - self.head_parameters)
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters a token is multiplied with: all but the input embedding, which is a look-up."""
+        return self.layers * self.layer_parameters + self.vocabulary * self.hidden
+
+
+def model_shape(model_config: transformers.PretrainedConfig) -> ModelShape:
+    """Returns the shape of the model that `model_config` describes; builds it on the meta device to count exactly."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    text_config = model_config.get_text_config()
+    heads = text_config.num_attention_heads
+    head_width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=text_config.num_hidden_layers,
+        hidden=text_config.hidden_size,
+        intermediate=getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
+        heads=heads,
+        kv_width=(getattr(text_config, "num_key_value_heads", None) or heads) * head_width,
+        vocabulary=text_config.vocab_size,
+        positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
+        head_width=head_width,
+        attends_fully=attends_fully(model_config),
+    )
+
+
+def attends_fully(model_config: transformers.PretrainedConfig) -> bool:
+    text_config = model_config.get_text_config()
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not getattr(text_config, "sliding_window", None)
+
+
+# ---- The plan: memory ------------------------------------------------------------------------------------------
+
+
+def predict_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True) -> Memory:
+    """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens."""
+    return peak_of(memory_moments(shape, plan, tokens), has_gpu)
+
+
+def peak_of(moments: dict[str, dict[str, float]], has_gpu: bool = True) -> Memory:
+    name = max(moments, key=lambda each: sum(moments[each].values()))
+    terms = {term: size / GIB for term, size in moments[name].items()}
+    active = sum(terms.values())
+    low, expected, high = (
+        active * (1 + slack) + context * has_gpu for slack, context in zip(ALLOCATOR_SLACK, CONTEXT_GIB, strict=True)
+    )
+    return Memory(active, (low, expected, high), terms, name)
+
+
+def memory_moments(shape: ModelShape, plan: Plan, tokens: int) -> dict[str, dict[str, float]]:
+    """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens."""
+    step = StepMemory(shape, plan, tokens)
+    moments = sharded_moments(step) if plan.dp_shard_size > 1 else replicated_moments(step)
+    # what StochasticAdamW makes of one parameter, in fp32 and as random bits; fused AdamW makes nothing
+    largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
+    rounding = 32 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
+    if plan.cpu_offload:  # transformers loads every shard through the device
+        moments["loading"] = dict(weights=plan.state_bytes * shape.parameters / plan.dp_shard_size)
+    return {**moments, "optimizer": step.moment(0, rounding, 0, shape.parameters)}
+
+
+def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
+    """FSDP2, wrapped as transformers does it: embedding and each layer alone, last norm and head kept gathered."""
+    shape, plan, width, saved, rotary = step.shape, step.plan, step.width, step.saved, step.rotary
+    layer, head, embedding = shape.layer_parameters, shape.head_parameters, shape.embedding_parameters
+    h, f, layers = shape.hidden, shape.intermediate, shape.layers
+    kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
+    all_saved, beside_head = sum(saved), kept or width * layer  # the last layer is gathered ahead
+    moments = {
+        "loss": step.moment(all_saved + 10 * h + rotary + 44, step.head_buffers, kept + width * head, 0),
+        "reduction of the head": step.moment(all_saved + 8 * h + rotary, 0, kept + (2 * width + 4) * head, head),
+        "backward of the last norm": step.moment(
+            all_saved + 24 * h + rotary, 0, beside_head + (width + 4) * head, head
+        ),
+    }  # fmt: skip
+    if plan.holds_gradients_back:
+        held = step.moment(step.layer_input + 4 * width * h + rotary, 0, 3 * width * layer, 0)
+        moments["end of the first backward"] = held
+    mlp = step.tokens * (step.whole_layer + 2 * width * f + width * h) + width * h * f
+    attention = step.tokens * (26 if width == 2 else 24) * h + width * layer
+    for i in reversed(range(layers)):
+        ahead = layer if i else embedding  # gathered before its turn
+        reducing = 4 * layer if i < layers - 1 else 0  # fp32 gradient of the next layer; the head's is gone by then
+        gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead)
+        own = step.layer_input if plan.checkpoints_layer(i) else 0
+        finished = head + (layers - 1 - i) * layer
+        moments[f"backward of layer {i}"] = step.moment(
+            sum(saved[:i]) + own + rotary, max(mlp, attention), gathered + reducing, finished
+        )
+    return moments
+
+
+def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
+    """One process, or DDP: whole weights, and under autocast bf16 copies of them, cached until the forward pass ends
+    and saved for the backward pass of layers that are not recomputed."""
+    shape, plan, saved, rotary = step.shape, step.plan, step.saved, 2 * step.rotary
+    layer, head, h, f = shape.layer_parameters, shape.head_parameters, shape.hidden, shape.intermediate
+    copy = 2 if plan.autocasts else 0  # bytes per parameter
+    copies = [0 if plan.checkpoints_layer(i) else copy * layer for i in range(shape.layers)]
+    cache = copy * (shape.layers * layer + head)
+    moments = {
+        "end of forward": step.moment(sum(saved) + 14 * h + rotary, step.chunk, cache, 0),
+        "loss": step.moment(sum(saved) + 12 * h + rotary + 44, step.head_buffers, sum(copies) + copy * head, 0),
+    }
+    for i in reversed(range(shape.layers)):
+        own = (step.layer_input if plan.checkpoints_layer(i) else 0) + step.whole_layer + 2 * step.width * f + rotary
+        finished = head + (shape.layers - 1 - i) * layer + h * f  # with its down projection, whose copy is gone
+        gathered = sum(copies[:i]) + copy * (layer - h * f)
+        moments[f"backward of layer {i}"] = step.moment(sum(saved[:i]) + own, 0, gathered, finished)
+    moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)
+    return moments
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What the moments of a step have in common, for micro-batches of `tokens` tokens. In bytes.
+
+    Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
+    shows how closely). h hidden, f intermediate, k key and value width, a heads, v vocabulary.
+    """
+
+    shape: ModelShape
+    plan: Plan
+    tokens: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element in the compute precision."""
+        return 4 if self.plan.precision == "fp32" else 2
+
+    @property
+    def rotary(self) -> int:
+        """Per token: cosines and sines of a position, shared by all layers."""
+        return 4 * self.shape.hidden // self.shape.heads
+
+    @property
+    def layer_input(self) -> int:
+        """Per token, what a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32."""
+        return (4 if self.width == 4 or self.plan.autocasts else 2) * self.shape.hidden
+
+    @property
+    def whole_layer(self) -> int:
+        """Per token, what a layer saves for its backward pass.
+
+        In bf16: two norms 16h, as transformers keeps fp32 copies of their input; query and attention output 4h, key
+        and value 4k; MLP 8f; log-sum-exp 4a. Autocast saves a bf16 copy of its input for each projection.
+        """
+        h, f, k, a = self.shape.hidden, self.shape.intermediate, self.shape.kv_width, self.shape.heads
+        if self.width == 4:
+            return 32 * h + 8 * k + 16 * f + 4 * a + 8
+        streams = 36 * h + 6 * k if self.plan.autocasts else 20 * h + 4 * k
+        return streams + 8 * f + 4 * a + 8
+
+    @property
+    def saved(self) -> list[int]:
+        """Per token, what each layer holds between its forward and its backward pass."""
+        recomputed = map(self.plan.checkpoints_layer, range(self.shape.layers))
+        return [self.layer_input if each else self.whole_layer for each in recomputed]
+
+    @property
+    def chunk(self) -> int:
+        """Logits and inputs of the head for one chunk of positions, in fp32."""
+        return 4 * min(self.tokens, HEAD_CHUNK_TOKENS) * (self.shape.vocabulary + self.shape.hidden)
+
+    @property
+    def head_buffers(self) -> int:
+        """The head's loss: a chunk, the gradient of the head as computed, and in fp32 that of a chunk."""
+        return self.chunk + (self.width + 4) * self.shape.head_parameters
+
+    def resident(self) -> dict[str, float]:
+        """Weights and moments; under CPU offload, the shards of the two layers being copied in."""
+        state, shards = self.plan.state_bytes, self.plan.dp_shard_size
+        if self.plan.cpu_offload:
+            return dict(weights=2 * state * self.shape.layer_parameters / shards, optimizer=0.0)
+        weights = state * self.shape.parameters / shards
+        return dict(weights=weights, optimizer=2 * weights)
+
+    def gradients(self, finished: float) -> float:
+        """Gradients once those of `finished` parameters are reduced."""
+        plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
+        accumulates = plan.gradient_accumulation_steps > 1
+        if plan.dp_shard_size == 1:
+            return state * (parameters if plan.strategy == "ddp" or accumulates else finished)  # DDP: its buckets
+        if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
+            return 4 * (parameters - finished) + state * finished / plan.dp_shard_size
+        if plan.strategy == "hsdp" and accumulates:  # FSDP2 keeps them on the device for the all-reduce, in fp32
+            return 4 * parameters / plan.dp_shard_size
+        return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
+
+    def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
+        """Returns the terms of a moment; `activations` are per token."""
+        passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
+        return {**self.resident(), "gradients": self.gradients(finished), **passing}
+
+
+def host_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
+    """Returns what weights, gradients and moments take of a node's host memory under CPU offload, in GiB.
+
+    Weights and gradients lie in pinned memory, of which torch takes a power of two for each tensor
+    (CachingHostAllocator.h).
+    """
+    h, f, k, v = shape.hidden, shape.intermediate, shape.kv_width, shape.vocabulary
+    matrices = shape.layers * [h * h, h * h, h * k, h * k, h * f, h * f, h * f] + [v * h]
+    matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
+    pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
+    moments = 2 * plan.state_bytes * shape.parameters / plan.dp_shard_size
+    return (2 * pinned + moments) * cluster.ranks_per_node / GIB
+
+
+# ---- The plan: time --------------------------------------------------------------------------------------------
+
+
+def predict_seconds(
+    shape: ModelShape, cluster: Cluster, plan: Plan, tokens: float, attended: float
+) -> dict[str, float]:
+    """Returns the seconds of one optimizer step by term, for micro-batches of `tokens` tokens on each rank.
+
+    `attended` is the mean length of the document a token is in. FLOPs per token: matmuls 2 per parameter forward, 4
+    backward, 2 more where a layer is recomputed; causal flash attention 2 * layers * hidden * attended forward, 2.5
+    times that backward (Dao 2023). FSDP gathers bf16 weights once or twice a micro-batch and reduces fp32 gradients
+    (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
+    twice that (Patarasu and Yuan 2009).
+    """
+    gpu, steps = cluster.gpu, plan.gradient_accumulation_steps
+    shards, replicas = plan.dp_shard_size, plan.dp_replicate_size
+    recomputed = sum(map(plan.checkpoints_layer, range(shape.layers))) / shape.layers
+    matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
+    attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
+    slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
+    rate = cluster.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
+    ramp = HALF_EFFICIENCY_TOKENS / tokens if cluster.has_gpu else 0
+    flops = matmul * (1 + ramp) + attention / gpu.attention_efficiency
+    compute = steps * tokens * flops / rate
+
+    compute_bytes = 4 if plan.precision == "fp32" else 2
+    gathers = 2 if plan.reshard_after_forward else 1
+    share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards) * 1e9
+    reductions = steps if plan.gradient_sync == "micro-batch" else 1
+    gather_reduce = share * (steps * gathers * compute_bytes + 4 * reductions) * shape.parameters / bus
+    across_nodes = plan.strategy == "hsdp" and cluster.nodes > 1
+    replica_bus = cluster.network_gb_per_second * 1e9 if across_nodes else cluster.bus_gb_per_second(replicas) * 1e9
+    reduced_bytes = 4 if shards > 1 else plan.state_bytes
+    all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * shape.parameters / shards / replica_bus
+    shard_bytes = plan.state_bytes * shape.parameters / shards
+    host_link = steps * shard_bytes * (gathers + 1) / (HOST_LINK_GB_PER_SECOND * 1e9) if plan.cpu_offload else 0.0
+    communication = gather_reduce + all_reduce + host_link
+    # fused AdamW reads weight, gradient and two moments and writes three of them; clipping reads the gradient again
+    memory_rate = HOST_MEMORY_GB_PER_SECOND if plan.cpu_offload else gpu.hbm_gb_per_second
+    optimizer = 8 * shard_bytes / (memory_rate * 1e9)
+    exposed = communication - OVERLAP * min(communication, compute)
+    return dict(
+        total=compute + exposed + optimizer,
+        compute=compute,
+        exposed_communication=exposed,
+        optimizer=optimizer,
+        communication=communication,
+        gather_reduce=gather_reduce,
+        all_reduce=all_reduce,
+        host_link=host_link,
+    )
+
+
+def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
+    """Returns the FLOPs that training on these documents takes, without recomputation.
+
+    PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * hidden per pair of
+    tokens in a document, not halved for causality. `squared_lengths` sums length**2 over the documents.
+    """
+    return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.hidden * squared_lengths
+
+
+def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
+    """Returns the name of the link that most of a step's communication waits for."""
+    plan, seconds = candidate.plan, candidate.seconds
+    name = max(("gather_reduce", "all_reduce", "host_link"), key=lambda each: seconds[each])
+    if not seconds[name]:
+        return "no link"
+    if name == "host_link":
+        return f"host link {HOST_LINK_GB_PER_SECOND} GB/s"
+    inside = plan.dp_shard_size <= cluster.ranks_per_node if name == "gather_reduce" else cluster.nodes == 1
+    if inside:
+        return f"node link {cluster.gpu.link_gb_per_second:g} GB/s"
+    return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
+
+
+# ---- The plan: levers ------------------------------------------------------------------------------------------
+
+
+def lever_to_fit(shape: ModelShape, cluster: Cluster, config: Config) -> str:
+    """Returns the single changes that would make the model fit, cheapest first; each is tried, not guessed.
+
+    Where no single change is enough, tries setting all the flags that restrict the plan back to auto.
+    """
+    freed = freed_flags(config)
+    helping = [words for words, changed in freed if best_of(shape, cluster, changed)]
+    changed = dataclasses.replace(config, precision="bf16-states")
+    if cluster.has_gpu and config.precision in ("auto", "bf16") and best_of(shape, cluster, changed):
+        helping.append("--precision bf16-states (a trade: no fp32 weights)")
+    for block in (4096, 2048, 1024, 512, 256):
+        if block < config.block_size and best_of(shape, cluster, dataclasses.replace(config, block_size=block)):
+            helping.append(f"--block-size {block}")
+            break
+    for factor in (2, 4, 8, 16):
+        nodes, ranks = cluster.nodes, cluster.ranks_per_node * factor
+        if ranks > 8 or not cluster.has_gpu:  # more processes on a CPU have no more memory
+            nodes, ranks = cluster.nodes * factor, cluster.ranks_per_node
+        if best_of(shape, dataclasses.replace(cluster, nodes=nodes, ranks_per_node=ranks), config):
+            helping.append(f"{nodes * ranks} GPUs" if cluster.has_gpu else f"{nodes} such machines")
+            break
+    if not helping and freed:
+        defaults = {name: FLAGS[name].default for name in PLAN_FLAGS}
+        if best_of(shape, cluster, dataclasses.replace(config, **defaults)):
+            helping.append(" ".join(words for words, _ in freed if not words.startswith("--hsdp-shard-size")))
+    return "it would fit with " + ", or ".join(helping) if helping else "no change of a flag makes it fit"
+
+
+def lever_to_speed(shape: ModelShape, cluster: Cluster, config: Config, chosen: Candidate) -> str:
+    """Returns the cheapest change that would train more tokens a second, as predicted."""
+    larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
+    changes = [*freed_flags(config), (f"--batch-size {larger.batch_size} (another curve)", larger)]
+    for words, changed in changes:
+        better = best_of(shape, cluster, changed)
+        gain = better.tokens_per_second_per_gpu / chosen.tokens_per_second_per_gpu - 1 if better else 0.0
+        if gain > TIME_BAND:
+            return f"{words} would train {gain:.0%} more tokens/s"
+    return "none: no flag gains more than the error of the prediction"
+
+
+def freed_flags(config: Config) -> list[tuple[str, Config]]:
+    """Returns, for each flag that restricts the plan, the words that set it back to auto and the resulting Config."""
+    freed = []
+    for name in PLAN_FLAGS:
+        default, words = FLAGS[name].default, f"{flag_name(name)} auto"
+        if getattr(config, name) != default:
+            changes = {name: default}
+            if name == "parallelism" and config.hsdp_shard_size:
+                changes, words = {**changes, "hsdp_shard_size": None}, f"{words} --hsdp-shard-size auto"
+            freed.append((words, dataclasses.replace(config, **changes)))
+    return freed
+
+
+def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | None:
+    """Returns the fastest candidate that fits; None where none does, or where the flags rule each other out."""
+    with contextlib.suppress(UserError):
+        fitting = (each for each in weigh(shape, cluster, config) if each.fits)
+        return min(fitting, key=lambda each: each.total_seconds, default=None)
+    return None
+
+
+def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, active: float, block_size: int) -> str:
+    """Returns the flags of the fastest plan predicted to take at most nine tenths of `active` GiB, or of the smallest.
+
+    They pin the whole plan: were only some given, the planner would spend the memory they free on the others.
+    """
+    documents = plan.micro_batch_size * plan.gradient_accumulation_steps * cluster.world_size
+    fixed = dict(batch_size=documents, precision=plan.precision, packing="yes" if plan.packing else "no")
+    for block in (block_size, block_size // 2, block_size // 4, block_size // 8):
+        config = Config(block_size=block, **fixed)
+        weighed = weigh(shape, cluster, config)
+        smaller = [each for each in weighed if each.memory.active <= 0.9 * active]
+        if smaller:
+            break
+    if smaller:
+        chosen = min(smaller, key=lambda each: (each.total_seconds, simplicity(each))).plan
+    else:
+        chosen = min(weighed, key=lambda each: each.memory.active).plan
+    return flags_of(chosen) + (f" --block-size {block} --resume-anyway" if block < block_size else "")
+
+
+def flags_of(plan: Plan) -> str:
+    """Returns the flags that leave the planner no plan but this one."""
+    flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
+    if plan.strategy != "none":
+        flags = {"--parallelism": plan.strategy, **flags}
+    if plan.dp_shard_size > 1:
+        flags["--gradient-sync"] = "step" if plan.holds_gradients_back else "micro-batch"
+        flags["--reshard-after-forward"] = "yes" if plan.reshard_after_forward else "no"
+        flags |= {"--cpu-offload": "yes"} if plan.cpu_offload else {}
+    return " ".join(f"{name} {value}" for name, value in flags.items())
+
+
+# ---- The plan: telling it --------------------------------------------------------------------------------------
+
+
+def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config: Config) -> str:
+    """Returns the plan as a table of at most 100 columns: the chosen one, the best of each other kind, and why."""
+    nodes = f"{cluster.nodes} x " if cluster.nodes > 1 else ""
+    first, device = choice.candidates[0].plan, "a GPU" if cluster.has_gpu else "a rank"
+    rows, layers = "packed" if first.packing else "padded", "compiled" if first.compiled else "eager"
+    lines = [
+        f"plan      {nodes}{cluster.ranks_per_node} x {cluster.device_name} of {cluster.memory_gib:.1f} GiB; "
+        f"{in_words(shape.parameters)} parameters; {config.batch_size} documents a step, of up to "
+        f"{config.block_size} tokens",
+        f"          {f'{first.precision}, {rows}, {layers}':44}{'GiB ' + device:>17} {'step':>8} {'tokens/s':>9}",
+        f"          {'':44}{'active':>8}{'reserved':>9} {'seconds':>8} {device:>9} {'MFU':>5}",
+    ]
+    for candidate in best_of_each_kind(choice):
+        memory, is_chosen = candidate.memory, candidate is choice.chosen
+        plan, *rest = textwrap.wrap(candidate.plan.describe(), 43)
+        head = f"{'  chosen' if is_chosen else '':10}"
+        lines.append(
+            f"{head}{plan:44}{memory.active:8.1f}{memory.reserved[1]:9.1f} "
+            f"{candidate.total_seconds:8.2f} {candidate.tokens_per_second_per_gpu:9,.0f} {candidate.mfu:5.0%}"
+        )
+        lines += [f"{'':12}{words}" for words in (*rest, candidate.reason)]
+    best = choice.chosen or choice.candidates[0]
+    terms = (
+        ", ".join(f"{name} {gib:.1f}" for name, gib in best.memory.terms.items() if gib >= 0.05) or "next to nothing"
+    )
+    low, _, high = best.memory.reserved
+    seconds = best.seconds
+    assumed = ", ".join(f"{name} {source}" for name, source in cluster.sources.items())
+    lines += [
+        f"  peak      {best.memory.peak_moment}: {terms}; reserved {low:.1f} to {high:.1f}",
+        f"  step      compute {seconds['compute']:.2f} s, exposed communication "
+        f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
+        f"optimizer {seconds['optimizer']:.2f} s",
+        f"  lever     {choice.lever}",
+        f"  assumed   every document fills its block; {assumed}; overlap fitted; reserved guess"
+        + ("; host link and memory guess" if best.plan.cpu_offload else ""),
+    ]
+    if best.plan.cpu_offload:
+        host = host_gib(shape, cluster, best.plan)
+        lines.insert(-2, f"  host      weights, gradients and moments take {host:.1f} GiB of each node's own memory")
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 12) for line in lines)
+
+
+def in_words(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+
+
+def best_of_each_kind(choice: Choice) -> list[Candidate]:
+    """Returns the best candidate of each kind (strategy, offload, recomputation or none), the chosen one first."""
+    best: dict[tuple, Candidate] = {}
+    for each in choice.candidates:
+        plan = each.plan
+        best.setdefault((plan.strategy, plan.cpu_offload, plan.activation_checkpointing == "none"), each)
+    return list(best.values())[:7]
+
+
+def choice_json(choice: Choice, cluster: Cluster) -> dict[str, Any]:
+    """Returns what `--plan-format json` prints and `train_config.json` holds."""
+    return dict(
+        cluster=dataclasses.asdict(cluster),
+        chosen=candidate_json(choice.chosen) if choice.chosen else None,
+        candidates=[candidate_json(each) for each in choice.candidates],
+        lever=choice.lever,
+    )
+
+
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    low, expected, high = candidate.memory.reserved
+    return dict(
+        **dataclasses.asdict(candidate.plan),
+        memory_gib=dict(
+            active=candidate.memory.active,
+            reserved=expected,
+            reserved_low=low,
+            reserved_high=high,
+            terms=candidate.memory.terms,
+            peak_moment=candidate.memory.peak_moment,
+        ),
+        step_seconds=candidate.seconds,
+        tokens_per_second_per_gpu=candidate.tokens_per_second_per_gpu,
+        mfu=candidate.mfu,
+        fits=candidate.fits,
+        reason=candidate.reason,
+    )
+
+
+# ---- Devices ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The devices of a run, and the source of each of their figures: `measured`, `table`, `given` or `guess`.
+
+    `memory_gib` is what one rank may use: its GPU's, or its share of a CPU node's.
+    """
+
+    nodes: int
+    ranks_per_node: int
+    device_name: str
+    has_gpu: bool
+    gpu: Gpu
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    has_flash_attention: bool = True  # an NVIDIA GPU from Ampere on
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def memory_gib(self) -> float:
+        return self.gpu.memory_gib
+
+    def flops_per_second(self, precision: str) -> float:
+        """Returns a device's peak in the compute precision, without TF32, as torch's default has it; a CPU's is one."""
+        if precision != "fp32" or not self.has_gpu:
+            return self.gpu.peak_tflops * 1e12
+        return 1e12 * (self.gpu.fp32_tflops or self.gpu.peak_tflops / 16)
+
+    def bus_gb_per_second(self, ranks: int) -> float:
+        """Returns the bus bandwidth of a collective among `ranks` neighbours: the node's link, or its whole network."""
+        if ranks <= self.ranks_per_node:
+            return self.gpu.link_gb_per_second
+        return min(self.gpu.link_gb_per_second, self.ranks_per_node * self.network_gb_per_second)
+
+    @property
+    def network_gb_per_second(self) -> float:
+        return self.gpu.network_gbit_per_second / 8 * NETWORK_EFFICIENCY
+
+
+def find_cluster() -> Cluster:
+    """Returns the cluster this process is part of, from torchrun's environment and the device it was given.
+
+    Every rank must call it. Raises UserError on nodes with different numbers of ranks.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+    everyones = gather_object([(find_device(ranks_per_node), has_flash_attention(), ranks_per_node)])
+    devices, flash, sizes = zip(*everyones, strict=True)
+    if len(sizes := set(sizes)) > 1:
+        raise UserError(f"nodes run {' and '.join(map(str, sorted(sizes)))} ranks; give all the same --nproc_per_node")
+    # Every rank plans alone, so all must plan with the same figures: the slowest device's, and the smallest memory.
+    name, gpu, sources = min(devices, key=lambda device: device[1].peak_tflops)
+    gpu = dataclasses.replace(gpu, memory_gib=min(device[1].memory_gib for device in devices))
+    nodes, has_gpu = world_size // ranks_per_node, torch.cuda.is_available()
+    return Cluster(nodes, ranks_per_node, name, has_gpu, gpu, sources, all(flash))
+
+
+def this_machine() -> Cluster:
+    """Returns the cluster that torchrun with all of this machine's GPUs would make; one process where it has none."""
+    ranks = max(1, torch.cuda.device_count())
+    name, gpu, sources = find_device(ranks_per_node=1)
+    return Cluster(1, ranks, name, torch.cuda.is_available(), gpu, sources, has_flash_attention())
+
+
+def find_device(ranks_per_node: int) -> tuple[str, Gpu, dict[str, str]]:
+    """Returns the name and figures of this process's device, and the source of each figure."""
+    sources = {"memory": "measured", "peak": "measured"}
+    sources |= dict.fromkeys(("efficiency", "node link", "network"), "guess")
+    if not torch.cuda.is_available():
+        memory_gib = psutil.virtual_memory().available / GIB / ranks_per_node
+        # Half of what bare matmuls reach, memory of 10 GB/s, 1 GB/s between processes: good enough for trying out.
+        cpu = Gpu(memory_gib, measure_matmul_tflops("cpu", torch.float32, 512), 10, 0.5, 1.0, 1, 1)
+        return platform.processor() or platform.machine(), cpu, sources
+    name, memory_gib = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / GIB
+    key = known_gpu(name, memory_gib)
+    if key is None:
+        peak = measure_matmul_tflops("cuda", torch.bfloat16, 8192)
+        measured = Gpu(memory_gib, peak, UNKNOWN_HBM_GB_PER_SECOND, 0.9, 0.75, LINKS_GB_PER_SECOND["pcie4"], 12.5)
+        return name, measured, sources  # 0.9 of what bare matmuls reach is a guess
+    gpu = dataclasses.replace(GPUS[key], memory_gib=memory_gib)
+    if "PCIE" in name.upper():
+        gpu = dataclasses.replace(gpu, link_gb_per_second=LINKS_GB_PER_SECOND["pcie4"])
+    return name, gpu, {**sources, **figures_of(key)}
+
+
+def known_gpu(device_name: str, memory_gib: float) -> str | None:
+    """Returns the key in GPUS of CUDA's `device_name`; None for an unknown GPU, a laptop's, or a MIG slice."""
+    if re.search(r"\b(MIG|LAPTOP)\b", device_name.upper()):
+        return None
+    words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200) (?=PCIE|NVL))", r"\1\2", device_name.upper())
+    keys = [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9])", words)]
+    return min(keys, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
+
+
+def figures_of(key: str) -> dict[str, str]:
+    """Returns where the figures of an entry of GPUS are from; only these chips have published efficiencies."""
+    chip = "table" if key.split("-")[0] in ("A100", "H100", "H200", "GH200") else "guess"
+    return {"peak": "table", "efficiency": chip, "node link": chip}
+
+
+def has_flash_attention() -> bool:
+    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def measure_matmul_tflops(device: str, dtype: torch.dtype, size: int, seconds: float = 0.05) -> float:
+    """Returns the TFLOP/s of square matmuls, measured for about `seconds` seconds."""
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+
+    def timed(repeats: int) -> float:
+        began = time.perf_counter()
+        for _ in range(repeats):
+            product = matrix @ matrix
+        product[0, 0].item()  # waits for the device
+        return time.perf_counter() - began
+
+    timed(2)
+    repeats = max(1, round(seconds / timed(1)))
+    return 2 * size**3 * repeats / timed(repeats) / 1e12
+
+
+def parse_cluster(text: str) -> Cluster:
+    """Returns the cluster that e.g. `8xH100-80GB`, `2x8xA100-40GB,ib=200` or `8x(48GB,181TFLOPS,pcie4)` describes.
+
+    `ib` is the network in Gbit/s per GPU. Raises UserError for one it cannot read, listing the GPUs it knows.
+    """
+    pattern = r"(?:(\d{1,6}) ?x ?)?(\d{1,6}) ?x ?(\([^)]*\)|[^,(]+)(?:, ?ib=(\d+(?:\.\d+)?))?"
+    match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
+    if not match or int(match[1] or 1) < 1 or int(match[2]) < 1 or float(match[4] or 1) <= 0:
+        raise UserError(
+            f"--plan {text} is no cluster; write [NODES x]GPUS x NAME, such as 8xH100-80GB or 2x8xA100-40GB,ib=200, or "
+            "8x(48GB,181TFLOPS,pcie4)"
+        )
+    name, sources = match[3], {"memory": "table", "network": "guess"}
+    if name.startswith("("):
+        gpu, link = described_gpu(name, text)
+        sources |= {"memory": "given", "peak": "given", "efficiency": "guess", "node link": link}
+    else:
+        key = named_gpu(name, text)
+        gpu = GPUS[key]
+        sources |= figures_of(key)
+    if match[4]:
+        gpu = dataclasses.replace(gpu, network_gbit_per_second=float(match[4]))
+        sources["network"] = "given"
+    return Cluster(int(match[1] or 1), int(match[2]), name.strip("()"), True, gpu, sources)
+
+
+def named_gpu(name: str, text: str) -> str:
+    """Returns the key in GPUS that `name` means. Raises UserError where it means none, or several."""
+    wanted = name.upper().replace(" ", "").replace("NVIDIA", "").replace("-SXM4", "").replace("-SXM", "")
+    found = [key for key in GPUS if wanted in (key, key.split("-")[0])]
+    if len(found) > 1:
+        raise UserError(f"--plan {text}: {name} may be {' or '.join(found)}; give the whole name")
+    if not found:
+        raise UserError(
+            f"--plan {text}: {name} is not one of the GPUs known, {', '.join(GPUS)}; or give (48GB,181TFLOPS)"
+        )
+    return found[0]
+
+
+def described_gpu(name: str, text: str) -> tuple[Gpu, str]:
+    """Returns the GPU that `(48GB,181TFLOPS,pcie4)` describes, and whether its link was `given` or is a `guess`."""
+    values: dict[str, float] = {}
+    for part in name.strip("()").replace(" ", "").lower().split(","):
+        amount = re.fullmatch(r"(\d+(?:\.\d+)?)(gb/s|gb|tflops)", part)
+        if amount and float(amount[1]) > 0:
+            values[amount[2]] = float(amount[1])
+        elif part in LINKS_GB_PER_SECOND:
+            values["gb/s"] = LINKS_GB_PER_SECOND[part]
+        else:
+            links = ", ".join(LINKS_GB_PER_SECOND)
+            raise UserError(f"--plan {text}: {part} is no memory (48GB), peak (181TFLOPS) or link ({links})")
+    if not values.get("gb") or not values.get("tflops"):
+        raise UserError(f"--plan {text}: a GPU without a name needs memory and peak; write (48GB,181TFLOPS,pcie4)")
+    link, source = (values["gb/s"], "given") if "gb/s" in values else (LINKS_GB_PER_SECOND["pcie4"], "guess")
+    memory_gib = values["gb"] * 1e9 / GIB
+    return Gpu(memory_gib, values["tflops"], UNKNOWN_HBM_GB_PER_SECOND, 0.60, 0.75, link, 12.5), source
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the plan knows of a kind of GPU.
+
+    `memory_gib` as CUDA reports it. `peak_tflops`: dense bf16, from NVIDIA's data sheet, as are `hbm_gb_per_second` and
+    `fp32_tflops` (None: the 1/16 of the bf16 peak that an A100 has). `matmul_efficiency`: the share of the peak that
+    large matmuls reach end to end. `attention_efficiency`: that of flash attention, relative to matmuls.
+    `link_gb_per_second`: bus bandwidth of collectives among the GPUs of a node. `network_gbit_per_second`: usual
+    network of a node, per GPU.
+    """
+
+    memory_gib: float
+    peak_tflops: float
+    hbm_gb_per_second: float
+    matmul_efficiency: float
+    attention_efficiency: float
+    link_gb_per_second: float
+    network_gbit_per_second: float
+    fp32_tflops: float | None = None
+
+
+# Data sheets: NVIDIA's for A100, H100, H200, GH200, L40S, A10 and HGX B200; AWS's for the A10G (G5); the GA102, Ada and
+# RTX Blackwell white papers for the GeForce cards. Networks: DGX A100 and H100, AWS p4d for the A100-40GB, or guesses.
+# Efficiencies of A100 and H100: model FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in the
+# benchmark table of mosaicml/llm-foundry (0.79, 0.59 of the peak with all overheads). Attention: FlashAttention-2
+# reaches 0.50 to 0.73 of an A100 and 0.35 of an H100 (Dao 2023; Shah et al. 2024). Links: nccl-tests all-gather and
+# all-reduce bus bandwidth published for 8 GPUs. H200 has the H100's chip; every other efficiency is a guess from these.
+GPUS = {
+    "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 50, 19.5),
+    "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200, 19.5),
+    "H100-80GB": Gpu(79.1, 989, 3350, 0.60, 0.58, 345, 400, 67),
+    "H200-141GB": Gpu(139.8, 989, 4800, 0.60, 0.58, 345, 400, 67),
+    "B200-180GB": Gpu(178.3, 2250, 8000, 0.60, 0.58, 690, 400, 75),
+    "L40S-48GB": Gpu(44.4, 362, 864, 0.60, 0.75, 20, 25, 91.6),
+    "A10G-24GB": Gpu(22.0, 70, 600, 0.60, 0.75, 20, 12.5, 35),
+    "RTX3090-24GB": Gpu(23.6, 71, 936, 0.80, 0.75, 20, 12.5, 35.6),
+    "RTX4090-24GB": Gpu(23.5, 165.2, 1008, 0.70, 0.75, 20, 12.5, 82.6),
+    "RTX5090-32GB": Gpu(31.4, 209.5, 1792, 0.70, 0.75, 28, 12.5, 104.8),
+    "H100PCIE-80GB": Gpu(79.1, 756, 2039, 0.60, 0.58, 20, 100, 51),
+    "H100NVL-94GB": Gpu(93.0, 835, 3938, 0.60, 0.58, 20, 100, 60),
+    "H200NVL-141GB": Gpu(139.8, 835, 4800, 0.60, 0.58, 20, 100, 60),
+    "GH200-96GB": Gpu(94.5, 989, 4000, 0.60, 0.58, 345, 400, 67),
+    "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5, 31.2),
+}
+# pcie4, pcie5, nvlink3 and nvlink4: nccl-tests, as above; pcie3 and nvlink5 by the ratio of the nominal rates.
+LINKS_GB_PER_SECOND = {"pcie3": 10, "pcie4": 20, "pcie5": 28, "nvlink3": 231, "nvlink4": 345, "nvlink5": 690}
+# Guesses: what pinned copies reach of a PCIe 4 x16 link's 32 GB/s, one rank's share of a host's memory bandwidth for an
+# offloaded optimizer, and the memory bandwidth of a GPU that is not in the table.
+HOST_LINK_GB_PER_SECOND = 20
+HOST_MEMORY_GB_PER_SECOND = 20
+UNKNOWN_HBM_GB_PER_SECOND = 1000
 
 
 if __name__ == "__main__":
