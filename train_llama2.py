@@ -255,7 +255,7 @@ class Config:
     eval_interval: int = flag(500, "optimizer steps between two evaluations", int, minimum=1)
     save_interval: int = flag(500, "optimizer steps between two checkpoints", int, minimum=1)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", int, minimum=1)
-    resume: str = flag("auto", "auto: go on if the folder holds a checkpoint; never; or a checkpoint's path")
+    resume: str = flag("auto", "auto, or the path of a checkpoint to begin from where the folder holds none yet")
     resume_anyway: bool = flag(False, "resume although flags or data that shape the curve have changed", bool)
     async_save: str = flag(
         "auto",
@@ -268,7 +268,6 @@ class Config:
     )  # fmt: skip
     num_beams: int = flag(1, "beams of those summaries; 1 is greedy", int, minimum=1)
     max_summary_tokens: int = flag(160, "tokens of those summaries at most", int, minimum=1)
-    push_to_hub: str | None = flag(None, "Hub repository for the final model, as owner/name; it is made private")
     quiet: bool = flag(False, "print warnings, errors and the closing line only", bool)
     report_to: str = flag(
         "none", "experiment tracker", choices=("none", *sorted(str(name) for name in LOGGER_TYPE_TO_CLASS))
@@ -426,7 +425,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         set_seed(config.seed)
         prepare_save_folder(config, parallel)
-        check_hub_access(config, parallel)
         tokenizer = load_tokenizer(config, parallel)
         train_documents, eval_documents = load_data(config, tokenizer, parallel)
         eval_loader = data_loader(eval_documents, evaluation_batches(eval_documents.lengths, parallel), parallel)
@@ -477,7 +475,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             save_model(model, tokenizer, config, parallel)
             write_model_card(config, parallel, state, log)
-            push_model(config, parallel)
             log.summary(state)
 
 
@@ -684,7 +681,7 @@ def assess(
     if loss is not None and not math.isfinite(loss):
         raise RunError(
             f"the validation loss is {loss}: the weights are broken, and are not saved; what was saved before is kept. "
-            "Go back with --resume to an earlier checkpoint and lower --lr, or lengthen --warmup-ratio"
+            "Delete the later checkpoints to go back to an earlier one, and lower --lr, or lengthen --warmup-ratio"
         )
     if loss is None:
         return None
@@ -975,7 +972,7 @@ class Parallel:
         """
         line = " ".join(map(str, words))
         if self.is_main and (always or not self.quiet or line.startswith("WARNING")):
-            tqdm.write(coloured(line), file=sys.stdout)  # Accelerator.print speaks once per node
+            tqdm.write(line, file=sys.stdout)  # Accelerator.print speaks once per node
             sys.stdout.flush()
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -1077,15 +1074,6 @@ def quieten_libraries(speaks: bool, quiet: bool) -> None:
         huggingface_hub.utils.disable_progress_bars()
     if not speaks:
         transformers.logging.set_verbosity_error()
-
-
-def coloured(words: str) -> str:
-    """On a terminal, returns the text with the first word of each line in bold, or a warning in yellow."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return words
-    if words.startswith(("WARNING", "error")):
-        return f"\033[33m{words}\033[0m"
-    return re.sub(r"^(\w[\w/]*)(?=  | \d)", "\033[1m\\1\033[0m", words, flags=re.MULTILINE)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1661,12 +1649,11 @@ def load_model(config: Config, parallel: Parallel) -> torch.nn.Module:
     plan = parallel.plan
     distributed_config = None
     if plan.dp_shard_size > 1:
-        replicas = {"dp_replicate_size": plan.dp_replicate_size} if plan.dp_replicate_size > 1 else {}
         distributed_config = DistributedConfig(
             fsdp_size=plan.dp_shard_size,
+            dp_replicate_size=plan.dp_replicate_size,
             fsdp_cpu_offload=plan.cpu_offload,
             fsdp_mixed_precision=plan.precision != "fp32",
-            **replicas,
         )
     if config.random_init:
         parallel.say("model     RANDOM WEIGHTS from the config alone (--random-init): good for benchmarks only")
@@ -2065,7 +2052,7 @@ def round_stochastically(tensor: torch.Tensor, generator: torch.Generator | None
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a file in memory, holding the GIL
-WRITING, REPLACED, DELETING, ASIDE = ".writing", ".replaced", ".deleting", ".aside"
+WRITING, DELETING = ".writing", ".deleting"
 LOCK_WAIT_SECONDS = 90  # for a former run to finish the step and the save it is in
 
 
@@ -2241,7 +2228,6 @@ class Checkpoints:
         self.pending: concurrent.futures.Future | None = None
         self.saved_step = 0
         self.seconds = self.pause_seconds = 0.0  # of the last save: in all, and while training waited
-        self.origin = "auto"  # the --resume with which this curve began
         self.check_disk()
         self.check_host_memory()
 
@@ -2345,7 +2331,6 @@ class Checkpoints:
             "curve": self.curve,
             "total_steps": self.total_steps,
             "save_seconds": self.seconds,
-            "origin": self.origin,
             "strategy": self.parallel.plan.strategy,
             "world_size": self.parallel.cluster.world_size,
         }
@@ -2415,31 +2400,20 @@ class Checkpoints:
         (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
         sync_to_disk(writing / "manifest.json")
         sync_to_disk(writing)
-        replaced = final.with_name(final.name + REPLACED)
-        if final.exists():  # the same step again: after a kill in between, `clean_up` gives the old one its name back
-            final.rename(replaced)
+        if final.exists():  # a damaged one, which this run has passed over
+            discard(final)
         writing.rename(final)
         sync_to_disk(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
         found = self.complete_ones()
-        here = found.index(final)  # newer ones are damaged, or were left behind by going back to an older one
-        aside = list(self.folder.glob("*" + ASIDE))
-        for other in found[:here] + found[here + self.config.keep_checkpoints :] + aside:
+        here = found.index(final)  # newer ones are damaged, and were passed over
+        for other in found[:here] + found[here + self.config.keep_checkpoints :]:
             try:
                 discard(other)
             except OSError as error:  # the new one is whole all the same
                 self.parallel.say(f"WARNING   {other} could not be deleted ({first_line(error)})")
 
-    def complete_ones(self) -> list[Path]:
-        """Returns the folders of complete checkpoints, newest first."""
-        return complete_checkpoints(self.folder)
-
     def clean_up(self) -> None:
-        """Removes what an interrupted write or deletion left, and restores what was to be replaced. Rank 0 only."""
-        for former in self.folder.glob("*" + REPLACED):
-            if not former.with_suffix("").exists():
-                former.rename(former.with_suffix(""))
-            shutil.rmtree(former, ignore_errors=True)
+        """Removes what an interrupted write or deletion left. Rank 0 only."""
         for leftover in [*self.folder.glob("*" + WRITING), *self.folder.glob("*" + DELETING)]:
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -2449,25 +2423,16 @@ class Checkpoints:
         Raises UserError where what `--resume` names cannot be resumed.
         """
         state, wanted = TrainingState.fresh(device), self.config.resume
-        if wanted != "auto":
-            self.origin = wanted if wanted == "never" else str(Path(wanted).resolve())
-            if self.together(self.newest_began_like_this, main_only=True)[0]:
-                wanted = "auto"  # the same command again: it resumes its own checkpoints
-        if wanted == "never" and any(self.together(lambda: [*self.complete_ones(), *self.folder.glob("*" + REPLACED)])):
-            raise UserError(
-                f"--resume never would write over the checkpoints in {self.folder}; give another --save-model-dir, or "
-                "delete them"
-            )
         self.together(self.clean_up, main_only=True)
         found = self.together(self.complete_ones, main_only=True)[0]  # rank 0's list, should a network disk lag behind
-        if wanted not in ("auto", "never"):
-            self.check_path(Path(wanted))
-            found = [Path(wanted)]
-        for folder in found:
+        begins_elsewhere = wanted != "auto" and not found
+        if wanted != "auto":
+            self.check_path(Path(wanted), found)
+        for folder in [Path(wanted)] if begins_elsewhere else found:
             try:
                 facts = self.verify(folder)
             except CheckpointError as failure:
-                if wanted != "auto":
+                if begins_elsewhere:
                     raise UserError(f"--resume {wanted} is not a whole checkpoint: {failure}; name another") from None
                 self.parallel.say(f"WARNING   {folder} is damaged ({failure}); trying the one before it")
                 continue
@@ -2475,46 +2440,40 @@ class Checkpoints:
             self.load(folder, facts, model, optimizer, state)
             self.parallel.say(
                 f"resume    from {folder}, saved by {facts['world_size']} rank(s) under {facts['strategy']}"
+                + (f"; it is the newest of this run, which began from {wanted}" if found and wanted != "auto" else "")
             )
-            if wanted == "auto":
-                self.origin = facts["origin"]
-            else:
-                self.together(lambda: self.put_aside(state.step), main_only=True)
             return state
         if found:  # and none is whole
             raise UserError(f"--resume auto found no whole checkpoint in {self.folder}; delete it to start anew")
         return state
 
-    def newest_began_like_this(self) -> bool:
-        """Returns whether the newest checkpoint is of an unfinished run that began with the same `--resume`."""
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-            facts = json.loads((self.complete_ones()[0] / "manifest.json").read_text())["facts"]
-            return facts["origin"] == self.origin and facts["step"] < self.total_steps
-        return False
+    def check_path(self, checkpoint: Path, own: list[Path]) -> None:
+        """Raises UserError where `--resume PATH` names no checkpoint, or one that this folder has left behind.
 
-    def put_aside(self, step: int) -> None:
-        """Renames the checkpoints after `step`, which `auto` would go on from; the next save deletes them. Rank 0."""
-        for later in self.complete_ones():
-            if step_of(later) > step:
-                self.parallel.say(f"resume    {later} is put aside as {later.name}{ASIDE}; the next save deletes it")
-                later.rename(later.with_name(later.name + ASIDE))
-
-    def check_path(self, checkpoint: Path) -> None:
-        """Raises UserError where `--resume PATH` names nothing, or its run would take the place of another one."""
+        `own` are the complete checkpoints of the save folder, newest first.
+        """
         with agreed_by_all_ranks():
+            inside_own_folder = checkpoint.resolve().parent == self.folder.resolve()
+            if own and not inside_own_folder:
+                return  # the run has begun from it, and goes on from its own newest
             if not checkpoint.is_dir():
                 problem = "is not a folder" if checkpoint.exists() else "does not exist"
-                raise UserError(f"--resume {checkpoint} {problem}; give auto, never, or a checkpoint's folder")
+                raise UserError(f"--resume {checkpoint} {problem}; give auto, or a checkpoint's folder")
             if inside := complete_checkpoints(checkpoint) or complete_checkpoints(checkpoint / "checkpoints"):
                 raise UserError(
                     f"--resume {checkpoint} holds checkpoints but is none; name one, such as {inside[0]}, or leave "
                     "--resume out to go on from the newest in --save-model-dir"
                 )
-            if checkpoint.resolve().parent != self.folder.resolve() and self.complete_ones():
+            later = [str(each) for each in itertools.takewhile(lambda each: not each.samefile(checkpoint), own)]
+            if later:
                 raise UserError(
-                    f"--resume {checkpoint} would write over the checkpoints of another run in {self.folder}; give "
-                    "another --save-model-dir"
+                    f"--resume {checkpoint} is not the newest checkpoint of {self.folder}; to go back to it, delete "
+                    f"{' and '.join(later)}"
                 )
+
+    def complete_ones(self) -> list[Path]:
+        """Returns the folders of complete checkpoints, newest first."""
+        return complete_checkpoints(self.folder)
 
     def verify(self, folder: Path) -> dict[str, Any]:
         """Checks every byte of a checkpoint, the reading shared among the ranks, and returns its facts.
@@ -2899,39 +2858,6 @@ def changed_flags(config: Config) -> dict[str, list[str]]:
             values = value if isinstance(value, tuple) else () if value is True else (value,)
             changed[flag_name(name)] = list(map(str, values))
     return changed
-
-
-def check_hub_access(config: Config, parallel: Parallel) -> None:
-    """Raises UserError before training if `--push-to-hub` would fail after it. Every rank must call it."""
-    with agreed_by_all_ranks():
-        if config.push_to_hub and parallel.is_main:
-            try:
-                huggingface_hub.create_repo(config.push_to_hub, private=True, exist_ok=True)
-            except Exception as error:  # the Hub's client and the HTTP library under it raise what they like
-                raise UserError(
-                    f"--push-to-hub {config.push_to_hub} cannot be written to ({first_line(error)}); run "
-                    "`hf auth login` with a token that may write, and give owner/name"
-                ) from error
-
-
-def push_model(config: Config, parallel: Parallel) -> None:
-    """Uploads the final model, card and curves. A failure is only reported: the model in the folder is safe."""
-    if not config.push_to_hub or not parallel.is_main:
-        return
-    try:
-        huggingface_hub.upload_folder(
-            repo_id=config.push_to_hub,
-            folder_path=config.save_model_dir,
-            allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "README.md", "curves.png", *LOG_FILES],
-            ignore_patterns=["*/*", ".*"],  # checkpoints, a tracker's files, locks
-            delete_patterns=["model*.safetensors*"],  # of a model before this one, in other shards
-        )
-        parallel.say(f"pushed    to https://huggingface.co/{config.push_to_hub}")
-    except Exception as error:  # as above; it must not fail a run whose model is saved
-        parallel.say(
-            f"WARNING   the model could not be pushed ({first_line(error)}); `hf upload {config.push_to_hub} "
-            f"{config.save_model_dir}` does it"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -3364,7 +3290,6 @@ PLAN_FLAGS = (  # decided by the plan unless they are given
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism",
 )  # fmt: skip
-CAN_REPLICATE_SHARDS = "dp_replicate_size" in inspect.signature(DistributedConfig).parameters  # transformers 5.23
 
 
 def plan_only(config: Config) -> None:
@@ -3481,7 +3406,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
     compiled = config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu)
     strategies = [config.parallelism]
     if config.parallelism == "auto":
-        groups = cluster.nodes > 1 and cluster.ranks_per_node > 1 and CAN_REPLICATE_SHARDS
+        groups = cluster.nodes > 1 and cluster.ranks_per_node > 1
         several = ["ddp", "fsdp", "hsdp"] if groups else ["ddp", "fsdp"]
         strategies = several if cluster.world_size > 1 else ["none"]
     if config.cpu_offload == "yes":
@@ -3550,8 +3475,6 @@ def shard_sizes(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) ->
         )
     if strategy != "hsdp":
         return (1, world) if strategy == "fsdp" else (world, 1)
-    if not CAN_REPLICATE_SHARDS:
-        raise UserError("--parallelism hsdp needs transformers 5.23, and so Python 3.11; use fsdp")
     shard = hsdp_shard_size or (cluster.ranks_per_node if cluster.nodes > 1 else world // 2)
     if world < 4:
         raise UserError(
@@ -4246,11 +4169,11 @@ def find_device(ranks_per_node: int) -> tuple[str, Gpu, dict[str, str]]:
     key = known_gpu(name, memory_gib)
     if key is None:
         peak = measure_matmul_tflops("cuda", torch.bfloat16, 8192)
-        measured = Gpu(memory_gib, peak, UNKNOWN_HBM_GB_PER_SECOND, 0.9, 0.75, LINKS_GB_PER_SECOND["pcie4"], 12.5)
+        measured = Gpu(memory_gib, peak, UNKNOWN_HBM_GB_PER_SECOND, 0.9, 0.75, PCIE_GB_PER_SECOND, 12.5)
         return name, measured, sources  # 0.9 of what bare matmuls reach is a guess
     gpu = dataclasses.replace(GPUS[key], memory_gib=memory_gib)
     if "PCIE" in name.upper():
-        gpu = dataclasses.replace(gpu, link_gb_per_second=LINKS_GB_PER_SECOND["pcie4"])
+        gpu = dataclasses.replace(gpu, link_gb_per_second=PCIE_GB_PER_SECOND)
     return name, gpu, {**sources, **figures_of(key)}
 
 
@@ -4290,29 +4213,22 @@ def measure_matmul_tflops(device: str, dtype: torch.dtype, size: int, seconds: f
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Returns the cluster that e.g. `8xH100-80GB`, `2x8xA100-40GB,ib=200` or `8x(48GB,181TFLOPS,pcie4)` describes.
+    """Returns the cluster that `8xH100-80GB` or `2x8xA100-40GB,ib=200`, for example, describes.
 
     `ib` is the network in Gbit/s per GPU. Raises UserError for one it cannot read, listing the GPUs it knows.
     """
-    pattern = r"(?:(\d{1,6}) ?x ?)?(\d{1,6}) ?x ?(\([^)]*\)|[^,(]+)(?:, ?ib=(\d+(?:\.\d+)?))?"
+    pattern = r"(?:(\d{1,6}) ?x ?)?(\d{1,6}) ?x ?([^,]+)(?:, ?ib=(\d+(?:\.\d+)?))?"
     match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
     if not match or int(match[1] or 1) < 1 or int(match[2]) < 1 or float(match[4] or 1) <= 0:
         raise UserError(
-            f"--plan {text} is no cluster; write [NODES x]GPUS x NAME, such as 8xH100-80GB or 2x8xA100-40GB,ib=200, or "
-            "8x(48GB,181TFLOPS,pcie4)"
+            f"--plan {text} is no cluster; write [NODES x]GPUS x NAME, such as 8xH100-80GB or 2x8xA100-40GB,ib=200"
         )
-    name, sources = match[3], {"memory": "table", "network": "guess"}
-    if name.startswith("("):
-        gpu, link = described_gpu(name, text)
-        sources |= {"memory": "given", "peak": "given", "efficiency": "guess", "node link": link}
-    else:
-        key = named_gpu(name, text)
-        gpu = GPUS[key]
-        sources |= figures_of(key)
+    key = named_gpu(match[3], text)
+    gpu, sources = GPUS[key], {"memory": "table", "network": "guess", **figures_of(key)}
     if match[4]:
         gpu = dataclasses.replace(gpu, network_gbit_per_second=float(match[4]))
         sources["network"] = "given"
-    return Cluster(int(match[1] or 1), int(match[2]), name.strip("()"), True, gpu, sources)
+    return Cluster(int(match[1] or 1), int(match[2]), match[3].strip(), True, gpu, sources)
 
 
 def named_gpu(name: str, text: str) -> str:
@@ -4322,29 +4238,8 @@ def named_gpu(name: str, text: str) -> str:
     if len(found) > 1:
         raise UserError(f"--plan {text}: {name} may be {' or '.join(found)}; give the whole name")
     if not found:
-        raise UserError(
-            f"--plan {text}: {name} is not one of the GPUs known, {', '.join(GPUS)}; or give (48GB,181TFLOPS)"
-        )
+        raise UserError(f"--plan {text}: {name} is not one of the GPUs known; write one of {', '.join(GPUS)}")
     return found[0]
-
-
-def described_gpu(name: str, text: str) -> tuple[Gpu, str]:
-    """Returns the GPU that `(48GB,181TFLOPS,pcie4)` describes, and whether its link was `given` or is a `guess`."""
-    values: dict[str, float] = {}
-    for part in name.strip("()").replace(" ", "").lower().split(","):
-        amount = re.fullmatch(r"(\d+(?:\.\d+)?)(gb/s|gb|tflops)", part)
-        if amount and float(amount[1]) > 0:
-            values[amount[2]] = float(amount[1])
-        elif part in LINKS_GB_PER_SECOND:
-            values["gb/s"] = LINKS_GB_PER_SECOND[part]
-        else:
-            links = ", ".join(LINKS_GB_PER_SECOND)
-            raise UserError(f"--plan {text}: {part} is no memory (48GB), peak (181TFLOPS) or link ({links})")
-    if not values.get("gb") or not values.get("tflops"):
-        raise UserError(f"--plan {text}: a GPU without a name needs memory and peak; write (48GB,181TFLOPS,pcie4)")
-    link, source = (values["gb/s"], "given") if "gb/s" in values else (LINKS_GB_PER_SECOND["pcie4"], "guess")
-    memory_gib = values["gb"] * 1e9 / GIB
-    return Gpu(memory_gib, values["tflops"], UNKNOWN_HBM_GB_PER_SECOND, 0.60, 0.75, link, 12.5), source
 
 
 @dataclass(frozen=True)
@@ -4392,9 +4287,9 @@ GPUS = {
     "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5, 31.2),
 }
 # pcie4, pcie5, nvlink3 and nvlink4: nccl-tests, as above; pcie3 and nvlink5 by the ratio of the nominal rates.
-LINKS_GB_PER_SECOND = {"pcie3": 10, "pcie4": 20, "pcie5": 28, "nvlink3": 231, "nvlink4": 345, "nvlink5": 690}
 # Guesses: what pinned copies reach of a PCIe 4 x16 link's 32 GB/s, one rank's share of a host's memory bandwidth for an
 # offloaded optimizer, and the memory bandwidth of a GPU that is not in the table.
+PCIE_GB_PER_SECOND = 20  # among the GPUs of a node over PCIe 4: nccl-tests, as above
 HOST_LINK_GB_PER_SECOND = 20
 HOST_MEMORY_GB_PER_SECOND = 20
 UNKNOWN_HBM_GB_PER_SECOND = 1000
