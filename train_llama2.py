@@ -73,7 +73,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from datasets.fingerprint import Hasher
 from safetensors import SafetensorError
@@ -139,149 +139,157 @@ def first_line(error: BaseException) -> str:
 # ----------------------------------------------------------------------------------------------------------------
 # 2. Flags
 # ----------------------------------------------------------------------------------------------------------------
+# Each flag is one field of `Config`: its default and its help stand there and nowhere else, and its reader turns the
+# word on the command line into a value or says which rule the word breaks. All problems are reported at once.
 
-LARGEST_INTEGER = 2**31  # no flag means anything beyond
-CHECKPOINTING_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # the layers recomputed in backward
+RECOMPUTATION_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # layers whose activations are recomputed
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+LARGEST_INTEGER = 2**32  # no flag has a meaning beyond it
 
 
-def flag(
-    default: Any,
-    help: str,
-    convert: Callable = str,
-    *,
-    unset="none",
-    const=None,
-    minimum=None,
-    above=None,
-    below=None,
-    choices=None,
-):
-    """A field of `Config`: its default, its sentence in --help, and the rule its value must obey.
+@dataclass(frozen=True)
+class Reader:
+    """Turns a flag's word into its value. Raises ValueError with the rule that the word breaks.
 
-    `unset` is how None is written, in --help and on the command line. `const` is the value of the bare flag.
+    `metavar` stands for the value in --help. `unset` is the word for None, where the flag may be left open.
     """
-    below = below or (LARGEST_INTEGER if convert is int else None)
-    rule = dict(
-        help=help, convert=convert, unset=unset, const=const, minimum=minimum, above=above, below=below, choices=choices
-    )
-    return dataclasses.field(default=default, metadata=rule)
+
+    convert: Callable[[str], Any]
+    metavar: str
+    unset: str | None = None
+
+    def __call__(self, word: str) -> Any:
+        return None if word == self.unset else self.convert(word)
 
 
-def launched_rank() -> int:
-    """Returns this process's rank as torchrun set it, which is known before there is a process group."""
-    return int(os.environ.get("RANK", 0))
+def text(unset: str | None = None) -> Reader:
+    return Reader(str, "STR", unset)
+
+
+def one_of(*choices: str) -> Reader:
+    def convert(word: str) -> str:
+        if word not in choices:
+            raise ValueError(f"is not one of {', '.join(choices)}")
+        return word
+
+    return Reader(convert, "{" + ",".join(choices) + "}")
+
+
+def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset: str | None = None) -> Reader:
+    below = min(below, LARGEST_INTEGER) if kind is int else below
+
+    def convert(word: str) -> float:
+        try:
+            value = kind(word)
+        except ValueError:
+            raise ValueError(f"is not {'a whole number' if kind is int else 'a number'}") from None
+        if not math.isfinite(value):
+            raise ValueError("must be a finite number")
+        if value < minimum:
+            raise ValueError(f"must be at least {minimum}")
+        if value <= above:
+            raise ValueError(f"must be above {above}")
+        if value >= below:
+            raise ValueError(f"must be below {below:g}")
+        return value
+
+    return Reader(convert, kind.__name__.upper(), unset)
+
+
+def flag(default: Any, help: str, read: Reader | None = None, bare: str | None = None) -> Any:
+    """Returns a field of `Config`. A default of False makes a switch; `bare` is the value of a flag without a word."""
+    return dataclasses.field(default=default, metadata=dict(help=help, read=read or text(), bare=bare))
 
 
 def usable_cores() -> int:
-    """Returns how many cores this process may run on: fewer than the node has in many Slurm jobs and containers."""
+    """Returns how many cores this process may use. Slurm jobs and containers often have fewer than the node."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+AUTO_YES_NO = one_of("auto", "yes", "no")
+POSITIVE = number(int, minimum=1)
+# fmt: off
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. Field `batch_size` is flag `--batch-size`; its default is written here only."""
+    """Every setting of a run. The field `batch_size` is the flag `--batch-size`."""
 
     model_name_or_path: str = flag("meta-llama/Llama-2-13b-hf", "causal LM to fine-tune: Hub id or local folder")
     dataset_name_or_path: str | tuple[str, ...] = flag(
-        "abisee/cnn_dailymail", "Hub id, a local folder, or local files in jsonl, json, csv or parquet"
-    )
+        "abisee/cnn_dailymail", "Hub id, a local folder, or local files in jsonl, json, csv or parquet")
     dataset_config: str = flag("3.0.0", "configuration of a Hub dataset; ignored for local data")
     article_column: str = flag("article", "column with the text to summarise")
     summary_column: str = flag("highlights", "column with the summary")
-    max_train_samples: int | None = flag(None, "use at most this many training documents", int, unset="all", minimum=1)
-    max_eval_samples: int | None = flag(None, "use at most this many validation documents", int, unset="all", minimum=1)
-    block_size: int = flag(2048, "tokens of a document at most; a longer article loses its end", int, minimum=1)
-    loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", choices=("all", "summary"))
-    num_train_epochs: int = flag(1, "passes over the training documents", int, minimum=1)
-    max_steps: int | None = flag(None, "stop after this many optimizer steps", int, minimum=1)
-    batch_size: int = flag(64, "documents per optimizer step, over all devices together", int, minimum=1)
-    micro_batch_size: int | None = flag(None, "documents per forward per device, at most", int, unset="auto", minimum=1)
-    lr: float = flag(1e-5, "peak learning rate of AdamW", float, above=0)
-    lr_scheduler: str = flag("cosine", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", float, minimum=0, below=1)
-    weight_decay: float = flag(0.0, "AdamW weight decay of the matrices; norms and biases have none", float, minimum=0)
-    max_grad_norm: float = flag(1.0, "clip the global gradient norm to this; 0 leaves it alone", float, minimum=0)
-    seed: int = flag(42, "order of the documents and the held-out split", int, minimum=0, below=2**32)
-    parallelism: str = flag("auto", "how the processes share the work", choices=("auto", "none", "ddp", "fsdp", "hsdp"))
+    max_train_samples: int | None = flag(
+        None, "use at most this many training documents", number(int, minimum=1, unset="all"))
+    max_eval_samples: int | None = flag(
+        None, "use at most this many validation documents", number(int, minimum=1, unset="all"))
+    block_size: int = flag(2048, "tokens of a document at most; a longer article loses its end", POSITIVE)
+    loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", one_of("all", "summary"))
+    num_train_epochs: int = flag(1, "passes over the training documents", POSITIVE)
+    max_steps: int | None = flag(None, "stop after this many optimizer steps", number(int, minimum=1, unset="none"))
+    batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
+    micro_batch_size: int | None = flag(
+        None, "documents per forward per device, at most", number(int, minimum=1, unset="auto"))
+    lr: float = flag(1e-5, "peak learning rate of AdamW", number(float, above=0))
+    lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
+    warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", number(float, minimum=0, below=1))
+    weight_decay: float = flag(
+        0.0, "AdamW weight decay of the matrices; norms and biases have none", number(float, minimum=0))
+    max_grad_norm: float = flag(
+        1.0, "clip the global gradient norm to this; 0 leaves it alone", number(float, minimum=0))
+    seed: int = flag(42, "order of the documents and the held-out split", number(int, minimum=0, below=2**32))
+    parallelism: str = flag(
+        "auto", "what the data-parallel ranks do", one_of("auto", "none", "ddp", "fsdp", "hsdp"))
     hsdp_shard_size: int | None = flag(
-        None,
-        "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
-        int,
-        unset="auto",
-        minimum=2,
-    )
+        None, "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
+        number(int, minimum=2, unset="auto"))
     gradient_sync: str = flag(
-        "auto",
-        "FSDP: reduce gradients every micro-batch, or once a step (keeps an unsharded fp32 gradient)",
-        choices=("auto", "micro-batch", "step"),
-    )
+        "auto", "FSDP: reduce gradients every micro-batch, or once a step (keeps an unsharded fp32 gradient)",
+        one_of("auto", "micro-batch", "step"))
     reshard_after_forward: str = flag(
-        "auto",
-        "FSDP and HSDP: free gathered weights after the forward pass, or keep them for the backward pass",
-        choices=("auto", "yes", "no"),
-    )
+        "auto", "FSDP and HSDP: free gathered weights after the forward pass, or keep them for the backward pass",
+        AUTO_YES_NO)
     activation_checkpointing: str = flag(
-        "auto",
-        "recompute the activations of no layer, every k-th or all of them in the backward pass",
-        choices=("auto", *CHECKPOINTING_LEVELS),
-    )
-    cpu_offload: str = flag(
-        "auto", "FSDP and HSDP: keep weights and optimizer in host memory", choices=("auto", "yes", "no")
-    )
+        "auto", "recompute the activations of no layer, every k-th or all of them in the backward pass",
+        one_of("auto", *RECOMPUTATION_LEVELS))
+    cpu_offload: str = flag("auto", "FSDP and HSDP: keep weights and optimizer in host memory", AUTO_YES_NO)
     precision: str = flag(
-        "auto",
-        "compute precision over fp32 master weights, bf16 on GPU and fp32 on CPU; bf16-states keeps no fp32 at all",
-        choices=("auto", "bf16", "fp32", "bf16-states"),
-    )
+        "auto", "compute precision over fp32 master weights, bf16 on GPU and fp32 on CPU; bf16-states keeps no fp32",
+        one_of("auto", "bf16", "fp32", "bf16-states"))
     packing: str = flag(
-        "auto",
-        "lay documents end to end instead of padding them; auto: where variable-length flash attention runs",
-        choices=("auto", "yes", "no"),
-    )
+        "auto", "lay documents end to end instead of padding them; auto: where variable-length flash attention runs",
+        AUTO_YES_NO)
     compile: str = flag(
-        "auto",
-        "compile the decoder layers; auto: on a GPU, in a run long enough to pay for it",
-        choices=("auto", "yes", "no"),
-    )
+        "auto", "compile the decoder layers; auto: on a GPU, in a run long enough to pay for it", AUTO_YES_NO)
     plan: str | None = flag(
-        None, "print the plan for this machine, or for a cluster such as 2x8xH100-80GB,ib=400, and exit", const="here"
-    )
-    plan_format: str = flag("table", "how --plan prints it", choices=("table", "json"))
+        None, "print the plan for this machine, or for a cluster such as 2x8xH100-80GB,ib=400, and exit",
+        text(unset="none"), bare="here")
+    plan_format: str = flag("table", "how --plan prints it", one_of("table", "json"))
     save_dtype: str = flag(
-        "auto", "weights of the final model: those of the compute precision", choices=("auto", "bf16", "fp32")
-    )
+        "auto", "weights of the final model; auto: those of the compute precision", one_of("auto", "bf16", "fp32"))
     save_model_dir: str = flag("./llama2_summarization", "folder for everything the run writes")
-    log_interval: int = flag(10, "optimizer steps between two lines of metrics", int, minimum=1)
-    eval_interval: int = flag(500, "optimizer steps between two evaluations", int, minimum=1)
-    save_interval: int = flag(500, "optimizer steps between two checkpoints", int, minimum=1)
-    keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", int, minimum=1)
+    log_interval: int = flag(10, "optimizer steps between two lines of metrics", POSITIVE)
+    eval_interval: int = flag(500, "optimizer steps between two evaluations", POSITIVE)
+    save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
+    keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", POSITIVE)
     resume: str = flag("auto", "auto, or the path of a checkpoint to begin from where the folder holds none yet")
-    resume_anyway: bool = flag(False, "resume although flags or data that shape the curve have changed", bool)
+    resume_anyway: bool = flag(False, "resume although flags or data that shape the losses have changed")
     async_save: str = flag(
-        "auto",
-        "write checkpoints while training goes on: where host memory holds a copy",
-        choices=("auto", "yes", "no"),
-    )
+        "auto", "write checkpoints while training goes on; auto: where host memory holds a copy", AUTO_YES_NO)
     rouge_samples: int = flag(
-        0, "validation documents to summarise and score with ROUGE at every evaluation (package rouge-score)", int,
-        minimum=0,
-    )  # fmt: skip
-    num_beams: int = flag(1, "beams of those summaries; 1 is greedy", int, minimum=1)
-    max_summary_tokens: int = flag(160, "tokens of those summaries at most", int, minimum=1)
-    quiet: bool = flag(False, "print warnings, errors and the closing line only", bool)
-    report_to: str = flag(
-        "none", "experiment tracker", choices=("none", *sorted(str(name) for name in LOGGER_TYPE_TO_CLASS))
-    )
+        0, "validation documents to summarise and score with ROUGE at every evaluation (package rouge-score)",
+        number(int, minimum=0))
+    num_beams: int = flag(1, "beams of those summaries; 1 is greedy", POSITIVE)
+    max_summary_tokens: int = flag(160, "tokens of those summaries at most", POSITIVE)
+    quiet: bool = flag(False, "print warnings, errors and the closing line only")
+    report_to: str = flag("none", "experiment tracker", one_of("none", *TRACKERS))
     num_proc: int = flag(
-        max(1, min(16, usable_cores() // 2)),
-        "processes that tokenise: half the cores, at most 16",
-        int,
-        minimum=1,
-    )
+        max(1, min(16, usable_cores() // 2)), "processes that tokenise: half the cores, at most 16", POSITIVE)
     dist_timeout_minutes: float = flag(
-        60.0, "longest wait for another rank before all give up", float, above=0, below=1e6
-    )
-    random_init: bool = flag(False, "random weights from the model's config alone: for benchmarks", bool)
+        60.0, "longest wait for another rank before all give up", number(float, above=0, below=1e6))
+    random_init: bool = flag(False, "random weights from the model's config alone: for benchmarks")
 
     @property
     def dataset_paths(self) -> list[str]:
@@ -289,43 +297,61 @@ class Config:
         return [named] if isinstance(named, str) else list(named)
 
 
+# fmt: on
 FLAGS = {field.name: field for field in dataclasses.fields(Config)}
-MISSING = "(nothing)"  # the value of a flag that was given without one
 
 
 def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def shown_default(field: dataclasses.Field) -> Any:
+    if field.default is None:
+        return field.metadata["read"].unset
+    return "off" if field.default is False else field.default
+
+
 def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """Returns the configuration the flags describe. Raises UserError with every problem of the flags at once."""
-    parser = build_parser()
-    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
-    given, unknown = parser.parse_known_args(argv)
-    known = list(map(flag_name, FLAGS))
-    # a word without a dash is told only if it comes first: after an unknown flag it is that flag's value
-    problems = [unknown_flag(word, known) for word in unknown if word.startswith("-") or word is unknown[0]]
+    """Returns the configuration that the flags describe. Raises UserError with every problem of the flags at once."""
+    given, unknown = build_parser().parse_known_args(argv)
+    # A word without a dash is reported only if it comes first: after an unknown flag it is that flag's value.
+    problems = [unknown_flag(word) for word in unknown if word.startswith("-") or word is unknown[0]]
     values = {}
-    for name, raw in vars(given).items():
-        field = FLAGS[name]
-        if raw is MISSING:
-            problems.append(f"{flag_name(name)} needs a value; leave it out for the default, {shown_default(field)}")
-            continue
-        try:
-            values[name] = convert_flag(field, raw)
-        except ValueError:
-            kind = {int: "a whole number", float: "a number"}[field.metadata["convert"]]
-            problems.append(
-                f"{flag_name(name)} {raw} is not {kind}; leave it out for the default, {shown_default(field)}"
-            )
-    problems += flag_problems(values)
+    for name, words in vars(given).items():
+        leave_out = f"leave it out for the default, {shown_default(FLAGS[name])}"
+        if words is True:
+            values[name] = words
+        elif words is None:
+            problems.append(f"{flag_name(name)} needs a value; {leave_out}")
+        elif "" in words:
+            problems.append(f"{flag_name(name)} is empty; {leave_out}")
+        else:
+            try:
+                read = [FLAGS[name].metadata["read"](word) for word in words]
+                values[name] = read[0] if len(read) == 1 else tuple(read)
+            except ValueError as broken_rule:
+                problems.append(f"{flag_name(name)} {words[0]} {broken_rule}; {leave_out}")
+    if values.get("hsdp_shard_size") and values.get("parallelism") != "hsdp":
+        problems.append(f"--hsdp-shard-size {values['hsdp_shard_size']} needs --parallelism hsdp; add it")
     if problems:
         raise UserError(*problems)
     return Config(**values)
 
 
+def unknown_flag(word: str) -> str:
+    known, name = list(map(flag_name, FLAGS)), word.split("=")[0]
+    initials = "--" + "".join(part[:1] for part in name.strip("-").replace("_", "-").split("-"))  # of --learning-rate
+    close = [initials] if initials in known else difflib.get_close_matches(name, known, n=1)
+    return f"{word} is not a flag of this script; " + (f"did you mean {close[0]}?" if close else "see --help")
+
+
+def launched_rank() -> int:
+    """Returns this process's rank as torchrun set it. It is known before there is a process group."""
+    return int(os.environ.get("RANK", 0))
+
+
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises its errors, for `command_line` to report, and prints its help on rank 0 only."""
+    """Splits the command line into flags and words. Raises its errors as UserError; only rank 0 prints the help."""
 
     def print_help(self, file=None) -> None:
         if launched_rank() == 0:
@@ -336,76 +362,19 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns a parser with a flag per field of `Config`. It only splits words: `parse_config` converts and checks."""
     parser = FlagParser(
         usage="%(prog)s [flags]",
         description="Fully fine-tune a causal LM on summarisation, in parallel by one line.",
         allow_abbrev=False,
     )
-    for field in FLAGS.values():
-        rule = field.metadata
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(field)}
-        if rule["convert"] is bool:
-            options["action"] = "store_true"
-        else:
-            options |= {"nargs": "?", "const": rule["const"] or MISSING}
-            options["metavar"] = (
-                "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else rule["convert"].__name__.upper()
-            )
-        if field.name == "dataset_name_or_path":
-            options["nargs"] = "+"
-            del options["const"]
-        parser.add_argument(flag_name(field.name), **options)
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
+    for name, field in FLAGS.items():
+        read, bare = field.metadata["read"], field.metadata["bare"]
+        words = dict(nargs="+") if name == "dataset_name_or_path" else dict(nargs="?", const=bare, type=lambda w: [w])
+        kind = dict(action="store_true") if field.default is False else dict(metavar=read.metavar, **words)
+        help = f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%")
+        parser.add_argument(flag_name(name), default=argparse.SUPPRESS, help=help, **kind)
     return parser
-
-
-def shown_default(field: dataclasses.Field) -> Any:
-    if field.default is None:
-        return field.metadata["unset"]
-    return "off" if field.default is False else field.default
-
-
-def help_text(field: dataclasses.Field) -> str:
-    return f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%")
-
-
-def convert_flag(field: dataclasses.Field, raw: Any) -> Any:
-    if isinstance(raw, list):
-        return raw[0] if len(raw) == 1 else tuple(raw)
-    if field.default is None and raw == field.metadata["unset"]:
-        return None
-    return field.metadata["convert"](raw)
-
-
-def unknown_flag(word: str, known: list[str]) -> str:
-    name = word.split("=")[0]
-    initials = "--" + "".join(part[:1] for part in name.strip("-").replace("_", "-").split("-"))  # of --learning-rate
-    close = [initials] if initials in known else difflib.get_close_matches(name, known, n=1)
-    return f"{word} is not a flag of this script; " + (f"did you mean {close[0]}?" if close else "see --help")
-
-
-def flag_problems(values: dict[str, Any]) -> list[str]:
-    """Returns one sentence for each value that breaks its rule: flag, value, rule, remedy."""
-    problems = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        rule, shown, default = FLAGS[name].metadata, f"{flag_name(name)} {value}", shown_default(FLAGS[name])
-        if value == "":
-            problems.append(f"{flag_name(name)} is empty; leave it out for the default, {default}")
-        elif rule["choices"] and value not in rule["choices"]:
-            problems.append(f"{shown} is not one of {', '.join(rule['choices'])}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{shown} must be a finite number; the default is {default}")
-        elif rule["minimum"] is not None and value < rule["minimum"]:
-            problems.append(f"{shown} must be at least {rule['minimum']}; the default is {default}")
-        elif rule["above"] is not None and not value > rule["above"]:
-            problems.append(f"{shown} must be above {rule['above']}; the default is {default}")
-        elif rule["below"] is not None and value >= rule["below"]:
-            problems.append(f"{shown} must be below {rule['below']:g}; the default is {default}")
-    if values.get("hsdp_shard_size") and values.get("parallelism") != "hsdp":
-        problems.append(f"--hsdp-shard-size {values['hsdp_shard_size']} needs --parallelism hsdp; add it")
-    return problems
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -3421,7 +3390,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
             )
     share = math.ceil(config.batch_size / cluster.world_size)
     sizes = [min(config.micro_batch_size, share)] if config.micro_batch_size else even_sizes(share)
-    levels = CHECKPOINTING_LEVELS if config.activation_checkpointing == "auto" else [config.activation_checkpointing]
+    levels = RECOMPUTATION_LEVELS if config.activation_checkpointing == "auto" else [config.activation_checkpointing]
     precision = config.precision if config.precision != "auto" else "bf16" if cluster.has_gpu else "fp32"
     plans = []
     for strategy in strategies:
