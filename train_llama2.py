@@ -1,4 +1,4 @@
-"""Fully fine-tune Llama-2-13B on CNN/DailyMail summarisation, in parallel by one line.
+"""Fully fine-tune Llama-2-13B on CNN/DailyMail summarisation, parallelised by one line.
 
     torchrun --standalone --nproc_per_node=gpu train_llama2.py --lr 1e-5        # one node, all its GPUs
     torchrun --nnodes=2 --nproc_per_node=gpu --rdzv_backend=c10d \\
@@ -6,25 +6,32 @@
     python train_llama2.py --model-name-or-path tests/data/tiny_llama \\
              --dataset-name-or-path tests/data/news --block-size 512            # a laptop
 
-The one parallel-specific line of `main()` is the hook, `enable_advanced_parallelization(...)`. On Moreh's MoAI
-platform it hands over to `torch.moreh.option.enable_advanced_parallelization()`. Everywhere else it looks at the
-processes torchrun made, the model's config and the devices, and carries out the fastest plan that fits.
+`main()` holds one parallel-specific line, the hook `enable_advanced_parallelization(...)`. On Moreh's MoAI platform
+the hook hands over to `torch.moreh.option.enable_advanced_parallelization()`. Everywhere else it looks at the
+processes that torchrun started, the model's config and the devices, and sets up the fastest plan that fits.
 
-Sections, in the order the data flows:
-    1. Constants               prompt, ignore index, file names
-    2. Configuration           one dataclass holds the flags, their defaults, their help and their rules
-    3. The plan                memory and time of every way to execute a step, and the choice among them
-    4. The hook                the plan carried out: processes, sharding, gradient synchronisation
-    5. Data                    prompt, truncation that keeps the summary, masks, packed or padded batches
-    6. Model                   loading each rank's share, attention, token loss, optimizer, schedule
-    7. Training step           scaling, clipping, non-finite steps
-    8. Evaluation              token-weighted, exact on any number of ranks; summaries and their ROUGE
-    9. Checkpoints             whole or not at all, resumable on any number of ranks; stop signals
-   10. The final model         in Hugging Face format, with its card
-   11. Reporting               progress, metrics.jsonl, curves, throughput, MFU, the plan against what happened
-   12. main()
+The file reads from the whole to the detail, in the order in which `main()` calls things:
+    1. This header             words, imports, the two kinds of error
+    2. Flags                   every setting with its default, its help and its rule
+    3. The run                 main(), and the exit codes
+    4. Training and evaluation the step, the learning rate, the validation loss, summaries and ROUGE
+    5. The hook                what makes a script for one device run on many
+    6. Data                    documents, tokens, masks, and how they are dealt to ranks and micro-batches
+    7. Model                   loading, attention, the loss without logits, compiling, AdamW
+    8. Checkpoints             the save folder, stop signals, writing and resuming
+    9. The final model         a Hugging Face folder with its model card
+   10. Reporting               progress, metrics.jsonl, curves, and whether the plan was right
+   11. The plan                memory and time of every way to execute a step, the choice, the devices
 
-Shapes: B documents in a micro-batch, T tokens of its longest document, V vocabulary.
+Words used throughout:
+    rank          one process. It has one device. Rank 0 speaks and writes; the others are silent unless they fail.
+    data rank     the ranks that work on the same documents count as one. Documents are dealt to data ranks.
+    step          one update of the weights, from one global batch of --batch-size documents.
+    micro-batch   the documents that go through one forward and backward pass of one data rank.
+    Shapes        B rows in a micro-batch, T tokens in a row, V pieces in the vocabulary.
+
+A function or method that takes or holds a `Parallel` talks to the other ranks: every rank must call it at the same
+point. Where one rank may call it alone, its docstring says so.
 """
 
 from __future__ import annotations
@@ -55,6 +62,7 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -63,54 +71,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-import accelerate
-import datasets
+# What only a run needs (accelerate, datasets, checkpoints, DTensor) is imported where it is used: --help and a wrong
+# flag are then answered in half the time. transformers itself imports its parts when they are first named.
 import huggingface_hub
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, set_seed
-from datasets.fingerprint import Hasher
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._triton import has_triton
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.distributed import DistributedConfig
-from transformers.distributed.utils import initialize_distributed_mesh
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# ----------------------------------------------------------------------------------------------------------------
-# 1. Words and constants used throughout
-# ----------------------------------------------------------------------------------------------------------------
-
-PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
 IGNORE_INDEX = -100  # the label that torch.nn.functional.cross_entropy ignores
 GIB = 2**30
-METRICS_FILE, SAMPLES_FILE = LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 
 
 class UserError(Exception):
-    """A mistake the user can fix: reported as one `error:` line per problem, with exit code 2 and no traceback."""
+    """A mistake the user can correct. It ends the run with one `error:` line per problem and exit code 2."""
 
     def __init__(self, *problems: str):
         super().__init__("; ".join(problems))
@@ -118,10 +96,7 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot continue, as every rank finds: one `error:` line, exit code 1, no traceback."""
-
-
-LEFT_TOGETHER = (None, UserError, RunError)  # how all ranks leave a context alike, so that collectives still work
+    """A failure at run time that every rank knows of. It ends the run with one `error:` line and exit code 1."""
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -380,71 +355,55 @@ def build_parser() -> argparse.ArgumentParser:
 # ----------------------------------------------------------------------------------------------------------------
 # 3. The run
 # ----------------------------------------------------------------------------------------------------------------
+# `main()` is the whole run. It is the same for one device and for many; the hook's line is the only one that knows.
+# `command_line()` turns the ways in which a run can end into exit codes and single lines.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """One run, top to bottom. Raises UserError for what the user can put right."""
+    """Trains from the flags to the final model. Raises UserError for what the user can put right."""
     config = parse_config(argv)
     if config.plan:
-        return plan_only(config)
-    with (
-        enable_advanced_parallelization(config) as parallel,
-        StopSignals(parallel) as stop,
-        contextlib.ExitStack() as leaving,
-    ):
-        set_seed(config.seed)
-        prepare_save_folder(config, parallel)
-        tokenizer = load_tokenizer(config, parallel)
-        train_documents, eval_documents = load_data(config, tokenizer, parallel)
-        eval_loader = data_loader(eval_documents, evaluation_batches(eval_documents.lengths, parallel), parallel)
-        steps_per_epoch = math.ceil(len(train_documents) / config.batch_size)
+        return print_plan(config)
+    with enable_advanced_parallelization(config) as parallel, StopSignals(parallel) as stop:
+        torch.manual_seed(config.seed)
+        prepare_save_folder(parallel)
+        tokenizer = load_tokenizer(parallel)
+        train_set, eval_set = load_data(tokenizer, parallel)
+        steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
         total_steps = min(config.max_steps or sys.maxsize, config.num_train_epochs * steps_per_epoch)
 
-        curve = curve_settings(config, parallel, train_documents)
-        checkpoints = leaving.enter_context(Checkpoints(config, parallel, curve, total_steps))
-        model = load_model(config, parallel)
-        optimizer = build_optimizer(model, config)
-        state = checkpoints.resume(model, optimizer, parallel.device)
-        resolved = dict(
-            compiled=compile_layers(model, config, parallel, total_steps - state.step),
-            async_save=checkpoints.asynchronous,
-            save_dtype="bf16" if saved_dtype(config, parallel) == torch.bfloat16 else "fp32",
-        )
+        with Checkpoints(parallel, train_set, total_steps) as checkpoints:  # leaving waits for the last write
+            model = load_model(parallel)
+            optimizer = build_optimizer(model, config)
+            state = checkpoints.resume(model, optimizer)
+            compiled = compile_layers(model, parallel, total_steps - state.step)
+            check_setup(model, eval_set, parallel)
+            log = RunLog(parallel, state, total_steps, steps_per_epoch, compiled, checkpoints.asynchronous)
+            batches = log.timing_the_wait(training_batches(train_set, state.step, total_steps, parallel))
 
-        check_setup(model, eval_loader, parallel)
-        log = RunLog(config, parallel, state, total_steps, steps_per_epoch, resolved)
+            while True:
+                finished, stopping = state.step == total_steps, stop.agreed()
+                if log.evaluation_due(state) and not stopping:
+                    with log.clock_stopped():
+                        log.evaluation(state, evaluate(model, eval_set, parallel, stop))
+                    stopping = stop.agreed()  # a signal during the evaluation must still lead to a save
+                saving = finished or stopping or state.step % config.save_interval == 0
+                stop_if_broken(state, saving)
+                if saving and state.step > checkpoints.saved_step:
+                    with log.clock_stopped():
+                        log.flush()
+                        checkpoints.save(model, optimizer, state)
+                if finished or stopping:
+                    break
+                stop.seconds_to_leave = log.seconds_per_step() + checkpoints.seconds_to_save()
+                lr = learning_rate(state.step, total_steps, config)
+                log.step(state, training_step(model, optimizer, next(batches), lr, state, parallel, stop))
 
-        def evaluate_if_due() -> None:
-            if log.evaluation_due(state) and not stop.agreed():
-                with log.clock_stopped():
-                    log.evaluation(state, assess(model, eval_loader, config, parallel, stop))
-
-        evaluate_if_due()  # the run before may have been stopped at it
-        batches = remaining_batches(train_documents, state.step, total_steps, config, parallel)
-        for batch in log.timing_the_wait(batches):
-            lr = learning_rate(state.step, total_steps, config)
-            result = training_step(model, optimizer, batch, lr, state, config, parallel, stop)
-            if result is not None:
-                log.step(state, result)
-            evaluate_if_due()
-            stopping = stop.agreed()  # asked once: a signal from here on is for the next step to find, and to save
-            saving = stopping or state.step == total_steps or state.step % config.save_interval == 0
-            stop_if_broken(state, saving)
-            if saving:
-                with log.clock_stopped():
-                    log.sync()
-                    checkpoints.save(model, optimizer, state)
-            if stopping:
-                break
-            stop.seconds_to_leave = log.seconds_per_step() + checkpoints.seconds_to_save()
-        checkpoints.wait()
-
-        if state.step < total_steps:
-            log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
-        else:
-            save_model(model, tokenizer, config, parallel)
-            write_model_card(config, parallel, state, log)
-            log.summary(state)
+        if not finished:
+            return log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
+        save_model(model, tokenizer, parallel)
+        write_model_card(parallel, state, log)
+        log.done(state)
 
 
 def command_line(argv: Sequence[str] | None = None) -> int:
@@ -456,12 +415,14 @@ def command_line(argv: Sequence[str] | None = None) -> int:
         main(argv)
     except (UserError, RunError) as error:
         problems = error.problems if isinstance(error, UserError) else [error]
+        if isinstance(error, RunError) and error.__cause__ is not None:  # only the rank that failed has the cause
+            traceback.print_exception(error.__cause__)
         if launched_rank() == 0:
             print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
         else:
             time.sleep(5)
         return 2 if isinstance(error, UserError) else 1
-    except torch.OutOfMemoryError:  # told by the hook's context, which knows the plan
+    except torch.OutOfMemoryError:  # the hook's context has explained it, because it knows the plan
         return 1
     except RuntimeError as error:
         if not lost_contact(error):
@@ -477,15 +438,18 @@ def command_line(argv: Sequence[str] | None = None) -> int:
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Returns whether another rank is out of reach. NCCL and the store raise DistError; gloo only words tell apart."""
+    """Returns whether another rank is out of reach. NCCL and the store raise DistError; gloo only words it."""
     words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     out_of_memory = "out of memory" in str(error)  # NCCL's own buffers
     return not out_of_memory and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 4. Training step and evaluation
+# 4. Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------
+# The loss of a step is the sum of the token losses of the whole global batch over its label tokens, so how the batch
+# is cut into ranks, micro-batches and rows changes nothing. A step never asks the device for a value. The validation
+# loss weighs every token the same, and counts each document once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
@@ -507,18 +471,18 @@ class TrainingState:
     def fresh(cls, device: torch.device) -> TrainingState:
         return cls(*(torch.zeros((), device=device) for _ in range(3)), run_id=uuid.uuid4().hex[:12])
 
-    def as_facts(self) -> dict[str, Any]:
+    def as_numbers(self) -> dict[str, Any]:
         """Returns the state for a checkpoint's manifest. Waits for the device."""
         return {name: int(value) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
 
-    def restore(self, facts: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any]) -> None:
         for name, value in vars(self).items():
-            setattr(self, name, torch.full_like(value, facts[name]) if isinstance(value, torch.Tensor) else facts[name])
+            setattr(self, name, torch.full_like(value, saved[name]) if isinstance(value, torch.Tensor) else saved[name])
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and gradient norm of one optimizer step over all ranks, as tensors on the device, and its counts."""
+    """Loss and gradient norm of one step over all ranks, as tensors on the device, and what the step consisted of."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -534,17 +498,16 @@ def training_step(
     batch: GlobalBatch,
     lr: float,
     state: TrainingState,
-    config: Config,
     parallel: Parallel,
     stop: StopSignals | None = None,
 ) -> StepResult | None:
-    """One optimizer step on a global batch. Every rank must call it. No host sync.
+    """Takes one optimizer step on a global batch. No host sync.
 
     Returns None, having changed nothing, if all ranks agreed to stop before the step was complete.
 
-    The loss is (sum of token losses over all ranks) / (label tokens over all ranks). DDP and FSDP average gradients
-    over the ranks, hence the factor dp_size. A step whose loss or gradient norm is not finite changes nothing: fused
-    AdamW leaves weights and moments alone where `found_inf` is 1, the way torch.amp.GradScaler skips.
+    DDP and FSDP average gradients over the data ranks, so each loss is multiplied by their number. A step whose loss
+    or gradient norm is not finite changes nothing: AdamW leaves weights and moments alone where `found_inf` is 1, in
+    the way torch.amp.GradScaler skips steps.
     """
     model.train()
     loss_sum = torch.zeros((), device=parallel.device)
@@ -554,20 +517,21 @@ def training_step(
             return None
         with parallel.gradient_sync(model, is_last=index == len(batch.micro_batches) - 1):
             micro_loss = token_loss_sum(model, micro_batch, parallel)
-            (micro_loss * (parallel.dp_size / batch.label_tokens)).backward()
+            (micro_loss * (parallel.data_parallel_size / batch.label_tokens)).backward()
         loss_sum += micro_loss.detach()
-    loss = parallel.sum_over_ranks(loss_sum) / batch.label_tokens
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor().to(parallel.device)
+    loss = parallel.sum_over_data_ranks(loss_sum) / batch.label_tokens
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), parallel.config.max_grad_norm or math.inf)
+    grad_norm = unsharded(grad_norm).to(parallel.device)
+
     skip = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
-    parameter = optimizer.param_groups[0]["params"][0]
-    optimizer.grad_scale, optimizer.found_inf = None, skip.to(parameter.device)  # a host sync only under CPU offload
-    optimizer.rounding_seed = state.step  # of StochasticAdamW
+    weight = optimizer.param_groups[0]["params"][0]
+    optimizer.grad_scale, optimizer.found_inf = None, skip.to(weight.device)  # a host sync only under CPU offload
+    optimizer.rounding_seed = state.step  # for StochasticAdamW
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
+
     state.step += 1
     state.tokens += batch.tokens
     state.skipped += skip
@@ -578,34 +542,20 @@ def training_step(
 
 
 def token_loss_sum(model: torch.nn.Module, micro_batch: dict[str, torch.Tensor], parallel: Parallel) -> torch.Tensor:
-    """Returns the sum of the token losses of a micro-batch, fp32, on the device; differentiable."""
+    """Returns the sum of the token losses of a micro-batch, in fp32, on the device. It can be differentiated."""
     inputs: dict[str, Any] = {
         name: tensor.to(parallel.device, non_blocking=True)
         for name, tensor in micro_batch.items()
         if name != "labels"  # the head is given its targets
     }
     if parallel.plan.packing:
-        inputs["max_length"] = parallel.block_size  # a bound that never changes, or compiled layers would
+        inputs["max_length"] = parallel.config.block_size  # a bound that never changes, or layers would be recompiled
     with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
         return model(**inputs, use_cache=False)
 
 
-def stop_if_broken(state: TrainingState, saving: bool) -> None:
-    """Ends the run after too many skipped updates in a row, on all ranks alike, as all saw the same loss and norm.
-
-    Reading the count waits for the device, so it is read every fifth step, and before a save: a checkpoint inside
-    such a row would end every run that resumes from it. The steps in between do no harm: their updates are skipped as
-    well.
-    """
-    if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
-        raise RunError(
-            f"loss or gradient norm was not finite in {NONFINITE_LIMIT} steps in a row, up to step {state.step}; "
-            "those updates were skipped. Lower --lr, lengthen --warmup-ratio, or look at the data of these steps"
-        )
-
-
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """Returns the learning rate of update number `step` (from 0): linear warm-up, then the schedule down to 0."""
+    """Returns the learning rate of the update after `step` others: linear warm-up, then the schedule down to 0."""
     warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -615,132 +565,137 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     return config.lr * (1 - progress) if config.lr_scheduler == "linear" else config.lr
 
 
-def check_setup(model: torch.nn.Module, loader: DataLoader, parallel: Parallel) -> None:
-    """Evaluates the two batches of the longest documents before training: a broken set-up fails in the first minute."""
-    loss = evaluate(model, loader, parallel, max_batches=SANITY_BATCHES)
+def stop_if_broken(state: TrainingState, saving: bool) -> None:
+    """Raises RunError after too many skipped updates in a row. All ranks do, because all saw the same loss and norm.
+
+    Reading the count waits for the device, so it is read every fifth step, and before a save: a checkpoint inside
+    such a row would end every run that resumes from it. The steps in between do no harm, as they are skipped too.
+    """
+    if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
+        raise RunError(
+            f"loss or gradient norm was not finite in {NONFINITE_LIMIT} steps in a row, up to step {state.step}; "
+            "those updates were skipped. Lower --lr, lengthen --warmup-ratio, or look at the data of these steps"
+        )
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------------------
+
+
+def check_setup(model: torch.nn.Module, eval_set: Documents, parallel: Parallel) -> None:
+    """Computes the loss of the longest validation documents before training, so that a broken set-up fails early."""
+    loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found: mean token loss in nats; with --rouge-samples the summaries and their scores."""
+def evaluate(
+    model: torch.nn.Module, eval_set: Documents, parallel: Parallel, stop: StopSignals
+) -> tuple[dict[str, float], list[dict[str, str]]] | None:
+    """Returns the scores of the validation split and the summaries written for --rouge-samples of its documents.
 
-    loss: float
-    rouge: dict[str, float]
-    samples: list[Sample]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A validation document's own summary beside the model's."""
-
-    reference: str
-    summary: str
-
-
-def assess(
-    model: torch.nn.Module, loader: DataLoader, config: Config, parallel: Parallel, stop: StopSignals
-) -> Evaluation | None:
-    """Returns the evaluation of the whole validation split, None where the run was asked to stop meanwhile.
-
-    Every rank must call it. Raises RunError where the loss is not finite.
+    The scores are named as in metrics.jsonl: `eval_loss` in nats a token, `eval_perplexity`, and where there are
+    summaries `rouge1`, `rouge2` and `rougeLsum`. Returns None where the run was asked to stop meanwhile. Raises
+    RunError where the loss is not finite.
     """
-    loss = evaluate(model, loader, parallel, stop=stop)
-    if loss is not None and not math.isfinite(loss):
-        raise RunError(
-            f"the validation loss is {loss}: the weights are broken, and are not saved; what was saved before is kept. "
-            "Delete the later checkpoints to go back to an earlier one, and lower --lr, or lengthen --warmup-ratio"
-        )
+    loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel), parallel, stop)
     if loss is None:
         return None
-    samples = summarise(model, loader.dataset.documents, config, parallel, stop)
-    return None if samples is None else Evaluation(loss, rouge_scores(samples), samples)
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the validation loss is {loss}: the weights are broken and are not saved. Everything saved before is "
+            "kept. Lower --lr or lengthen --warmup-ratio, and to go back further delete the latest checkpoints"
+        )
+    samples = summarise(model, eval_set, parallel, stop)
+    if samples is None:
+        return None
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows above
+    return dict(eval_loss=loss, eval_perplexity=perplexity, **rouge_scores(samples)), samples
 
 
 @torch.no_grad()
-def evaluate(
+def mean_token_loss(
     model: torch.nn.Module,
-    loader: DataLoader,
+    documents: Documents,
+    batches: Sequence[np.ndarray],
     parallel: Parallel,
-    max_batches: int | None = None,
     stop: StopSignals | None = None,
 ) -> float | None:
-    """Returns the mean token loss in nats over the loader's (first `max_batches`) batches, the same on every rank.
+    """Returns the mean token loss of these batches in nats, the same on every rank; None if asked to stop meanwhile.
 
-    Every rank must call it. Weighted by tokens, and each document counts once on any number of ranks. None where
-    the run was asked to stop meanwhile.
+    `batches` hold positions in `documents`. One host sync, at the end.
     """
     model.eval()
     loss_sum = torch.zeros((), device=parallel.device, dtype=torch.float64)
-    label_tokens, steps = 0, min(len(loader), max_batches or len(loader))
-    for batch in tqdm(
-        itertools.islice(loader, steps), "evaluating", steps, leave=False, disable=not shows_bars(parallel)
-    ):
+    label_tokens = 0
+    for positions in tqdm(batches, "evaluating", leave=False, disable=not parallel.shows_bars):
         if stop and stop.agreed():
             return None
+        batch = global_batch(documents, positions, parallel)
         for micro_batch in batch.micro_batches:
             loss_sum += token_loss_sum(model, micro_batch, parallel)
         label_tokens += batch.label_tokens
-    return (parallel.sum_over_ranks(loss_sum) / label_tokens).item()
+    return (parallel.sum_over_data_ranks(loss_sum) / label_tokens).item()
 
 
 @torch.no_grad()
 def summarise(
-    model: torch.nn.Module, documents: Documents, config: Config, parallel: Parallel, stop: StopSignals
-) -> list[Sample] | None:
-    """Returns the model's summaries of `--rouge-samples` documents drawn by the seed, the same list on every rank.
+    model: torch.nn.Module, documents: Documents, parallel: Parallel, stop: StopSignals
+) -> list[dict[str, str]] | None:
+    """Returns the model's summaries of --rouge-samples documents, drawn by the seed, beside the documents' own.
 
-    Every rank must call it; None where the run was asked to stop meanwhile. The documents are dealt to the ranks, and
-    every rank makes the same number of calls: sharded forwards are collective, so a rank with nothing left summarises
-    a document once more, and transformers keeps all ranks of a call going until the last has ended its summaries.
+    Each is a `reference` and a `summary`; every rank gets the same list. Returns None where the run was asked to stop
+    meanwhile. Sharded forward passes need all ranks, so a data rank with nothing left summarises a document once more,
+    and transformers keeps all ranks of a call going until the last has ended its summaries.
     """
+    config, size = parallel.config, parallel.data_parallel_size
     module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
     module.eval()
     drawn = np.random.default_rng(config.seed).permutation(len(documents))[: config.rouge_samples]
-    mine, size = drawn[parallel.rank :: parallel.dp_size], prompts_at_a_time(config, parallel)
-    calls = math.ceil(math.ceil(len(drawn) / parallel.dp_size) / size)
+    mine, prompts_per_call = drawn[parallel.data_rank :: size], prompts_at_a_time(parallel)
+    calls = math.ceil(math.ceil(len(drawn) / size) / prompts_per_call)
     settings = transformers.GenerationConfig(
         max_new_tokens=config.max_summary_tokens, num_beams=config.num_beams, do_sample=False,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer), bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
-    written: list[Sample] = []
-    for call in tqdm(range(calls), "summarising", leave=False, disable=not shows_bars(parallel)):
+    written: list[dict[str, str]] = []
+    for call in tqdm(range(calls), "summarising", leave=False, disable=not parallel.shows_bars):
         if stop.agreed():
             return None
-        batch = mine[call * size : (call + 1) * size]
-        rows = documents.rows[batch if len(batch) else drawn[:1]]
-        documents_and_prompts = list(zip(rows["input_ids"], rows["prompt_length"], strict=True))
-        prompts = [ids[:length] for ids, length in documents_and_prompts]
-        references = [ids[length:] for ids, length in documents_and_prompts]
-        inputs = {name: tensor.to(parallel.device) for name, tensor in pad_prompts(prompts, tokenizer).items()}
+        positions = mine[call * prompts_per_call : (call + 1) * prompts_per_call]
+        rows = documents.rows[positions if len(positions) else drawn[:1]]
+        pairs = list(zip(rows["input_ids"], rows["prompt_length"], strict=True))
+        references = tokenizer.batch_decode([ids[length:] for ids, length in pairs], skip_special_tokens=True)
+        inputs = pad_prompts([ids[:length] for ids, length in pairs], tokenizer)
+        inputs = {name: tensor.to(parallel.device) for name, tensor in inputs.items()}
         with generating(module, parallel):
             outputs = module.generate(**inputs, generation_config=settings)
         texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        references = tokenizer.batch_decode(references, skip_special_tokens=True)
-        written += map(Sample, map(str.strip, references), map(str.strip, texts))
-    everyones = gather_object([written])  # by rank; what fills an empty share comes last in it, and is left out here
-    return [everyones[place % parallel.dp_size][place // parallel.dp_size] for place in range(len(drawn))]
+        written += [dict(reference=r.strip(), summary=s.strip()) for r, s in zip(references, texts, strict=True)]
+    of_each_rank = together(lambda: written, gathered=True)
+    # A data rank's repeated document comes last in its list, and is left out here.
+    return [of_each_rank[parallel.rank_of(place % size)][place // size] for place in range(len(drawn))]
 
 
-def prompts_at_a_time(config: Config, parallel: Parallel) -> int:
+def prompts_at_a_time(parallel: Parallel) -> int:
     """Returns how many documents a rank summarises in one call: a micro-batch, or fewer where their caches need more
-    memory than weights and moments leave. The same on every rank, as the plan counts with the smallest device.
+    memory than weights and moments leave. It is the same on every rank, as the plan counts with the smallest device.
 
     A cache holds keys and values of every layer, per token of prompt and summary and per beam.
     """
-    shape, plan, cluster = parallel.shape, parallel.plan, parallel.cluster
+    shape, plan, config = parallel.shape, parallel.plan, parallel.config
     step = StepMemory(shape, plan, tokens=1)
-    gathered = 2 * step.width * (shape.layer_parameters + shape.head_parameters)
-    room = HEADROOM * cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
-    token_bytes = 2 * shape.layers * shape.kv_width * (4 if plan.autocasts else step.width)
-    beams_reordered = 2 if config.num_beams > 1 else 1  # beam search copies the cache to reorder it
-    document_bytes = token_bytes * (config.block_size + config.max_summary_tokens) * config.num_beams * beams_reordered
-    return max(1, min(plan.micro_batch_size, int(room // document_bytes)))
+    gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
+    free_bytes = HEADROOM * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
+    token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
+    copies_to_reorder = 2 if config.num_beams > 1 else 1  # beam search copies the cache to reorder it
+    document_tokens = (config.block_size + config.max_summary_tokens) * config.num_beams * copies_to_reorder
+    return max(1, min(plan.micro_batch_size, int(free_bytes // (token_bytes * document_tokens))))
 
 
-def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Returns `input_ids` and `attention_mask` (B, T), padded at their beginning, so that all end at one place."""
+def pad_prompts(
+    prompts: Sequence[list[int]], tokenizer: transformers.PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Returns `input_ids` and `attention_mask` (B, T), padded at their beginning so that all prompts end together."""
     rows = [torch.as_tensor(prompt) for prompt in prompts]
     pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     return dict(
@@ -749,8 +704,8 @@ def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
 
 
 @contextlib.contextmanager
-def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
-    """Inside, attention uses the padding mask, which left-padded prompts need, and no layer is recompiled."""
+def generating(model: transformers.PreTrainedModel, parallel: Parallel) -> Iterator[None]:
+    """Inside, attention uses the padding mask, which prompts padded at the left need, and no layer is recompiled."""
     training_attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     autocast = torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts)
@@ -761,10 +716,10 @@ def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
         model.set_attn_implementation(training_attention)
 
 
-def rouge_scores(samples: Sequence[Sample]) -> dict[str, float]:
+def rouge_scores(samples: Sequence[dict[str, str]]) -> dict[str, float]:
     """Returns the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-Lsum (Lin 2004) in percent, with stemming; {} for no samples.
 
-    Lsum compares sentence by sentence, a line each.
+    Lsum compares sentence by sentence, and wants each on a line of its own.
     """
     if not samples:
         return {}
@@ -772,29 +727,33 @@ def rouge_scores(samples: Sequence[Sample]) -> dict[str, float]:
 
     names = ("rouge1", "rouge2", "rougeLsum")
     scorer = RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score(sentence_lines(each.reference), sentence_lines(each.summary)) for each in samples]
+    pairs = [[re.sub(r"(?<=[.!?]) +", "\n", each[kind]) for kind in ("reference", "summary")] for each in samples]
+    scores = [scorer.score(reference, summary) for reference, summary in pairs]
     return {name: 100 * float(np.mean([score[name].fmeasure for score in scores])) for name in names}
-
-
-def sentence_lines(text: str) -> str:
-    return re.sub(r"(?<=[.!?]) +", "\n", text)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # 5. The hook
 # ----------------------------------------------------------------------------------------------------------------
+# The hook joins the processes, chooses the plan and returns a `Parallel`, which carries both and knows the few things
+# that differ between one device and many. In another script's loop it chooses only forms in which a plain
+# `model(...)` and `loss.backward()` are right.
+
+MOAI_WORDS = "plan      moai: torch.moreh.option.enable_advanced_parallelization() was called, and the platform decides"
 
 
 def enable_advanced_parallelization(config: Config) -> Parallel:
-    """Makes the rest of a single-GPU script run on every device there is; returns what it set up.
+    """Makes the rest of a single-device script run on every device there is, and returns what it has set up.
 
     Where `torch.moreh` exists, MoAI takes over: the platform shows its whole cluster as one device, and the script
-    goes on as one plain process. Elsewhere the strategy is chosen from the world torchrun made, the model's own
-    config and the devices' memory. Call it once, on every rank, before the model is built.
+    goes on as one plain process. Elsewhere the plan follows from the processes that torchrun started, the model's
+    config and the devices' memory. Call it once, before the model is built.
 
-    Works for other causal LMs and other scripts: `enable_advanced_parallelization(Config(model_name_or_path=...))`.
-    Raises UserError when the model cannot be read, or the plan that was asked for cannot work.
+    It works for other causal LMs and other scripts: `enable_advanced_parallelization(Config(model_name_or_path=...))`.
+    Raises UserError where the model cannot be read, or the plan that was asked for cannot work.
     """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
     on_moai = hasattr(torch, "moreh")
     if on_moai:
         torch.moreh.option.enable_advanced_parallelization()
@@ -810,27 +769,44 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     )
     quieten_libraries(accelerator.is_local_main_process, config.quiet)
     cluster = find_cluster()
-    with agreed_by_all_ranks():
-        model_config, shape = read_model_shape(config)
-        if on_moai:
-            check_block(shape, config)
-            choice, plan, told = None, moai_plan(config), MOAI_WORDS
-        else:
-            choice = choose_plan(shape, cluster, config)
-            refuse_what_does_not_fit(choice, cluster)
-            plan, told = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
-    timeout = timedelta(minutes=config.dist_timeout_minutes)
-    parallel = Parallel(
-        accelerator, cluster, model_config, shape, plan, choice, config.block_size, timeout, config.quiet
-    )
-    parallel.say(told)
+    model_config, shape = together(lambda: read_model_shape(config))
+    if on_moai:
+        choice, plan, words = None, moai_plan(shape, config), MOAI_WORDS
+    else:
+        choice = choose_plan(shape, cluster, config)
+        refuse_what_does_not_fit(choice, cluster)
+        plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
+    parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice)
+    parallel.say(words)
     if (gpus := torch.cuda.device_count()) > 1 and cluster.world_size == 1 and not on_moai:
         parallel.say(f"  note      1 of {gpus} GPUs; torchrun --nproc_per_node=gpu uses them all")
     return parallel
 
 
+def moai_plan(shape: ModelShape, config: Config) -> Plan:
+    """On MoAI the platform decides: one forward takes the whole batch, and nothing is sharded or synchronised here.
+
+    Raises UserError for flags that would take the decision from it.
+    """
+    for name in ("parallelism", "cpu_offload"):
+        if (value := getattr(config, name)) not in ("auto", "none", "no"):
+            raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
+    check_block(shape, config)
+    micro_batch_size = config.micro_batch_size or config.batch_size
+    recompute = "none" if config.activation_checkpointing == "auto" else config.activation_checkpointing
+    return Plan(
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=math.ceil(config.batch_size / micro_batch_size),
+        activation_checkpointing=recompute,
+        precision="bf16" if config.precision == "auto" else config.precision,
+        compiled=config.compile == "yes",
+    )
+
+
 def check_optional_packages(config: Config) -> None:
     """Raises UserError for a flag that needs a package which is not installed."""
+    from accelerate.tracking import get_available_trackers
+
     if config.rouge_samples and importlib.util.find_spec("rouge_score") is None:
         raise UserError(
             "--rouge-samples needs the package rouge-score, which is not installed; pip install rouge-score"
@@ -842,50 +818,35 @@ def check_optional_packages(config: Config) -> None:
         )
 
 
-def moai_plan(config: Config) -> Plan:
-    """On MoAI the platform decides: one forward takes the whole batch, and nothing is sharded or synchronised here.
+def quieten_libraries(speaks: bool, quiet: bool) -> None:
+    """Silences the libraries' warnings on all but one process per node, and their bars unless it has a terminal."""
+    import datasets
 
-    Raises UserError for flags that would take the decision from it.
-    """
-    for name in ("parallelism", "cpu_offload"):
-        if (value := getattr(config, name)) not in ("auto", "none", "no"):
-            raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
-    micro_batch_size = config.micro_batch_size or config.batch_size
-    recompute = "none" if config.activation_checkpointing == "auto" else config.activation_checkpointing
-    return Plan(
-        strategy="moai",
-        dp_replicate_size=1,
-        dp_shard_size=1,
-        micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=math.ceil(config.batch_size / micro_batch_size),
-        activation_checkpointing=recompute,
-        reshard_after_forward=True,
-        cpu_offload=False,
-        gradient_sync="step",
-        precision="bf16" if config.precision == "auto" else config.precision,
-        compiled=config.compile == "yes",
-    )
-
-
-MOAI_WORDS = "plan      moai: torch.moreh.option.enable_advanced_parallelization() was called, and the platform decides"
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # our error line names the bad file
+    if not speaks or quiet or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+        huggingface_hub.utils.disable_progress_bars()
+    if not speaks:
+        transformers.logging.set_verbosity_error()
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """What the hook returns: the processes, the plan, and the few operations that differ between one device and many.
+    """What the hook returns: the flags, the processes, the plan, and what differs between one device and many.
 
     A context manager: leaving it ends the trackers and the process group.
     """
 
-    accelerator: Accelerator
+    config: Config
+    accelerator: Any  # accelerate.Accelerator
     cluster: Cluster
     model_config: transformers.PretrainedConfig
     shape: ModelShape
     plan: Plan
-    choice: Choice | None
-    block_size: int
-    timeout: timedelta
-    quiet: bool = False
+    choice: Choice | None  # None on MoAI
 
     @property
     def device(self) -> torch.device:
@@ -897,74 +858,83 @@ class Parallel:
 
     @property
     def rank(self) -> int:
+        """The number of this process among all."""
         return self.accelerator.process_index
 
     @property
-    def dp_size(self) -> int:
-        """The number of ranks with documents of their own: all of them, as there is no tensor parallelism."""
-        return self.plan.dp_replicate_size * self.plan.dp_shard_size
+    def data_rank(self) -> int:
+        """The number of this rank's documents: batches, evaluations and summaries are dealt by it.
+
+        Ranks are numbered with pipeline stages outermost and tensor parallelism innermost.
+        """
+        return self.rank // self.plan.tensor_parallel_size % self.data_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.plan.data_parallel_size
+
+    def rank_of(self, data_rank: int) -> int:
+        """Returns the first rank that works on the documents of a data rank."""
+        return data_rank * self.plan.tensor_parallel_size
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(minutes=self.config.dist_timeout_minutes)
+
+    @property
+    def shows_bars(self) -> bool:
+        return self.is_main and sys.stderr.isatty() and not self.config.quiet
 
     def __enter__(self) -> Parallel:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        if error_type in LEFT_TOGETHER:
+        if error_type in ORDERLY_EXITS:
             if self.accelerator.num_processes > 1:
                 # gloo's threads need the GIL to release their last message; destroying a DDP model, or Python's exit,
                 # would wait for them while holding it: now and then a hang or an abort
                 time.sleep(0.1)
             self.accelerator.end_training()
         elif issubclass(error_type, torch.OutOfMemoryError):
-            print(self.explain_out_of_memory(), file=sys.stderr, flush=True)
-
-    def explain_out_of_memory(self) -> str:
-        """Returns the error line of a rank that ran out: what was predicted, what was allocated, which flags help."""
-        words = f" It ran {self.plan.describe()}."
-        remedy = f"--micro-batch-size {max(1, self.plan.micro_batch_size // 2)}"
-        if self.choice is not None:
-            memory = self.choice.chosen.memory
-            words += f" The plan expected {memory.active:.1f} GiB active and {memory.reserved[1]:.1f} reserved"
-            words += f" of {self.cluster.memory_gib:.1f}, at {memory.peak_moment}."
-            remedy = flags_for_less_memory(self.shape, self.cluster, self.plan, memory.active, self.block_size)
-        if self.device.type == "cuda":
-            words += f" PyTorch's peak was {torch.cuda.max_memory_allocated() / GIB:.1f} GiB allocated and"
-            words += f" {torch.cuda.max_memory_reserved() / GIB:.1f} reserved."
-        return (
-            f"error: rank {self.rank} ran out of memory.{words} Try {remedy}; saved checkpoints are kept, and "
-            "the same command with these flags resumes from the newest"
-        )
+            print(explain_out_of_memory(self), file=sys.stderr, flush=True)
 
     def say(self, *words: object, always: bool = False) -> None:
-        """Prints on rank 0 alone, above a progress bar if there is one. Any rank may call it.
+        """Prints on rank 0, above a progress bar if there is one. Any rank may call it alone.
 
-        Under --quiet only warnings and what is marked `always`.
+        Under --quiet it prints only warnings and what is marked `always`.
         """
         line = " ".join(map(str, words))
-        if self.is_main and (always or not self.quiet or line.startswith("WARNING")):
+        if self.is_main and (always or not self.config.quiet or line.startswith("WARNING")):
             tqdm.write(line, file=sys.stdout)  # Accelerator.print speaks once per node
             sys.stdout.flush()
 
-    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns `tensor` summed over all ranks, on each of them. Every rank must call it. No host sync."""
+    def sum_over_data_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns `tensor` summed over the data ranks, on each of them. No host sync."""
         return self.accelerator.reduce(tensor, "sum")
 
     def cpu_group(self) -> dist.ProcessGroup | None:
-        """Returns a new group of all ranks for messages in host memory, None for one process. Every rank calls it."""
+        """Returns a new group of all ranks for messages in host memory; None for one process."""
         if self.accelerator.num_processes == 1:
             return None
         # a shorter timeout than NCCL's, whose watchdog would abort the process before we could report anything
         return dist.new_group(backend="gloo", timeout=0.8 * self.timeout)
 
-    @contextlib.contextmanager
-    def node_main_first(self) -> Iterator[None]:
-        """Runs the body on each node's first process, then on the others, which find its files and caches ready."""
-        if not self.accelerator.is_local_main_process:
-            self.wait_for_everyone()
-        try:
-            yield
-        finally:
-            if self.accelerator.is_local_main_process:
+    def node_main_first(self, act: Callable[[], Any]) -> Any:
+        """Runs `act` on each node's first process, then on the others, which find its files and caches ready.
+
+        Returns its result; raises what failed on any rank on all of them.
+        """
+
+        def act_in_turn() -> Any:
+            if not self.accelerator.is_local_main_process:
                 self.wait_for_everyone()
+            try:
+                return act()
+            finally:
+                if self.accelerator.is_local_main_process:
+                    self.wait_for_everyone()
+
+        return together(act_in_turn)
 
     def wait_for_everyone(self) -> None:
         """A barrier in host memory. Accelerate's would be NCCL's, which keeps the GPU busy while others tokenise."""
@@ -973,7 +943,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def gradient_sync(self, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
-        """Wraps one micro-batch's forward and backward; decides whether its gradients are reduced now or later.
+        """Wraps one micro-batch's forward and backward, and decides whether its gradients are reduced now or later.
 
         DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
         gradient (4 bytes per parameter). HSDP reduces inside the sharded group each time, and only the all-reduce
@@ -988,28 +958,72 @@ class Parallel:
                 yield
 
 
-@contextlib.contextmanager
-def agreed_by_all_ranks() -> Iterator[None]:
-    """A UserError that one rank raises in the body is raised on every rank, so that all leave together.
+ORDERLY_EXITS = (None, UserError, RunError)  # all ranks leave a context alike, so collectives still work
 
-    Every rank must enter. The body must hold no collective that a failing rank would leave the others in;
-    `node_main_first` is none, as a failing rank reaches its barrier too.
+
+def explain_out_of_memory(parallel: Parallel) -> str:
+    """Returns the error line of a rank that ran out: what was predicted, what was allocated, which flags help.
+
+    Any rank may call it alone.
     """
-    problems: tuple[str, ...] = ()
+    plan = parallel.plan
+    words = f" It ran {plan.describe()}."
+    remedy = f"--micro-batch-size {max(1, plan.micro_batch_size // 2)}"
+    if parallel.choice is not None:
+        memory = parallel.choice.chosen.memory_gib
+        words += f" The plan expected {memory.active:.1f} GiB active and {memory.reserved:.1f} reserved"
+        words += f" of {parallel.cluster.memory_gib:.1f}, at {memory.peak_moment}."
+        remedy = flags_for_less_memory(parallel.shape, parallel.cluster, plan, memory, parallel.config)
+    if parallel.device.type == "cuda":
+        words += f" PyTorch's peak was {torch.cuda.max_memory_allocated() / GIB:.1f} GiB allocated and"
+        words += f" {torch.cuda.max_memory_reserved() / GIB:.1f} reserved."
+    return (
+        f"error: rank {parallel.rank} ran out of memory.{words} Try {remedy}; saved checkpoints are kept, and "
+        "the same command with these flags resumes from the newest"
+    )
+
+
+def together(
+    act: Callable[[], Any], main_only: bool = False, gathered: bool = False, group: dist.ProcessGroup | None = None
+) -> Any:
+    """Runs `act` on every rank and returns its result; if it fails on any rank, raises the same error on all of them.
+
+    A UserError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0 acts
+    alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act` must
+    hold no collective that a failing rank would leave the others in. Costs one exchange of messages in host memory.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    result = problems = failure = cause = None
     try:
-        yield
+        if rank == 0 or not main_only:
+            result = act()
     except UserError as error:
         problems = error.problems
-    if found := next(filter(None, gather_object([problems])), None):
-        raise UserError(*found)
+    except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
+        raise  # this rank cannot talk to the others any more
+    except Exception as error:
+        cause, failure = error, f"{first_line(error)}, on rank {rank}"
+    outcome = (result if main_only or gathered else None, problems, failure)
+    outcomes = [outcome]
+    if dist.is_initialized():
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome, group=group)
+    for _, problems, failure in outcomes:
+        if problems:
+            raise UserError(*problems)
+        if failure:
+            raise RunError(failure) from cause
+    if gathered:
+        return [result for result, _, _ in outcomes]
+    return outcomes[0][0] if main_only else result
 
 
 def start_process_group(config: Config) -> None:
     """Joins the ranks that torchrun started, if any. Gloo beside NCCL, because offloaded tensors live on the CPU.
 
     When `--max-restarts` restarts the ranks, torchrun reuses its key-value store, where they would find the addresses
-    of dead ranks: each attempt gets a key prefix of its own. With several agents this is not safe, as they may count
-    attempts differently; there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.
+    of dead ranks. So each attempt gets a key prefix of its own. With several agents this is not safe, as they may
+    count attempts differently; there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.
     """
     if dist.is_initialized():
         return
@@ -1020,7 +1034,7 @@ def start_process_group(config: Config) -> None:
         return
     if torch.cuda.is_available():
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:  # found by every rank of the node, so that one can tell
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:  # every rank of the node finds this, so that one can report it
             raise UserError(f"torchrun --nproc_per_node started more processes than the {gpus} GPUs here; use gpu")
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -1032,96 +1046,78 @@ def start_process_group(config: Config) -> None:
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def quieten_libraries(speaks: bool, quiet: bool) -> None:
-    """Silences the libraries' warnings on all but one process per node, and their bars unless it has a terminal."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # a file it cannot read is our error line
-    if not speaks or quiet or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
-        huggingface_hub.utils.disable_progress_bars()
-    if not speaks:
-        transformers.logging.set_verbosity_error()
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the whole of a DTensor (a collective), and any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the part of a DTensor that this rank holds, and any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # 6. Data
 # ----------------------------------------------------------------------------------------------------------------
+# A document is prompt, article, closing mark, summary and end-of-sequence token. One that is too long for the block
+# loses the end of its article, never its summary. Padding is never trained on. The order of the documents follows from
+# the seed and the epoch alone, so any number of ranks, under any plan, sees the same global batches.
 
+PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
 PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the tensor cores
-HELD_OUT_SHARE = 0.05  # of the training split, held out when the data has no validation split
+HELD_OUT_SHARE = 0.05  # of the training split, held out where the data has no validation split
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
-def load_tokenizer(config: Config, parallel: Parallel) -> PreTrainedTokenizerBase:
-    """Returns the model's own tokenizer. Every rank must call it. Raises UserError where it cannot serve."""
-    with agreed_by_all_ranks(), parallel.node_main_first():
-        folder = model_folder(config.model_name_or_path, TOKENIZER_FILES)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            marks = tokenizer(PROMPT_OPEN + PROMPT_CLOSE, split_special_tokens=True)["input_ids"]
-            if not marks:
-                raise ValueError("its vocabulary is empty or missing")
-        except Exception as error:  # transformers raises all kinds of errors on malformed files
-            present = any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
-            reason = first_line(error) if present else "it holds none of a tokenizer's files"
-            raise UserError(
-                f"--model-name-or-path {config.model_name_or_path} has no tokenizer that loads "
-                f"({reason}); add its tokenizer.json, or pip install sentencepiece for a tokenizer.model"
-            ) from error
-        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer of --model-name-or-path {config.model_name_or_path} must be a fast one with an "
-                "end-of-sequence token; use a model that has them"
-            )
-        largest = max(*marks, tokenizer.eos_token_id, len(tokenizer) - 1)
-        if largest >= parallel.shape.vocabulary:
-            raise UserError(
-                f"the tokenizer of --model-name-or-path {config.model_name_or_path} has ids up to {largest}, but the "
-                f"model only {parallel.shape.vocabulary} embeddings; use the tokenizer that belongs to it"
-            )
-        taken = len(marks) + 1
-        if config.block_size < taken + 2:
-            raise UserError(
-                f"--block-size {config.block_size} leaves no room for a summary: the prompt's marks and the "
-                f"end-of-sequence token take {taken} tokens; use at least 64"
-            )
+def load_tokenizer(parallel: Parallel) -> transformers.PreTrainedTokenizerBase:
+    """Returns the model's own tokenizer. Raises UserError where it cannot serve."""
+    return parallel.node_main_first(lambda: read_tokenizer(parallel.config, parallel.shape))
+
+
+def read_tokenizer(config: Config, shape: ModelShape) -> transformers.PreTrainedTokenizerBase:
+    shown = f"--model-name-or-path {config.model_name_or_path}"
+    folder = model_folder(config.model_name_or_path, TOKENIZER_FILES)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        marks = tokenizer(PROMPT_OPEN + PROMPT_CLOSE, split_special_tokens=True)["input_ids"]
+        if not marks:
+            raise ValueError("its vocabulary is empty or missing")
+    except Exception as error:  # transformers raises all kinds of errors on malformed files
+        present = any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
+        reason = first_line(error) if present else "it holds none of a tokenizer's files"
+        raise UserError(
+            f"{shown} has no tokenizer that loads ({reason}); add its tokenizer.json, or pip install sentencepiece for "
+            "a tokenizer.model"
+        ) from error
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {shown} must be a fast one with an end-of-sequence token; use a model that has them"
+        )
+    largest = max(*marks, tokenizer.eos_token_id, len(tokenizer) - 1)
+    if largest >= shape.vocabulary:
+        raise UserError(
+            f"the tokenizer of {shown} has ids up to {largest}, but the model only {shape.vocabulary} embeddings; use "
+            "the tokenizer that belongs to it"
+        )
+    taken = len(marks) + 1
+    if config.block_size < taken + 2:
+        raise UserError(
+            f"--block-size {config.block_size} leaves no room for a summary: the prompt's marks and the "
+            f"end-of-sequence token take {taken} tokens; use at least 64"
+        )
     return tokenizer
-
-
-def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents]:
-    """Returns the encoded training and validation documents. Every rank must call it; rank 0 prints an audit.
-
-    Raises UserError where nothing is left to learn from.
-    """
-    encoded = {}
-    for name, split in load_documents(config, parallel).items():
-        documents = encode_documents(split, tokenizer, config, parallel)
-        if not documents.label_counts.sum() > 0:
-            raise UserError(
-                f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
-            )
-        if name == "train":
-            batches = training_batches(len(documents), epoch=0, config=config)
-        else:
-            batches = evaluation_batches(documents.lengths, parallel)
-        if parallel.is_main:  # costly, as it deals every document
-            parallel.say(audit(name, len(split), documents, batches, parallel))
-        encoded[name] = documents
-    return encoded["train"], encoded["validation"]
 
 
 @dataclass(frozen=True)
 class Documents:
     """Encoded, memory-mapped documents, the length and label count of each, and what turning them into rows takes."""
 
-    rows: datasets.Dataset
+    rows: Any  # datasets.Dataset with the columns of `encode_batch`
     lengths: np.ndarray
     label_counts: np.ndarray
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: transformers.PreTrainedTokenizerBase
     block_size: int
     loss_on: str
 
@@ -1129,14 +1125,36 @@ class Documents:
         return len(self.rows)
 
 
-def load_documents(config: Config, parallel: Parallel) -> datasets.DatasetDict:
-    """Returns the splits `train` and `validation`, text columns only. Every rank must call it.
+def load_data(tokenizer: transformers.PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents]:
+    """Returns the encoded training and validation documents, and reports what was cut, dropped and padded.
+
+    Raises UserError where nothing is left to learn from.
+    """
+    encoded = []
+    for name, split in load_documents(parallel).items():
+        documents = encode_documents(split, tokenizer, parallel)
+        if not documents.label_counts.sum() > 0:
+            raise UserError(
+                f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
+            )
+        if parallel.is_main:  # the audit deals every document, which takes time
+            is_train = name == "train"
+            batches = (
+                epoch_batches(documents, 0, parallel.config) if is_train else evaluation_batches(documents, parallel)
+            )
+            parallel.say(audit(name, len(split), documents, batches, parallel))
+        encoded.append(documents)
+    return encoded[0], encoded[1]
+
+
+def load_documents(parallel: Parallel) -> dict[str, Any]:
+    """Returns the splits `train` and `validation`, as datasets of text.
 
     Each node's first process downloads and parses; the others read the cache it made. Without a validation split,
     5% of the training split is held out, drawn by the seed. Raises UserError for data that cannot be used.
     """
-    with agreed_by_all_ranks(), parallel.node_main_first():
-        splits = read_splits(config)
+    config = parallel.config
+    splits = parallel.node_main_first(lambda: read_splits(config))
     train = splits["train"]
     if "validation" in splits:
         validation = splits["validation"]
@@ -1147,10 +1165,12 @@ def load_documents(config: Config, parallel: Parallel) -> datasets.DatasetDict:
         parallel.say(f"data      no validation split: {held_out} of the training documents are held out, by the seed")
     train = train.select(range(min(len(train), config.max_train_samples or len(train))))
     validation = validation.select(range(min(len(validation), config.max_eval_samples or len(validation))))
-    return datasets.DatasetDict(train=train, validation=validation)
+    return dict(train=train, validation=validation)
 
 
-def read_splits(config: Config) -> datasets.DatasetDict:
+def read_splits(config: Config) -> dict[str, Any]:
+    import datasets
+
     paths = config.dataset_paths
     shown = f"--dataset-name-or-path {' '.join(paths)}"
     local = len(paths) > 1 or is_local(paths[0])
@@ -1160,7 +1180,7 @@ def read_splits(config: Config) -> datasets.DatasetDict:
             options = {"keep_default_na": False} if file_format == "csv" else {}  # or "None" would be missing
             load = functools.partial(datasets.load_dataset, file_format, split="train", **options)
             # one call a split: a single call would demand the same columns of all of them
-            splits = datasets.DatasetDict({name: load(data_files=those) for name, those in files.items()})
+            splits = {name: load(data_files=those) for name, those in files.items()}
         else:
             splits = datasets.load_dataset(paths[0], config.dataset_config)
     except UserError:
@@ -1180,6 +1200,15 @@ def read_splits(config: Config) -> datasets.DatasetDict:
     if len(splits["train"]) < (1 if "validation" in splits else 2):
         raise UserError(f"{shown} has {len(splits['train'])} training documents; that is too few to train on")
     return splits
+
+
+def is_local(name: str) -> bool:
+    return os.path.exists(name) or looks_like_a_path(name)
+
+
+def looks_like_a_path(name: str) -> bool:
+    """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_FORMATS
 
 
 def find_data_files(paths: list[str], shown: str) -> tuple[str, dict[str, list[str]]]:
@@ -1226,7 +1255,7 @@ def split_of(name: str) -> str:
     return "test" if "test" in words else "train"
 
 
-def check_columns(split: datasets.Dataset, name: str, config: Config) -> None:
+def check_columns(split: Any, name: str, config: Config) -> None:
     for flag_field in ("article_column", "summary_column"):
         column = getattr(config, flag_field)
         if column not in split.column_names:
@@ -1238,31 +1267,19 @@ def check_columns(split: datasets.Dataset, name: str, config: Config) -> None:
             raise UserError(f"{flag_name(flag_field)} {column} of the {name} split holds no text; name a text column")
 
 
-def data_folders(config: Config) -> list[Path]:
-    """Returns the local folders among what `--dataset-name-or-path` names."""
-    return [path for path in map(Path, config.dataset_paths) if path.is_dir()]
+# ---- Data: tokens --------------------------------------------------------------------------------------------
 
 
-def is_local(name: str) -> bool:
-    return os.path.exists(name) or looks_like_a_path(name)
+def encode_documents(split: Any, tokenizer: transformers.PreTrainedTokenizerBase, parallel: Parallel) -> Documents:
+    """Returns the non-empty documents of a split as tokens.
 
-
-def looks_like_a_path(name: str) -> bool:
-    """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_FORMATS
-
-
-# ---- Data: tokens ----------------------------------------------------------------------------------------------
-
-
-def encode_documents(
-    split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, config: Config, parallel: Parallel
-) -> Documents:
-    """Returns the non-empty documents of a split as tokens. Every rank must call it.
-
-    Encoded by each node's first process, cached under a hash of all that shapes the result, and memory-mapped from
-    there by the other ranks and by later runs.
+    Each node's first process encodes them, caches them under a hash of all that shapes the result, and the other
+    ranks and later runs map them into memory from there.
     """
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    config = parallel.config
     eos = tokenizer.eos_token_id  # from tokenizer_config.json, not part of the backend
     recipe = (split._fingerprint, tokenizer.backend_tokenizer.to_str(), eos, PROMPT_OPEN, PROMPT_CLOSE)
     settings = (config.article_column, config.summary_column, config.block_size, datasets.__version__)
@@ -1273,9 +1290,10 @@ def encode_documents(
         tokens_cut=datasets.Value("int32"),
         summary_cut=datasets.Value("bool"),
     )
-    with agreed_by_all_ranks(), parallel.node_main_first():
+
+    def encode() -> Any:
         try:
-            rows = split.map(
+            return split.map(
                 lambda pairs: encode_batch(
                     pairs[config.article_column], pairs[config.summary_column], tokenizer, config.block_size
                 ),
@@ -1288,16 +1306,22 @@ def encode_documents(
             )
         except UnicodeDecodeError as error:
             raise UserError(
-                f"--dataset-name-or-path {config.dataset_name_or_path} is not UTF-8 ({error}); convert it"
+                f"--dataset-name-or-path {' '.join(config.dataset_paths)} is not UTF-8 ({error}); convert it"
             ) from error
+
+    rows = parallel.node_main_first(encode)
     columns = rows.with_format("numpy")
     lengths, prompts = (np.asarray(columns[name][:], dtype=np.int64) for name in ("length", "prompt_length"))
-    labels = label_counts(lengths, prompts, config.loss_on)
+    # The first token is predicted from nothing, so it has no label.
+    labels = lengths - (np.maximum(prompts, 1) if config.loss_on == "summary" else 1)
     return Documents(rows, lengths, labels, tokenizer, config.block_size, config.loss_on)
 
 
 def encode_batch(
-    articles: Sequence[str | None], summaries: Sequence[str | None], tokenizer: PreTrainedTokenizerBase, block_size: int
+    articles: Sequence[str | None],
+    summaries: Sequence[str | None],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    block_size: int,
 ) -> dict[str, list]:
     """Returns the columns of `encode_documents`, without the pairs whose article or summary is empty."""
     pairs = [(a, s) for a, s in zip(articles, summaries, strict=True) if a and s and a.strip() and s.strip()]
@@ -1347,15 +1371,10 @@ def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: 
     )
 
 
-def label_counts(lengths: np.ndarray, prompt_lengths: np.ndarray, loss_on: str) -> np.ndarray:
-    """Returns how many labels each document has. The first token is predicted from nothing, so it never counts."""
-    return lengths - (np.maximum(prompt_lengths, 1) if loss_on == "summary" else 1)
+# ---- Data: masks ---------------------------------------------------------------------------------------------
 
 
-# ---- Data: masks -----------------------------------------------------------------------------------------------
-
-
-def create_mask(input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def create_mask(input_ids: torch.Tensor, tokenizer: transformers.PreTrainedTokenizerBase) -> torch.Tensor:
     """Returns the attention mask of `input_ids` (..., T): 1 for a real token, 0 for padding, same shape, int64.
 
     Padding is what trails the document, in `pad_token_id`, else `eos_token_id`. Inside the document these ids are
@@ -1373,139 +1392,29 @@ def create_mask(input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def mask_pads(
-    inputs: torch.Tensor, tokenizer: PreTrainedTokenizerBase, ignore_index: int = IGNORE_INDEX
+    inputs: torch.Tensor, tokenizer: transformers.PreTrainedTokenizerBase, ignore_index: int = IGNORE_INDEX
 ) -> torch.Tensor:
     """Returns the labels of `inputs` (..., T): a copy in which padding is `ignore_index`, so it is never trained on."""
     return inputs.masked_fill(create_mask(inputs, tokenizer) == 0, ignore_index)
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
     """Returns the id that pads rows. Llama-2 has none of its own, so its end-of-sequence id serves."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-# ---- Data: dealing documents to ranks and micro-batches --------------------------------------------------------
-
-
-def training_batches(documents: int, epoch: int, config: Config) -> list[np.ndarray]:
-    """Returns the global batches of an epoch: an order drawn from seed and epoch alone; the last may be smaller."""
-    order = np.random.default_rng((config.seed, epoch)).permutation(documents)
-    return np.split(order, range(config.batch_size, documents, config.batch_size))
-
-
-def evaluation_batches(lengths: np.ndarray, parallel: Parallel) -> list[np.ndarray]:
-    """Returns every document once, longest first, in batches of one micro-batch per rank (packed, of about four)."""
-    order, size = np.argsort(-lengths, kind="stable"), parallel.dp_size * parallel.plan.micro_batch_size
-    size *= 4 if parallel.plan.packing else 1
-    return np.split(order, range(size, len(order), size))
-
-
-def deal(lengths: np.ndarray, dp_size: int, plan: Plan, block_size: int) -> list[list[np.ndarray]]:
-    """Returns `dealt[micro_step][rank]` for the plan; a packed row holds at most what a full padded one does."""
-    if plan.packing:
-        return pack_documents(lengths, dp_size, plan.micro_batch_size * block_size)
-    return deal_documents(lengths, dp_size, plan.micro_batch_size)
-
-
-def deal_documents(lengths: np.ndarray, dp_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
-    """Returns `dealt[micro_step][rank]`, positions into `lengths`; each document exactly once.
-
-    Longest first, the ranks in turn: documents of like length share a micro-batch, so little is padded, and all
-    ranks of a micro-step carry like loads. Every rank gets the same number of micro-batches, and sizes differ by
-    one at most.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    micro_steps = math.ceil(len(order) / (dp_size * micro_batch_size))
-    parts = np.array_split(order, micro_steps * dp_size)  # sizes differ by one at most
-    steps = [np.concatenate(parts[first : first + dp_size]) for first in range(0, len(parts), dp_size)]
-    return [[step[rank::dp_size] for rank in range(dp_size)] for step in steps]
-
-
-def pack_documents(lengths: np.ndarray, dp_size: int, row_tokens: int) -> list[list[np.ndarray]]:
-    """Returns `dealt[micro_step][rank]` like `deal_documents`, for rows of at most `row_tokens` tokens, few and even.
-
-    Longest first, each document into the emptiest row (Graham 1969, "Bounds on multiprocessing timing anomalies": at
-    most 4/3 of the best longest row). If that overfills a row, tries again with one more row per rank. Rows of like
-    length share a micro-step, in which ranks wait for each other.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    micro_steps = max(1, math.ceil(lengths.sum() / (dp_size * row_tokens)))
-    while True:
-        rows: list[list[int]] = [[] for _ in range(micro_steps * dp_size)]
-        loads = [(0, row) for row in range(len(rows))]
-        for position in order:
-            load, row = loads[0]
-            heapq.heapreplace(loads, (load + int(lengths[position]), row))
-            rows[row].append(position)
-        if max(loads)[0] <= row_tokens:
-            break
-        micro_steps += 1
-    by_load = [np.array(rows[row], dtype=np.int64) for _, row in sorted(loads, reverse=True)]
-    return [by_load[step * dp_size : (step + 1) * dp_size] for step in range(micro_steps)]
-
-
-def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> str:
-    """Returns a line on what encoding cut or dropped of `total` pairs, and how evenly `batches` deal the rest."""
-    columns = documents.rows.with_format("numpy")
-    cut, summaries_cut = np.asarray(columns["tokens_cut"][:]), np.asarray(columns["summary_cut"][:])
-    loads = []  # tokens computed, padding included: a row per micro-step, a column per rank
-    for batch in batches:
-        lengths = documents.lengths[batch]
-        for ranks in deal(lengths, parallel.dp_size, parallel.plan, documents.block_size):
-            loads.append([executed_tokens(lengths[rank], parallel.plan, documents.block_size) for rank in ranks])
-    loads, tokens = np.array(loads), documents.lengths.sum()
-    waiting = loads.max(axis=1).sum() / loads.mean(axis=1).sum()  # all ranks wait for the busiest in each micro-step
-    return (
-        f"data      {name}: {len(documents):,} documents, {tokens:,} tokens (mean {tokens / len(documents):,.0f}); "
-        f"{(cut > 0).sum():,} articles cut by {cut.sum():,} tokens; {summaries_cut.sum():,} summaries cut; "
-        f"{total - len(documents):,} empty documents dropped; {1 - tokens / loads.sum():.1%} padding; longest rank "
-        f"{waiting:.3f} of the mean"
-    )
-
-
-def executed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
-    """Returns the tokens, padding included, of a micro-batch of documents of these lengths."""
-    if plan.packing or not len(lengths):
-        return int(lengths.sum())
-    return len(lengths) * row_width(int(lengths.max()), block_size)
-
-
-# ---- Data: batches ---------------------------------------------------------------------------------------------
-
-
-def remaining_batches(
-    documents: Documents, step: int, total_steps: int, config: Config, parallel: Parallel
-) -> Iterator[GlobalBatch]:
-    """Yields this rank's part of every global batch from `step` on, across epochs.
-
-    The step alone determines where to begin; batches already consumed are not read again.
-    """
-    steps_per_epoch = math.ceil(len(documents) / config.batch_size)
-    while step < total_steps:
-        epoch, consumed = divmod(step, steps_per_epoch)
-        batches = training_batches(len(documents), epoch, config)[consumed:][: total_steps - step]
-        yield from data_loader(documents, batches, parallel)
-        step += len(batches)
-
-
-def data_loader(documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> DataLoader:
-    """Returns a loader of this rank's `GlobalBatch` for each of `batches`.
-
-    Made in this process: some milliseconds, while the device is still busy with the step before. A worker process
-    would be forked beside a checkpoint's writing thread, and would need open files for every tensor it hands over.
-    """
-    batches_of_rank = GlobalBatches(documents, batches, parallel)
-    return DataLoader(batches_of_rank, batch_size=None, pin_memory=parallel.device.type == "cuda")
+# ---- Data: batches -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One rank's part of a global batch, with the counts of the whole of it.
+    """One data rank's part of a global batch, with the counts of the whole of it.
 
     Each of `micro_batches` holds `input_ids` and `labels` (B, T) int64. Padded rows add `attention_mask` (B, T). Packed
-    rows have B = 1 and add `position_ids` (1, T), restarting with every document, and `cu_seq_lens` (documents + 1)
-    int32, where the documents begin and end. For the head, so that the device need not be asked where labels are:
-    `predict_at` (N,) int64, the positions of the flattened rows that predict a label, and `targets` (N,), that label.
+    rows have B = 1 and add `position_ids` (1, T), which begin again with every document, and `cu_seq_lens`
+    (documents + 1) int32, where the documents begin and end. For the head, so that the device need not be asked where
+    labels are: `predict_at` (N,) int64, the positions of the flattened rows that predict a label, and `targets` (N,),
+    that label.
     """
 
     micro_batches: list[dict[str, torch.Tensor]]
@@ -1513,68 +1422,107 @@ class GlobalBatch:
     label_tokens: int
     squared_lengths: int
 
-    def pin_memory(self) -> GlobalBatch:
-        pinned = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in self.micro_batches]
-        return dataclasses.replace(self, micro_batches=pinned)
+
+def training_batches(
+    documents: Documents, first_step: int, total_steps: int, parallel: Parallel
+) -> Iterator[GlobalBatch]:
+    """Yields this data rank's part of every global batch from `first_step` on, across epochs.
+
+    The step alone determines where to begin, and batches already consumed are not read again. A batch is made in this
+    process, in some milliseconds, while the device is still busy with the step before. A worker process would be
+    forked beside a checkpoint's writing thread, and would need open files for every tensor it hands over.
+    """
+    steps_per_epoch = math.ceil(len(documents) / parallel.config.batch_size)
+    for step in range(first_step, total_steps):
+        epoch, consumed = divmod(step, steps_per_epoch)
+        if step == first_step or consumed == 0:
+            batches = epoch_batches(documents, epoch, parallel.config)
+        yield global_batch(documents, batches[consumed], parallel)
 
 
-class GlobalBatches(torch.utils.data.Dataset):
-    """Item i is this rank's part of the i-th of `batches`, each an array of document indices."""
+def epoch_batches(documents: Documents, epoch: int, config: Config) -> list[np.ndarray]:
+    """Returns the positions of the documents of each global batch of an epoch; the last batch may be smaller.
 
-    def __init__(self, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel):
-        self.documents, self.batches = documents, batches
-        self.rank, self.dp_size, self.plan = parallel.rank, parallel.dp_size, parallel.plan
+    The order is drawn from the seed and the epoch alone.
+    """
+    order = np.random.default_rng((config.seed, epoch)).permutation(len(documents))
+    return np.split(order, range(config.batch_size, len(documents), config.batch_size))
 
-    def __len__(self) -> int:
-        return len(self.batches)
 
-    def __getitem__(self, index: int) -> GlobalBatch:
-        batch = self.batches[index]
-        lengths = self.documents.lengths[batch]
-        dealt = deal(lengths, self.dp_size, self.plan, self.documents.block_size)
-        return GlobalBatch(
-            micro_batches=[with_targets(self.collate(batch[ranks[self.rank]])) for ranks in dealt],
-            tokens=int(lengths.sum()),
-            label_tokens=int(self.documents.label_counts[batch].sum()),
-            squared_lengths=int((lengths**2).sum()),
-        )
+def evaluation_batches(documents: Documents, parallel: Parallel) -> list[np.ndarray]:
+    """Returns every document once, longest first, in batches of one micro-batch per data rank (packed: about four)."""
+    order = np.argsort(-documents.lengths, kind="stable")
+    size = parallel.data_parallel_size * parallel.plan.micro_batch_size * (4 if parallel.plan.packing else 1)
+    return np.split(order, range(size, len(order), size))
 
-    def collate(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """Returns the documents as one micro-batch, padded or packed; with none, a short one that trains on nothing.
 
-        Sharded forwards are collective, so a rank with nothing left still makes the call. Its row is attended to
-        like any other, since a row without a single visible token gives NaN in some attention kernels.
-        """
-        if not len(indices):
-            filler, length = [self.documents.tokenizer.eos_token_id] * PAD_MULTIPLE, [PAD_MULTIPLE]
-            if self.plan.packing:
-                return self.pack([filler], length)
-            row = self.pad([filler], length)
-            return dict(row, attention_mask=torch.ones_like(row["input_ids"]))
-        rows = self.documents.rows[indices]
-        unlabelled = rows["prompt_length"] if self.documents.loss_on == "summary" else [0] * len(indices)
-        return (self.pack if self.plan.packing else self.pad)(rows["input_ids"], unlabelled)
+def global_batch(documents: Documents, positions: np.ndarray, parallel: Parallel) -> GlobalBatch:
+    """Returns this data rank's part of the batch of the documents at `positions`, in pinned memory on a GPU.
 
-    def pad(self, rows: list[list[int]], unlabelled: list[int]) -> dict[str, torch.Tensor]:
-        """Returns rows side by side, padded to the longest; the first `unlabelled` tokens of each have no label."""
-        input_ids = pad_rows(rows, self.documents.tokenizer, self.documents.block_size)
-        labels = mask_pads(input_ids, self.documents.tokenizer)
-        labels[torch.arange(input_ids.shape[1]) < torch.tensor(unlabelled)[:, None]] = IGNORE_INDEX
-        attention_mask = create_mask(input_ids, self.documents.tokenizer)
-        return dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+    Any rank may call it alone.
+    """
+    lengths = documents.lengths[positions]
+    dealt = deal(lengths, parallel.data_parallel_size, parallel.plan, documents.block_size)
+    make_rows = pack_rows if parallel.plan.packing else pad_rows
+    micro_batches = [
+        with_targets(micro_batch_of(documents, positions[of_data_ranks[parallel.data_rank]], make_rows))
+        for of_data_ranks in dealt
+    ]
+    if parallel.device.type == "cuda":
+        micro_batches = [{name: tensor.pin_memory() for name, tensor in each.items()} for each in micro_batches]
+    return GlobalBatch(
+        micro_batches,
+        tokens=int(lengths.sum()),
+        label_tokens=int(documents.label_counts[positions].sum()),
+        squared_lengths=int((lengths**2).sum()),
+    )
 
-    def pack(self, rows: list[list[int]], unlabelled: list[int]) -> dict[str, torch.Tensor]:
-        """Returns rows end to end; the first token of each is predicted from nothing, so it has no label either."""
-        position_ids = torch.cat([torch.arange(len(row)) for row in rows])
-        input_ids = torch.cat([torch.as_tensor(row) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        without_label = position_ids < torch.tensor(unlabelled).clamp(min=1).repeat_interleave(lengths)
-        return dict(
-            input_ids=input_ids[None],
-            position_ids=position_ids[None],
-            labels=input_ids.masked_fill(without_label, IGNORE_INDEX)[None],
-            cu_seq_lens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
-        )
+
+def micro_batch_of(documents: Documents, positions: np.ndarray, make_rows: Callable) -> dict[str, torch.Tensor]:
+    """Returns the documents as one micro-batch, padded or packed; for none, a short one that trains on nothing.
+
+    Sharded forward passes need all ranks, so a rank with nothing left still makes the call. Its row is attended to
+    like any other, because a row without a single visible token gives NaN in some attention kernels.
+    """
+    if not len(positions):
+        filler = [documents.tokenizer.eos_token_id] * PAD_MULTIPLE
+        micro_batch = make_rows([filler], [PAD_MULTIPLE], documents)
+        if "attention_mask" in micro_batch:
+            micro_batch["attention_mask"] = torch.ones_like(micro_batch["input_ids"])
+        return micro_batch
+    rows = documents.rows[positions]
+    unlabelled = rows["prompt_length"] if documents.loss_on == "summary" else [0] * len(positions)
+    return make_rows(rows["input_ids"], unlabelled, documents)
+
+
+def pad_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents) -> dict[str, torch.Tensor]:
+    """Returns rows side by side, padded to the longest; the first `unlabelled` tokens of each have no label."""
+    pad_id = padding_id(documents.tokenizer)
+    padded = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+    width = padded_width(padded.shape[1], documents.block_size)
+    input_ids = torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=pad_id)
+    labels = mask_pads(input_ids, documents.tokenizer)
+    labels[torch.arange(width) < torch.tensor(unlabelled)[:, None]] = IGNORE_INDEX
+    return dict(input_ids=input_ids, attention_mask=create_mask(input_ids, documents.tokenizer), labels=labels)
+
+
+def padded_width(longest: int, block_size: int) -> int:
+    """Returns the width of a padded row: its longest document, up to a multiple of 8 that stays in the block."""
+    return max(longest, min(block_size, math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE))
+
+
+def pack_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents) -> dict[str, torch.Tensor]:
+    """Returns rows end to end; the first token of each is predicted from nothing, so it has no label either."""
+    position_ids = torch.cat([torch.arange(len(row)) for row in rows])
+    input_ids = torch.cat([torch.as_tensor(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    without_label = position_ids < torch.tensor(unlabelled).clamp(min=1).repeat_interleave(lengths)
+    return dict(
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        labels=input_ids.masked_fill(without_label, IGNORE_INDEX)[None],
+        cu_seq_lens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+    )
 
 
 def with_targets(micro_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -1586,36 +1534,102 @@ def with_targets(micro_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return dict(micro_batch, predict_at=predict_at, targets=next_labels[predict_at])
 
 
-def row_width(longest: int, block_size: int) -> int:
-    """Returns the width of a micro-batch: its longest document, up to a multiple of 8 that stays in the block."""
-    return max(longest, min(block_size, math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE))
+# ---- Data: dealing documents to data ranks and micro-batches -------------------------------------------------
 
 
-def pad_rows(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.Tensor:
-    """Returns the rows as (B, T) int64, padded at their end."""
-    pad_id = padding_id(tokenizer)
-    padded = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
-    longest = padded.shape[1]
-    return torch.nn.functional.pad(padded, (0, row_width(longest, block_size) - longest), value=pad_id)
+def deal(lengths: np.ndarray, data_parallel_size: int, plan: Plan, block_size: int) -> list[list[np.ndarray]]:
+    """Returns `dealt[micro_step][data_rank]` for the plan; a packed row holds at most what a full padded one does."""
+    if plan.packing:
+        return pack_documents(lengths, data_parallel_size, plan.micro_batch_size * block_size)
+    return deal_documents(lengths, data_parallel_size, plan.micro_batch_size)
+
+
+def deal_documents(lengths: np.ndarray, data_parallel_size: int, micro_batch_size: int) -> list[list[np.ndarray]]:
+    """Returns `dealt[micro_step][data_rank]`, positions into `lengths`; each document exactly once.
+
+    Longest first, the data ranks in turn: documents of like length share a micro-batch, so little is padded, and all
+    ranks of a micro-step carry like loads. Every data rank gets the same number of micro-batches, and sizes differ by
+    one at most.
+    """
+    size, order = data_parallel_size, np.argsort(-lengths, kind="stable")
+    micro_steps = math.ceil(len(order) / (size * micro_batch_size))
+    parts = np.array_split(order, micro_steps * size)  # sizes differ by one at most
+    steps = [np.concatenate(parts[first : first + size]) for first in range(0, len(parts), size)]
+    return [[step[data_rank::size] for data_rank in range(size)] for step in steps]
+
+
+def pack_documents(lengths: np.ndarray, data_parallel_size: int, row_tokens: int) -> list[list[np.ndarray]]:
+    """Returns `dealt[micro_step][data_rank]` like `deal_documents`, for few, even rows of at most `row_tokens` tokens.
+
+    Longest first, each document into the emptiest row (Graham 1969, "Bounds on multiprocessing timing anomalies": at
+    most 4/3 of the best longest row). If that overfills a row, tries again with one more row per data rank. Rows of
+    like length share a micro-step, in which ranks wait for each other.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    micro_steps = max(1, math.ceil(lengths.sum() / (data_parallel_size * row_tokens)))
+    while True:
+        rows: list[list[int]] = [[] for _ in range(micro_steps * data_parallel_size)]
+        loads = [(0, row) for row in range(len(rows))]
+        for position in order:
+            load, row = loads[0]
+            heapq.heapreplace(loads, (load + int(lengths[position]), row))
+            rows[row].append(position)
+        if max(loads)[0] <= row_tokens:
+            break
+        micro_steps += 1
+    by_load = [np.array(rows[row], dtype=np.int64) for _, row in sorted(loads, reverse=True)]
+    return [by_load[step * data_parallel_size : (step + 1) * data_parallel_size] for step in range(micro_steps)]
+
+
+def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> str:
+    """Returns a line on what encoding cut or dropped of `total` pairs, and how evenly `batches` deal the rest.
+
+    Any rank may call it alone.
+    """
+    plan, block_size = parallel.plan, documents.block_size
+    columns = documents.rows.with_format("numpy")
+    cut, summaries_cut = np.asarray(columns["tokens_cut"][:]), np.asarray(columns["summary_cut"][:])
+    loads = []  # tokens computed, padding included: a row per micro-step, a column per data rank
+    for batch in batches:
+        lengths = documents.lengths[batch]
+        for of_data_ranks in deal(lengths, parallel.data_parallel_size, plan, block_size):
+            loads.append([computed_tokens(lengths[positions], plan, block_size) for positions in of_data_ranks])
+    loads, tokens = np.array(loads), documents.lengths.sum()
+    waiting = loads.max(axis=1).sum() / loads.mean(axis=1).sum()  # all ranks wait for the busiest in each micro-step
+    return (
+        f"data      {name}: {len(documents):,} documents, {tokens:,} tokens (mean {tokens / len(documents):,.0f}); "
+        f"{(cut > 0).sum():,} articles cut by {cut.sum():,} tokens; {summaries_cut.sum():,} summaries cut; "
+        f"{total - len(documents):,} empty documents dropped; {1 - tokens / loads.sum():.1%} padding; longest rank "
+        f"{waiting:.3f} of the mean"
+    )
+
+
+def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
+    """Returns the tokens, padding included, of a micro-batch of documents of these lengths."""
+    if plan.packing or not len(lengths):
+        return int(lengths.sum())
+    return len(lengths) * padded_width(int(lengths.max()), block_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # 7. Model
 # ----------------------------------------------------------------------------------------------------------------
+# Any causal LM of transformers, with fp32 master weights. Under FSDP and HSDP each rank reads its own shard from the
+# files and never holds the whole. Attention never builds a T x T mask, and the loss never builds all logits.
 
 HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
 COMPILE_SECONDS = 120.0  # estimate for compiling the layers: forward and backward, fixed and varying lengths
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
-def load_model(config: Config, parallel: Parallel) -> torch.nn.Module:
-    """Returns the model in the plan's precision (fp32 as a rule) and parallel form. Every rank must call it.
+def load_model(parallel: Parallel) -> torch.nn.Module:
+    """Returns the model in the plan's precision and parallel form. Raises UserError where its files cannot be used.
 
-    Downloaded once per node. Under FSDP and HSDP each rank reads its own shard from the files and never holds the
-    whole. dtype is passed explicitly: Llama-2's checkpoint is half precision, and transformers' default would keep it,
-    leaving no fp32 master weights.
+    The files are downloaded once per node.
     """
-    plan = parallel.plan
+    from transformers.distributed import DistributedConfig
+
+    config, plan = parallel.config, parallel.plan
     distributed_config = None
     if plan.dp_shard_size > 1:
         distributed_config = DistributedConfig(
@@ -1626,58 +1640,45 @@ def load_model(config: Config, parallel: Parallel) -> torch.nn.Module:
         )
     if config.random_init:
         parallel.say("model     RANDOM WEIGHTS from the config alone (--random-init): good for benchmarks only")
-        model = random_model(parallel.model_config, distributed_config, parallel.device, state_dtype(plan))
+        model = random_model(distributed_config, parallel)
     else:
-        model = pretrained_model(config, distributed_config, parallel)
-    apply_plan(model, plan)
+        model = pretrained_model(distributed_config, parallel)
+    if plan.recompute_every:
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=plan.recompute_every)
+    if not plan.reshard_after_forward:
+        model.set_reshard_after_forward(False)
     use_token_loss(model)
     if plan.cpu_offload:
         keep_parameters_on_cpu(model)
-    if plan.dp_shard_size > 1:
-        limit_waiting(next(model.parameters()).device_mesh, parallel.timeout)
+    if plan.dp_shard_size > 1:  # torch makes the groups of HSDP with its default timeout of 30 minutes
+        mesh = next(model.parameters()).device_mesh
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
+        for dimension in range(mesh.ndim):
+            set_timeout(parallel.timeout, mesh.get_group(dimension))
     return parallel.accelerator.prepare_model(model) if plan.strategy == "ddp" else model
 
 
-def state_dtype(plan: Plan) -> torch.dtype:
-    """Returns the dtype of weights, gradients and moments: fp32, except with --precision bf16-states."""
-    return torch.bfloat16 if plan.precision == "bf16-states" else torch.float32
+def pretrained_model(distributed_config: Any, parallel: Parallel) -> transformers.PreTrainedModel:
+    """Returns the model with its weights, each rank holding its share.
 
+    dtype is passed explicitly: Llama-2's checkpoint is half precision, and transformers' default would keep it,
+    leaving no fp32 master weights.
+    """
+    name = parallel.config.model_name_or_path
+    folder = parallel.node_main_first(lambda: model_folder(name, [*WEIGHT_FILES, "*.json"]))
+    placement = {} if distributed_config else {"device_map": {"": parallel.device}}
 
-def apply_plan(model: PreTrainedModel, plan: Plan) -> None:
-    """Sets which layers recompute their activations, and whether FSDP frees gathered weights between the passes."""
-    if plan.activation_checkpointing != "none":
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    if plan.activation_checkpointing.startswith("every-"):
-        for index, layer in enumerate(model.model.layers):
-            layer.gradient_checkpointing = plan.checkpoints_layer(index)
-    if not plan.reshard_after_forward:
-        model.set_reshard_after_forward(False)
-
-
-def limit_waiting(mesh: DeviceMesh, timeout: timedelta) -> None:
-    """Gives the groups of a mesh the run's own timeout; torch makes those of HSDP with its default of 30 minutes."""
-    for dimension in range(mesh.ndim):
-        dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(dimension))
-
-
-def pretrained_model(
-    config: Config, distributed_config: DistributedConfig | None, parallel: Parallel
-) -> PreTrainedModel:
-    with agreed_by_all_ranks(), parallel.node_main_first():
-        folder = model_folder(config.model_name_or_path, [*WEIGHT_FILES, "*.json"])
+    def load() -> transformers.PreTrainedModel:
         if not any(folder.glob("*.safetensors")):
             raise UserError(
-                f"--model-name-or-path {config.model_name_or_path} holds no safetensors weights; convert them, or "
-                "use --random-init for a benchmark"
+                f"--model-name-or-path {name} holds no safetensors weights; convert them, or use --random-init for a "
+                "benchmark"
             )
-    placement = {} if distributed_config else {"device_map": {"": parallel.device}}
-    attention = attention_implementation(parallel.model_config)
-    with agreed_by_all_ranks():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=state_dtype(parallel.plan),
-                attn_implementation=attention,
+                dtype=parallel.plan.state_dtype,
+                attn_implementation=attention_implementation(parallel.model_config),
                 distributed_config=distributed_config,
                 output_loading_info=True,
                 **placement,
@@ -1688,37 +1689,39 @@ def pretrained_model(
             raise
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(
-                f"--model-name-or-path {config.model_name_or_path} holds weights that cannot be read, or are not those "
-                f"of its config.json ({first_line(error)}); download the folder again"
+                f"--model-name-or-path {name} holds weights that cannot be read, or are not those of its config.json "
+                f"({first_line(error)}); download the folder again"
             ) from error
-    return model
+        return model
+
+    return together(load)
 
 
-def random_model(
-    model_config: transformers.PretrainedConfig,
-    distributed_config: DistributedConfig | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> PreTrainedModel:
+def random_model(distributed_config: Any, parallel: Parallel) -> transformers.PreTrainedModel:
     """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere.
 
     Raises UserError for tied embeddings under FSDP, which wraps embedding and head apart before they are loaded.
     """
+    from transformers.distributed import initialize_distributed_mesh
+
+    model_config = parallel.model_config
     if distributed_config is not None and model_config.get_text_config().tie_word_embeddings:
         raise UserError("--random-init under FSDP needs a model whose embeddings are not tied; use --parallelism ddp")
     with torch.device("meta"):
         attention = attention_implementation(model_config)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
+        model = transformers.AutoModelForCausalLM.from_config(
+            model_config, dtype=parallel.plan.state_dtype, attn_implementation=attention
+        )
     if distributed_config is not None:
         _, mesh = initialize_distributed_mesh(distributed_config)
         model = type(model).maybe_distribute_model(model, distributed_config, mesh)
-    model.to_empty(device=device)
+    model.to_empty(device=parallel.device)
     model.initialize_weights()
     model.tie_weights()
     return model
 
 
-def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
+def keep_parameters_on_cpu(model: transformers.PreTrainedModel) -> None:
     """Moves the shards to host memory, where FSDP2's offload policy wants them; buffers stay with the compute.
 
     There the optimizer computes, for which torchrun leaves each rank one thread.
@@ -1730,6 +1733,21 @@ def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
         setattr(model.get_submodule(owner), leaf, buffer)
     torch.cuda.empty_cache()  # of what the shards were loaded through
     torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def read_model_shape(config: Config) -> tuple[transformers.PretrainedConfig, ModelShape]:
+    """Returns the model's config and its sizes, from `config.json` alone. Any rank may call it alone."""
+    folder = model_folder(config.model_name_or_path, ["config.json"])
+    try:
+        if not (folder / "config.json").is_file():
+            raise OSError("config.json is missing")
+        model_config = transformers.AutoConfig.from_pretrained(folder)
+        return model_config, model_shape(model_config)
+    except Exception as error:  # transformers raises all kinds of errors on a malformed config
+        raise UserError(
+            f"--model-name-or-path {config.model_name_or_path} holds no causal language model that loads "
+            f"({first_line(error)}); give a folder with config.json and safetensors weights"
+        ) from error
 
 
 def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
@@ -1757,22 +1775,7 @@ def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
         ) from error
 
 
-def read_model_shape(config: Config) -> tuple[transformers.PretrainedConfig, ModelShape]:
-    """Returns the model's config and its sizes, from `config.json` alone."""
-    folder = model_folder(config.model_name_or_path, ["config.json"])
-    try:
-        if not (folder / "config.json").is_file():
-            raise OSError("config.json is missing")
-        model_config = AutoConfig.from_pretrained(folder)
-        return model_config, model_shape(model_config)
-    except Exception as error:  # transformers raises all kinds of errors on a malformed config
-        raise UserError(
-            f"--model-name-or-path {config.model_name_or_path} holds no causal language model that loads "
-            f"({first_line(error)}); give a folder with config.json and safetensors weights"
-        ) from error
-
-
-# ---- Model: attention ------------------------------------------------------------------------------------------
+# ---- Model: attention ----------------------------------------------------------------------------------------
 
 
 def attention_implementation(model_config: transformers.PretrainedConfig) -> str | None:
@@ -1785,7 +1788,7 @@ def attention_implementation(model_config: transformers.PretrainedConfig) -> str
     """
     if not attends_fully(model_config):
         return None
-    AttentionInterface.register("causal_attention", causal_attention)
+    transformers.AttentionInterface.register("causal_attention", causal_attention)
     return "causal_attention"
 
 
@@ -1804,6 +1807,8 @@ def causal_attention(
 
     With `cu_seq_lens`, the bounds of the documents packed into the one row, no document sees another.
     """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if cu_seq_lens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     attend = varlen_flash_attention if query.device.type == "cuda" else document_attention
@@ -1816,9 +1821,11 @@ def varlen_flash_attention(
 ) -> torch.Tensor:
     """Returns causal attention inside each document; query (T, heads, d), key and value (T, kv heads, d), on CUDA.
 
-    torch's own flash kernel, in half precision: autocast leaves query and key in fp32. torch 2.11 knows no grouped
-    heads, so there they are repeated.
+    It is torch's own flash kernel, in half precision: autocast leaves query and key in fp32. torch 2.11 knows no
+    grouped heads, so there they are repeated.
     """
+    from torch.nn.attention.varlen import varlen_attn
+
     grouped = {}
     if (groups := query.shape[1] // key.shape[1]) > 1:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -1842,10 +1849,10 @@ def document_attention(
     return torch.cat(outputs)
 
 
-# ---- Model: loss -----------------------------------------------------------------------------------------------
+# ---- Model: the loss without logits --------------------------------------------------------------------------
 
 
-def use_token_loss(model: PreTrainedModel) -> None:
+def use_token_loss(model: transformers.PreTrainedModel) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
     Calls without targets (generation) stay as they were. The head is still called as a module, so FSDP gathers it.
@@ -1888,7 +1895,7 @@ def summed_token_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
             batch_chunk_size=HEAD_CHUNK_TOKENS,
             chunking_method=None,
             # "balanced" makes the weight's gradient an fp32 matmul on CUDA: by its FLOPs, some 5% of a step of 13B
-            acc_policy="compact" if device == "cuda" else "balanced",
+            acc_policy="compact",
             acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
         )
         with torch.autocast(device, enabled=False):
@@ -1898,7 +1905,8 @@ def summed_token_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
         return losses.float().sum()
     total = torch.zeros((), device=hidden.device)
     for chunk, chunk_targets in zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True):
-        total = total + checkpoint(loss_of_chunk, chunk, weight, chunk_targets, use_reentrant=False)
+        loss = torch.utils.checkpoint.checkpoint(loss_of_chunk, chunk, weight, chunk_targets, use_reentrant=False)
+        total = total + loss
     return total
 
 
@@ -1908,33 +1916,36 @@ def loss_of_chunk(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-# ---- Model: compiling ------------------------------------------------------------------------------------------
+# ---- Model: compiling ----------------------------------------------------------------------------------------
 
 
-def compile_layers(model: torch.nn.Module, config: Config, parallel: Parallel, steps: int) -> bool:
+def compile_layers(model: torch.nn.Module, parallel: Parallel, steps: int) -> bool:
     """Compiles the decoder layers in place where the plan says so and it pays, and returns whether it did.
 
-    Every rank must call it. One graph serves all layers; it takes lengths of any size after its first recompilation.
-    `auto` weighs the time that the `steps` to come are predicted to gain against COMPILE_SECONDS; should compiling fail
-    then, the layers run as they were.
+    One graph serves all layers; it takes lengths of any size after its first recompilation. `auto` weighs the time
+    that the `steps` to come are predicted to gain against COMPILE_SECONDS. Should compiling then fail, the layers run
+    as they were.
     """
+    from torch.utils._triton import has_triton
+
     if not parallel.plan.compiled:
         return False
-    if config.compile == "auto":
-        gained_seconds = parallel.choice.chosen.seconds["compute"] * (1 / EAGER_SPEED - 1) * steps
+    automatic = parallel.config.compile == "auto"
+    if automatic:
+        gained_seconds = parallel.choice.chosen.step_seconds["compute"] * (1 / EAGER_SPEED - 1) * steps
         if not has_triton() or gained_seconds <= COMPILE_SECONDS:
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
             parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
             return False
     # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
-    torch._dynamo.config.suppress_errors = config.compile == "auto"  # where nobody asked for it, a warning will do
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
+    torch._dynamo.config.suppress_errors = automatic  # where nobody asked for it, a warning will do
     for layer in parallel.accelerator.unwrap_model(model).model.layers:
         layer.compile(dynamic=True)
     return True
 
 
-# ---- Model: optimizer ------------------------------------------------------------------------------------------
+# ---- Model: optimizer ----------------------------------------------------------------------------------------
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -1988,7 +1999,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
-        weight, gradient, first, second = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+        weight, gradient, first, second = map(local_part, tensors)
         (beta1, beta2), lr = group["betas"], group["lr"]
         taken = 1.0 if skip is None else 1.0 - skip.to(weight.device)
         state["step"] += taken
@@ -2017,75 +2028,82 @@ def round_stochastically(tensor: torch.Tensor, generator: torch.Generator | None
 # ----------------------------------------------------------------------------------------------------------------
 # 8. Checkpoints
 # ----------------------------------------------------------------------------------------------------------------
+# A checkpoint exists whole or not at all: it is written under another name, flushed, and renamed when it is complete.
+# Any kill costs at most the steps since the last one. The same command goes on from the newest, on any number of ranks
+# and under any plan, with the losses of a run that was never interrupted.
 
+LOCK_WAIT_SECONDS = 90  # for a former run to finish the step and the save it is in
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a file in memory, holding the GIL
 WRITING, DELETING = ".writing", ".deleting"
-LOCK_WAIT_SECONDS = 90  # for a former run to finish the step and the save it is in
 
 
-# ---- Checkpoints: the save folder ------------------------------------------------------------------------------
+# ---- Checkpoints: the save folder ----------------------------------------------------------------------------
 
 
-def prepare_save_folder(config: Config, parallel: Parallel) -> None:
-    """Makes the save folder, checks that it is writable and shared, and locks it. Every rank must call it."""
-    folder = Path(config.save_model_dir)
-    with agreed_by_all_ranks():
-        if parallel.is_main:
-            for data in data_folders(config):
-                if folder.resolve().is_relative_to(data.resolve()):
-                    raise UserError(
-                        f"--save-model-dir {folder} lies in --dataset-name-or-path {data}, where what the run writes "
-                        "would be read as data; give another folder"
-                    )
-            if (folder / "checkpoints").is_file():
-                raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").touch()
-                (folder / ".writable").unlink()
-            except OSError as error:
-                raise UserError(
-                    f"--save-model-dir {folder} cannot be written to ({error.strerror}); give a folder that can"
-                ) from error
-            if folder.resolve() == Path(config.model_name_or_path).resolve() and not (folder / "checkpoints").exists():
-                raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
-            hold_folder(folder, parallel)
-            finish_interrupted_save(folder)
-            (folder / ".shared").touch()
-    with agreed_by_all_ranks():
-        if not (folder / ".shared").exists():
+def prepare_save_folder(parallel: Parallel) -> None:
+    """Makes and locks the save folder. Raises UserError where it is not writable, not free or not shared."""
+    folder = Path(parallel.config.save_model_dir)
+    holder = together(lambda: make_save_folder(folder, parallel), main_only=True)
+
+    def check_that_it_is_shared() -> None:
+        lock = folder / ".lock"
+        if not parallel.is_main and not (lock.exists() and lock.read_text() == holder):
             raise UserError(
                 f"--save-model-dir {folder} is not shared: what rank 0 writes does not appear on every node; give a "
                 "folder on a filesystem that all nodes share"
             )
-    if parallel.is_main:
-        (folder / ".shared").unlink()
+
+    together(check_that_it_is_shared)
 
 
-def hold_folder(folder: Path, parallel: Parallel) -> None:
-    """Locks the folder until this process ends; two runs would delete each other's checkpoints. Rank 0 only.
+def make_save_folder(folder: Path, parallel: Parallel) -> str:
+    """Makes the folder, locks it, and returns what the lock's file says. Rank 0 alone."""
+    config = parallel.config
+    for data in [path for path in map(Path, config.dataset_paths) if path.is_dir()]:
+        if folder.resolve().is_relative_to(data.resolve()):
+            raise UserError(
+                f"--save-model-dir {folder} lies in --dataset-name-or-path {data}, where what the run writes "
+                "would be read as data; give another folder"
+            )
+    if (folder / "checkpoints").is_file():
+        raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
+    if folder.resolve() == Path(config.model_name_or_path).resolve() and not (folder / "checkpoints").exists():
+        raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"--save-model-dir {folder} cannot be written to ({error.strerror}); give a folder that can"
+        ) from error
+    lock_folder(folder, descriptor, parallel)
+    holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, holder.encode(), 0)
+    shutil.rmtree(folder / UNFINISHED_MODEL, ignore_errors=True)
+    return holder
+
+
+def lock_folder(folder: Path, descriptor: int, parallel: Parallel) -> None:
+    """Locks the folder until this process ends, as two runs would delete each other's checkpoints. Rank 0 alone.
 
     Waits for a previous run that is about to end; raises UserError if it does not. A POSIX record lock, unlike
     filelock's: no child process inherits it, it ends with the process in any case, and it works on network disks.
     """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.timeout.total_seconds())  # the other ranks are waiting
     deadline, holder = time.monotonic() + patience, ""
     while True:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-            return
+            return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             if not holder:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another run"
                 parallel.say(f"waiting   for {holder} to leave {folder}")
         except OSError as error:
             parallel.say(f"WARNING   {folder} cannot be locked ({first_line(error)}); let no second run write to it")
-            return
+            return None
         if time.monotonic() > deadline:
             raise UserError(
                 f"--save-model-dir {folder} is being written to by another run, {holder}; end it, or give another "
@@ -2102,14 +2120,21 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---- Checkpoints: stop signals ---------------------------------------------------------------------------------
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file beside `path`, then moves it there: a reader sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.writing")
+    write(beside)
+    beside.replace(path)
+
+
+# ---- Checkpoints: stop signals -------------------------------------------------------------------------------
 
 
 class StopSignals:
-    """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on; a second signal leaves
-    at once.
+    """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
-    A context manager. Agreement is an all-reduce of one CPU integer over gloo: about 0.1 ms, no device sync.
+    A second signal leaves at once. A context manager. Agreement is an all-reduce of two CPU integers over gloo: about
+    0.1 ms, no device sync.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -2141,7 +2166,7 @@ class StopSignals:
                 os.write(2, b"stopping  at the end of the step; a second signal leaves at once\n")
 
     def agreed(self) -> bool:
-        """Returns whether any rank was asked to stop. Every rank must call it at the same point.
+        """Returns whether any rank was asked to stop.
 
         A rank whose torchrun has died stops too: nothing else would end it, and it would block the next start.
         """
@@ -2169,121 +2194,54 @@ def patience_seconds() -> float:
     """Returns the seconds between a signal and torchrun's SIGKILL; infinity without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return math.inf
-    told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") if torch.__version__ >= "2.13" else None
-    return float(told or TORCHRUN_GRACE_SECONDS)
+    given = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") if torch.__version__ >= "2.13" else None
+    return float(given or TORCHRUN_GRACE_SECONDS)
 
 
-# ---- Checkpoints: writing and resuming -------------------------------------------------------------------------
+# ---- Checkpoints: writing and resuming -----------------------------------------------------------------------
 
 
 class Checkpoints:
-    """Writes, finds, verifies and loads checkpoints. Made on every rank, and every rank must call each method.
+    """Writes, finds, verifies and loads checkpoints.
 
     A context manager: a run that ends with an error of its own first finishes the save under way.
 
     `checkpoints/step-000500/` holds one or more safetensors files per rank, written by torch.distributed.checkpoint
-    and readable on any number of ranks under any strategy, and `manifest.json`: where the run stood, and size and
-    SHA-256 of every file. Nothing in it is ever unpickled. A checkpoint is written under another name, flushed, and
-    renamed when it is complete, so a folder of that name is whole.
+    and readable on any number of ranks under any plan, and `manifest.json`: where the run stood, and size and SHA-256
+    of every file. Nothing in it is ever unpickled.
     """
 
-    def __init__(self, config: Config, parallel: Parallel, curve: dict[str, Any], total_steps: int):
-        self.config, self.parallel, self.curve, self.total_steps = config, parallel, curve, total_steps
-        self.folder = Path(config.save_model_dir) / "checkpoints"
+    def __init__(self, parallel: Parallel, train_set: Documents, total_steps: int):
+        self.parallel, self.config, self.total_steps = parallel, parallel.config, total_steps
+        self.settings = loss_settings(train_set, parallel)
+        self.folder = Path(self.config.save_model_dir) / "checkpoints"
         self.group = parallel.cpu_group()  # separate: a background write must not mix with training's messages
-        self.checkpoint_bytes = 3 * parallel.plan.state_bytes * parallel.shape.parameters  # weights and two moments
-        self.asynchronous = self.decide_async()
+        self.together = functools.partial(together, group=self.group)
+        checkpoint_bytes = 3 * parallel.plan.state_bytes * parallel.shape.parameters  # weights and two moments
+        self.asynchronous = saves_in_background(checkpoint_bytes, parallel)
+        check_disk(self.folder, checkpoint_bytes, parallel)
+        check_host_memory(parallel)
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
         self.saved_step = 0
         self.seconds = self.pause_seconds = 0.0  # of the last save: in all, and while training waited
-        self.check_disk()
-        self.check_host_memory()
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        if error_type in LEFT_TOGETHER:
+        if error_type in ORDERLY_EXITS:
             self.wait()
 
-    def decide_async(self) -> bool:
-        """Returns whether checkpoints are written in the background, the same on every rank.
+    def wait(self) -> None:
+        """Waits for the write under way, if any. Raises its error, unless it was reported as a failed checkpoint."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
 
-        This takes host memory for a copy of each rank's share.
-        """
-        copy_gib = self.checkpoint_bytes / GIB / self.parallel.plan.dp_shard_size * self.parallel.cluster.ranks_per_node
-        free_gib = free_host_memory() / GIB
-        on_host = self.parallel.device.type == "cpu" or self.parallel.plan.cpu_offload
-        resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
-        wanted = self.config.async_save
-        usable = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted] * max(0.0, free_gib - resident_gib)
-        asynchronous = all(self.together(lambda: copy_gib <= usable))
-        if wanted != "no" and not asynchronous:
-            self.parallel.say(
-                f"save      checkpoints are written with training held: a copy to write from takes {copy_gib:.1f} GiB "
-                f"of host memory per node, and {usable:.1f} may be used for it"
-            )
-        return asynchronous
-
-    def check_disk(self) -> None:
-        """Raises UserError where `--keep-checkpoints` + 1 checkpoints and the final model will not fit."""
-        with agreed_by_all_ranks():
-            if self.parallel.is_main:
-                present = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-                free = shutil.disk_usage(self.folder.parent).free + present
-                kept = self.config.keep_checkpoints + 1
-                final = self.parallel.shape.parameters * saved_dtype(self.config, self.parallel).itemsize
-                if free < kept * self.checkpoint_bytes + final:
-                    raise UserError(
-                        f"--save-model-dir {self.folder.parent} has {free / GIB:.1f} GiB free, but {kept} checkpoints "
-                        f"of {self.checkpoint_bytes / GIB:.1f} and the model of {final / GIB:.1f} need "
-                        f"{(kept * self.checkpoint_bytes + final) / GIB:.1f}; free some, give another folder, or lower "
-                        "--keep-checkpoints"
-                    )
-
-    def check_host_memory(self) -> None:
-        """Raises UserError where a node's host memory cannot hold what the run will put there.
-
-        That is the states under --cpu-offload, in each rank's share, and on rank 0 beside them the final model's
-        weights while they are written.
-        """
-        plan, parameters, needs = self.parallel.plan, self.parallel.shape.parameters, {}
-        if plan.cpu_offload:
-            states_gib = host_gib(self.parallel.shape, self.parallel.cluster, plan)
-            needs["weights, gradients and moments under --cpu-offload"] = states_gib * GIB
-        if self.parallel.is_main and self.parallel.device.type == "cuda":
-            needs["the final model, gathered"] = parameters * saved_dtype(self.config, self.parallel).itemsize
-        free = free_host_memory()
-        with agreed_by_all_ranks():
-            if sum(needs.values()) > free:
-                parts = " and ".join(f"{size / GIB:.1f} GiB for {what}" for what, size in needs.items())
-                raise UserError(
-                    f"node {platform.node()} has {free / GIB:.1f} GiB of host memory free, and the run will take "
-                    f"{parts}; use a node with more, or a smaller model"
-                )
-
-    def together(self, act: Callable[[], Any], main_only: bool = False) -> list[Any]:
-        """Returns what `act` returned on each rank (done on rank 0 alone if `main_only`).
-
-        Where it failed on any rank, raises CheckpointError on all of them.
-        """
-        result = reason = None
-        try:
-            if self.parallel.is_main or not main_only:
-                result = act()
-        except dcp.CheckpointException as error:  # derives from BaseException; the same on every rank
-            rank, (cause, _) = next(iter(error.failures.items()))
-            reason = f"{first_line(cause)}, on rank {rank}"
-        except Exception as error:
-            reason = f"{first_line(error)}, on rank {self.parallel.rank}"
-        everyones = [(result, reason)]
-        if self.group is not None:
-            everyones = [None] * dist.get_world_size()
-            dist.all_gather_object(everyones, (result, reason), group=self.group)
-        if reasons := [reason for _, reason in everyones if reason]:
-            raise CheckpointError(reasons[0])
-        return [result for result, _ in everyones]
+    def seconds_to_save(self) -> float:
+        """Returns what the next save will take, as the last one did; twice that where one is still under way."""
+        return self.seconds * (2 if self.pending is not None and not self.pending.done() else 1)
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
@@ -2295,9 +2253,9 @@ class Checkpoints:
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
         if self.parallel.device.type == "cuda":
             tensors[f"rng.cuda.{self.parallel.rank}"] = torch.cuda.get_rng_state()
-        facts = {
-            **state.as_facts(),
-            "curve": self.curve,
+        run = {
+            **state.as_numbers(),
+            "curve": self.settings,
             "total_steps": self.total_steps,
             "save_seconds": self.seconds,
             "strategy": self.parallel.plan.strategy,
@@ -2305,66 +2263,51 @@ class Checkpoints:
         }
         self.pause_seconds = time.perf_counter() - began
         if self.asynchronous:
-            self.pending = self.writer.submit(self.write, tensors, facts, began)
+            self.pending = self.writer.submit(self.write, tensors, run, began)
         else:
-            self.write(tensors, facts, began)
+            self.write(tensors, run, began)
             self.pause_seconds = time.perf_counter() - began
 
-    def seconds_to_save(self) -> float:
-        """Returns what the next save will take, as the last one did; twice that where one is still under way."""
-        return self.seconds * (2 if self.pending is not None and not self.pending.done() else 1)
-
-    def wait(self) -> None:
-        """Waits for the write under way, if any. Raises its error, unless it was reported as a failed checkpoint."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            pending.result()
-
-    def write(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], began: float) -> None:
+    def write(self, tensors: dict[str, torch.Tensor], run: dict[str, Any], began: float) -> None:
         """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on."""
-        begin_thread_on(self.parallel.device)
-        final = self.folder / f"step-{facts['step']:06d}"
+        device = self.parallel.device
+        if device.type == "cuda" and device.index is not None:  # a thread begins on GPU 0, a lone process's "cuda"
+            torch.cuda.set_device(device)
+        final = self.folder / f"step-{run['step']:06d}"
         writing = final.with_name(final.name + WRITING)
+
+        def make_folder() -> None:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+
         try:
-            self.together(lambda: remake_folder(writing), main_only=True)
-            storage = HuggingFaceStorageWriter(
-                str(writing), file_of_each(tensors, self.parallel.cluster.world_size), save_distributed=True
-            )
-            if self.asynchronous:  # the tensors are in host memory; to copy ahead would wait for the training's stream
-                storage.per_thread_copy_ahead = 0
-            self.together(
-                lambda: dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=self.group is None)
-            )
+            self.together(make_folder, main_only=True)
+            self.together(lambda: save_tensors(tensors, writing, self.group, self.asynchronous))
             mine = f"shard-{self.parallel.rank + 1:05d}-*"
-            sums = self.together(lambda: {file.name: file_sum(file) for file in writing.glob(mine)})
-            files = {name: value for rank_sums in sums for name, value in rank_sums.items()}
-            self.together(lambda: self.complete(writing, final, facts, files), main_only=True)
-            seconds = time.perf_counter() - began
-            size_gib = sum(file["bytes"] for file in files.values()) / GIB
+            sums = self.together(lambda: {file.name: file_sum(file) for file in writing.glob(mine)}, gathered=True)
+            files = {name: value for sums_of_rank in sums for name, value in sums_of_rank.items()}
+            self.together(lambda: self.complete(writing, final, run, files), main_only=True)
+        except RunError as failure:
             self.parallel.say(
-                f"saved     {final} ({size_gib:.2f} GiB) in {seconds:.1f} s"
-                + (f", training held for {self.pause_seconds:.1f} s" if self.asynchronous else "")
-            )
-            if seconds > 0.8 * patience_seconds() >= self.seconds:
-                self.warn_of_slow_saves(seconds)
-            self.saved_step, self.seconds = facts["step"], seconds
-        except CheckpointError as failure:
-            self.parallel.say(
-                f"WARNING   the checkpoint of step {facts['step']} could not be written ({failure}); the run goes on, "
+                f"WARNING   the checkpoint of step {run['step']} could not be written ({failure}); the run goes on, "
                 "what was saved before is kept, and the next save tries again"
             )
             if self.parallel.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
+            return
+        seconds, size_gib = time.perf_counter() - began, sum(file["bytes"] for file in files.values()) / GIB
+        held = f", training held for {self.pause_seconds:.1f} s" if self.asynchronous else ""
+        self.parallel.say(f"saved     {final} ({size_gib:.2f} GiB) in {seconds:.1f} s{held}")
+        if seconds > 0.8 * patience_seconds() >= self.seconds:
+            self.parallel.say(
+                f"WARNING   a save takes {seconds:.0f} s, and torchrun kills its ranks {patience_seconds():.0f} s "
+                f"after a SIGTERM; with torch 2.13, TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} gives more"
+            )
+        self.saved_step, self.seconds = run["step"], seconds
 
-    def warn_of_slow_saves(self, seconds: float) -> None:
-        self.parallel.say(
-            f"WARNING   a save takes {seconds:.0f} s, and torchrun kills its ranks {patience_seconds():.0f} s "
-            f"after a SIGTERM; with torch 2.13, TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} gives more"
-        )
-
-    def complete(self, writing: Path, final: Path, facts: dict[str, Any], files: dict[str, Any]) -> None:
-        """Marks a written checkpoint complete, gives it its name, and deletes what is no longer kept. Rank 0."""
-        manifest = {"facts": facts, "files": files}
+    def complete(self, writing: Path, final: Path, run: dict[str, Any], files: dict[str, Any]) -> None:
+        """Marks a written checkpoint complete, gives it its name, and deletes what is no longer kept. Rank 0 alone."""
+        manifest = {"facts": run, "files": files}
         manifest["sha256"] = sum_of(manifest)
         (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
         sync_to_disk(writing / "manifest.json")
@@ -2373,7 +2316,7 @@ class Checkpoints:
             discard(final)
         writing.rename(final)
         sync_to_disk(self.folder)
-        found = self.complete_ones()
+        found = complete_checkpoints(self.folder)
         here = found.index(final)  # newer ones are damaged, and were passed over
         for other in found[:here] + found[here + self.config.keep_checkpoints :]:
             try:
@@ -2381,114 +2324,109 @@ class Checkpoints:
             except OSError as error:  # the new one is whole all the same
                 self.parallel.say(f"WARNING   {other} could not be deleted ({first_line(error)})")
 
-    def clean_up(self) -> None:
-        """Removes what an interrupted write or deletion left. Rank 0 only."""
-        for leftover in [*self.folder.glob("*" + WRITING), *self.folder.glob("*" + DELETING)]:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    def resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> TrainingState:
+    def resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Returns the state to go on from, model and optimizer loaded to match; a fresh one where there is none.
 
-        Raises UserError where what `--resume` names cannot be resumed.
+        Raises UserError where there are checkpoints, but none that can be resumed.
         """
-        state, wanted = TrainingState.fresh(device), self.config.resume
-        self.together(self.clean_up, main_only=True)
-        found = self.together(self.complete_ones, main_only=True)[0]  # rank 0's list, should a network disk lag behind
-        begins_elsewhere = wanted != "auto" and not found
-        if wanted != "auto":
-            self.check_path(Path(wanted), found)
-        for folder in [Path(wanted)] if begins_elsewhere else found:
+        state, named = TrainingState.fresh(self.parallel.device), self.config.resume
+        own = self.together(self.tidy_folder, main_only=True)  # rank 0's list, should a network disk lag behind
+        if named != "auto":
+            self.together(lambda: self.check_path(Path(named), own))
+        begins_elsewhere = named != "auto" and not own
+        for folder in [Path(named)] if begins_elsewhere else own:
             try:
-                facts = self.verify(folder)
-            except CheckpointError as failure:
+                run = self.verify(folder)
+            except RunError as damage:
                 if begins_elsewhere:
-                    raise UserError(f"--resume {wanted} is not a whole checkpoint: {failure}; name another") from None
-                self.parallel.say(f"WARNING   {folder} is damaged ({failure}); trying the one before it")
+                    raise UserError(f"--resume {named} is not a whole checkpoint: {damage}; name another") from None
+                self.parallel.say(f"WARNING   {folder} is damaged ({damage}); trying the one before it")
                 continue
-            self.check_curve(facts, folder)
-            self.load(folder, facts, model, optimizer, state)
+            self.check_settings(run, folder)
+            self.load(folder, run, model, optimizer, state)
             self.parallel.say(
-                f"resume    from {folder}, saved by {facts['world_size']} rank(s) under {facts['strategy']}"
-                + (f"; it is the newest of this run, which began from {wanted}" if found and wanted != "auto" else "")
+                f"resume    from {folder}, saved by {run['world_size']} rank(s) under {run['strategy']}"
+                + (f"; --resume {named} says only where a new run begins" if own and named != "auto" else "")
             )
             return state
-        if found:  # and none is whole
+        if own:  # and none is whole
             raise UserError(f"--resume auto found no whole checkpoint in {self.folder}; delete it to start anew")
         return state
 
-    def check_path(self, checkpoint: Path, own: list[Path]) -> None:
-        """Raises UserError where `--resume PATH` names no checkpoint, or one that this folder has left behind.
-
-        `own` are the complete checkpoints of the save folder, newest first.
-        """
-        with agreed_by_all_ranks():
-            inside_own_folder = checkpoint.resolve().parent == self.folder.resolve()
-            if own and not inside_own_folder:
-                return  # the run has begun from it, and goes on from its own newest
-            if not checkpoint.is_dir():
-                problem = "is not a folder" if checkpoint.exists() else "does not exist"
-                raise UserError(f"--resume {checkpoint} {problem}; give auto, or a checkpoint's folder")
-            if inside := complete_checkpoints(checkpoint) or complete_checkpoints(checkpoint / "checkpoints"):
-                raise UserError(
-                    f"--resume {checkpoint} holds checkpoints but is none; name one, such as {inside[0]}, or leave "
-                    "--resume out to go on from the newest in --save-model-dir"
-                )
-            later = [str(each) for each in itertools.takewhile(lambda each: not each.samefile(checkpoint), own)]
-            if later:
-                raise UserError(
-                    f"--resume {checkpoint} is not the newest checkpoint of {self.folder}; to go back to it, delete "
-                    f"{' and '.join(later)}"
-                )
-
-    def complete_ones(self) -> list[Path]:
-        """Returns the folders of complete checkpoints, newest first."""
+    def tidy_folder(self) -> list[Path]:
+        """Removes what an interrupted write or deletion left; returns the checkpoints, newest first. Rank 0 alone."""
+        for leftover in [*self.folder.glob("*" + WRITING), *self.folder.glob("*" + DELETING)]:
+            shutil.rmtree(leftover, ignore_errors=True)
         return complete_checkpoints(self.folder)
 
-    def verify(self, folder: Path) -> dict[str, Any]:
-        """Checks every byte of a checkpoint, the reading shared among the ranks, and returns its facts.
+    def check_path(self, checkpoint: Path, own: list[Path]) -> None:
+        """Raises UserError where `--resume PATH` names no checkpoint, or one that this run has left behind.
 
-        Raises CheckpointError, naming the file, on every rank alike.
+        `own` are the complete checkpoints of the save folder, newest first. Any rank may call it alone.
         """
-        return self.together(lambda: self.verify_share(folder))[0]
+        if own and checkpoint.resolve().parent != self.folder.resolve():
+            return  # the run has begun from it, and goes on from its own newest
+        if not checkpoint.is_dir():
+            problem = "is not a folder" if checkpoint.exists() else "does not exist"
+            raise UserError(f"--resume {checkpoint} {problem}; give auto, or a checkpoint's folder")
+        if inside := complete_checkpoints(checkpoint) or complete_checkpoints(checkpoint / "checkpoints"):
+            raise UserError(
+                f"--resume {checkpoint} holds checkpoints but is none; name one, such as {inside[0]}, or leave "
+                "--resume out to go on from the newest in --save-model-dir"
+            )
+        if later := [str(each) for each in itertools.takewhile(lambda each: not each.samefile(checkpoint), own)]:
+            raise UserError(
+                f"--resume {checkpoint} is not the newest checkpoint of {self.folder}; to go back to it, delete "
+                f"{' and '.join(later)}"
+            )
 
-    def verify_share(self, folder: Path) -> dict[str, Any]:
-        """Returns the facts, having checked the manifest and every n-th file of n ranks."""
+    def verify(self, folder: Path) -> dict[str, Any]:
+        """Checks every byte of a checkpoint, the reading shared among the ranks; returns where its run stood.
+
+        Raises RunError, naming the file.
+        """
+        return self.together(lambda: self.verify_every_nth_file(folder))
+
+    def verify_every_nth_file(self, folder: Path) -> dict[str, Any]:
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             signature = manifest.pop("sha256")
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"manifest.json is missing or unreadable ({first_line(error)})") from None
+            raise RunError(f"manifest.json is missing or unreadable ({first_line(error)})") from None
         if signature != sum_of(manifest):
-            raise CheckpointError("manifest.json was changed after it was written")
+            raise RunError("manifest.json was changed after it was written")
         for name in sorted(manifest["files"])[self.parallel.rank :: self.parallel.cluster.world_size]:
             path, expected = folder / name, manifest["files"][name]
             if not path.is_file():
-                raise CheckpointError(f"{name} is missing")
+                raise RunError(f"{name} is missing")
             if path.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+                raise RunError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
             if file_sum(path) != expected:
-                raise CheckpointError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
+                raise RunError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
         return manifest["facts"]
 
-    def check_curve(self, facts: dict[str, Any], folder: Path) -> None:
-        """Raises UserError if these flags would not continue the checkpoint's curve. More steps are allowed."""
-        saved = facts["curve"]
-        changed = [name for name, value in self.curve.items() if saved.get(name) != value]
+    def check_settings(self, run: dict[str, Any], folder: Path) -> None:
+        """Raises UserError if these flags would not give the losses that the run of the checkpoint would have had.
+
+        More steps are allowed.
+        """
+        saved = run["curve"]
+        changed = [name for name, value in self.settings.items() if saved.get(name) != value]
         if {"block_size", "loss_on", "model_name_or_path"} & set(changed):  # these change the tokens or labels too
             changed = [name for name in changed if name != "dataset_name_or_path"]
         remedy = "set it back, give another --save-model-dir, or add --resume-anyway"
         problems = [
-            f"{flag_name(name)} is now {self.curve[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
+            f"{flag_name(name)} is now {self.settings[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
             for name in changed
         ]
-        if self.total_steps < facts["total_steps"] and not changed:
+        if self.total_steps < run["total_steps"] and not changed:
             problems.append(
                 f"--num-train-epochs and --max-steps now give {self.total_steps} steps, but {folder} was trained "
-                f"towards {facts['total_steps']}, which set its learning rates; {remedy}"
+                f"towards {run['total_steps']}, which set its learning rates; {remedy}"
             )
         if problems and not self.config.resume_anyway:
             raise UserError(*problems)
-        if facts["step"] > self.total_steps:
+        if run["step"] > self.total_steps:
             raise UserError(
                 f"{folder} is past the {self.total_steps} steps of this run; raise --max-steps or --num-train-epochs"
             )
@@ -2496,11 +2434,15 @@ class Checkpoints:
     def load(
         self,
         folder: Path,
-        facts: dict[str, Any],
+        run: dict[str, Any],
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         state: TrainingState,
     ) -> None:
+        """Loads a verified checkpoint into model, optimizer, state and this rank's random states."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
         reader = HuggingFaceStorageReader(str(folder))
         tensors = checkpoint_tensors(model, optimizer, copy=False)
         stored = reader.read_metadata().state_dict_metadata
@@ -2513,17 +2455,16 @@ class Checkpoints:
             torch.set_rng_state(tensors[rng])
         if cuda_rng in tensors and self.parallel.device.type == "cuda":
             torch.cuda.set_rng_state(tensors[cuda_rng])
-        state.restore(facts)
-        self.seconds = facts["save_seconds"]
-        self.saved_step = state.step if folder.resolve().parent == self.folder.resolve() else 0
+        state.restore(run)
+        self.seconds, self.saved_step = run["save_seconds"], run["step"]
 
 
-class CheckpointError(Exception):
-    """A checkpoint could not be written, or is not whole: the reason, the same on every rank."""
+def loss_settings(documents: Documents, parallel: Parallel) -> dict[str, Any]:
+    """Returns what decides the losses of a run, by flag name. Parallelism is left out, because it changes no loss.
 
-
-def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> dict[str, Any]:
-    """Returns what decides the losses of a run, by flag name. Parallelism is left out: it changes no loss."""
+    Any rank may call it alone.
+    """
+    config = parallel.config
     names = (
         "seed", "batch_size", "block_size", "loss_on", "lr", "lr_scheduler", "warmup_ratio", "weight_decay",
         "max_grad_norm", "random_init",
@@ -2541,10 +2482,70 @@ def curve_settings(config: Config, parallel: Parallel, documents: Documents) -> 
     return settings
 
 
-def begin_thread_on(device: torch.device) -> None:
-    """Makes `device` the current one of this thread, which begins on GPU 0, the plain "cuda" of a lone process."""
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
+# ---- Checkpoints: disk and host memory -----------------------------------------------------------------------
+
+
+def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
+    """Returns whether checkpoints are written in the background, the same on every rank.
+
+    This takes host memory for a copy of each rank's share.
+    """
+    plan, wanted = parallel.plan, parallel.config.async_save
+    copy_gib = checkpoint_bytes / GIB / plan.dp_shard_size * parallel.cluster.ranks_per_node
+    on_host = parallel.device.type == "cpu" or plan.cpu_offload
+    resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
+    usable_share = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted]
+    usable_gib = usable_share * max(0.0, free_host_memory() / GIB - resident_gib)
+    in_background = all(together(lambda: copy_gib <= usable_gib, gathered=True))
+    if wanted != "no" and not in_background:
+        parallel.say(
+            f"save      checkpoints are written with training held: a copy to write from takes {copy_gib:.1f} GiB "
+            f"of host memory per node, and {usable_gib:.1f} may be used for it"
+        )
+    return in_background
+
+
+def check_disk(folder: Path, checkpoint_bytes: int, parallel: Parallel) -> None:
+    """Raises UserError where `--keep-checkpoints` + 1 checkpoints and the final model will not fit."""
+
+    def check() -> None:
+        present = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(folder.parent).free + present
+        kept = parallel.config.keep_checkpoints + 1
+        final = parallel.shape.parameters * saved_dtype(parallel).itemsize
+        if free < kept * checkpoint_bytes + final:
+            raise UserError(
+                f"--save-model-dir {folder.parent} has {free / GIB:.1f} GiB free, but {kept} checkpoints "
+                f"of {checkpoint_bytes / GIB:.1f} and the model of {final / GIB:.1f} need "
+                f"{(kept * checkpoint_bytes + final) / GIB:.1f}; free some, give another folder, or lower "
+                "--keep-checkpoints"
+            )
+
+    together(check, main_only=True)
+
+
+def check_host_memory(parallel: Parallel) -> None:
+    """Raises UserError where a node's host memory cannot hold what the run will put there.
+
+    That is the states under --cpu-offload, in each rank's share, and on rank 0 beside them the final model's
+    weights while they are written.
+    """
+    plan, needs = parallel.plan, {}
+    if plan.cpu_offload:
+        states_gib = host_memory_gib(parallel.shape, parallel.cluster, plan)
+        needs["weights, gradients and moments under --cpu-offload"] = states_gib * GIB
+    if parallel.is_main and parallel.device.type == "cuda":
+        needs["the final model, gathered"] = parallel.shape.parameters * saved_dtype(parallel).itemsize
+
+    def check() -> None:
+        if sum(needs.values()) > (free := free_host_memory()):
+            parts = " and ".join(f"{size / GIB:.1f} GiB for {what}" for what, size in needs.items())
+            raise UserError(
+                f"node {platform.node()} has {free / GIB:.1f} GiB of host memory free, and the run will take "
+                f"{parts}; use a node with more, or a smaller model"
+            )
+
+    together(check)
 
 
 def free_host_memory() -> int:
@@ -2564,14 +2565,17 @@ def free_host_memory() -> int:
     return free
 
 
-# ---- Checkpoints: tensors and files ----------------------------------------------------------------------------
+# ---- Checkpoints: tensors and files --------------------------------------------------------------------------
 
 
 def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, copy: bool) -> dict[str, torch.Tensor]:
     """Returns this rank's share of weights and moments by name, as DTensors where they are sharded.
 
-    copy: in host memory, safe from the training that goes on. Scalars get one dimension, which safetensors wants.
+    With `copy` they are in host memory, safe from the training that goes on. Scalars get one dimension, which
+    safetensors wants.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
     options = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=copy)
     weights, moments = get_state_dict(model, optimizer, options=options)
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
@@ -2584,11 +2588,13 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def with_own_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors, copying each that shares storage with an earlier one (tied weights): safetensors refuses
-    those."""
+    """Returns the tensors, with a copy of each that shares storage with an earlier one (tied weights).
+
+    safetensors refuses shared storage.
+    """
     seen, owned = set(), {}
     for name, tensor in tensors.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_part(tensor)
         place = (local.device, local.untyped_storage().data_ptr())
         owned[name] = tensor.detach().clone() if place in seen and local.numel() else tensor
         seen.add(place)
@@ -2597,6 +2603,8 @@ def with_own_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def restore_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Puts what `checkpoint_tensors` named back into model and optimizer. Hyperparameters stay those of the flags."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     weights = {name: tensors[f"model.{name}"] for name in weights}
@@ -2604,6 +2612,22 @@ def restore_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, te
         if isinstance(value, torch.Tensor):
             moments[name] = tensors[f"optimizer.{name}"].reshape(value.shape)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None, copied: bool) -> None:
+    """Writes every rank's tensors into the folder. Raises RunError, the same on every rank."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    storage = HuggingFaceStorageWriter(str(folder), file_of_each(tensors, world_size), save_distributed=True)
+    if copied:  # the tensors are in host memory; to copy ahead would wait for the training's stream
+        storage.per_thread_copy_ahead = 0
+    try:
+        dcp.save(tensors, storage_writer=storage, process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:  # derives from BaseException
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise RunError(f"{first_line(cause)}, on rank {rank}") from None
 
 
 def file_of_each(tensors: dict[str, torch.Tensor], ranks: int) -> dict[str, int]:
@@ -2632,87 +2656,90 @@ def sum_of(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def remake_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Returns the folders of the complete checkpoints in a folder, newest first."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def discard(folder: Path) -> None:
+def discard(checkpoint: Path) -> None:
     """Deletes a checkpoint, by another name first: a half-deleted one is never taken for a whole one."""
-    leaving = folder.with_name(folder.name + DELETING)
+    leaving = checkpoint.with_name(checkpoint.name + DELETING)
     shutil.rmtree(leaving, ignore_errors=True)
-    folder.rename(leaving)
+    checkpoint.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # 9. The final model
 # ----------------------------------------------------------------------------------------------------------------
+# The save folder becomes a Hugging Face model folder that `from_pretrained` loads in one plain process, with a model
+# card. A kill leaves the former model, no model or the new one, never a mix; the same command writes it again.
 
-STAGING, STAGED, MOVING = ".final-model.writing", ".final-model.complete", ".final-model.moving"
+UNFINISHED_MODEL = ".final-model.writing"
 
 
-def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, parallel: Parallel) -> None:
-    """Writes model and tokenizer in Hugging Face format into the save folder. Every rank must call it.
+def save_model(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, parallel: Parallel) -> None:
+    """Writes model and tokenizer into the save folder.
 
-    Everything is written and flushed beside its place, marked complete by a rename, then moved in, `config.json`
-    last: without it no loader takes the folder for a model. A crash at any moment leaves the former model, no
-    model, or the complete new one that `finish_interrupted_save` moves in at the next start.
+    Everything is written and flushed beside its place. Then the old `config.json` goes, without which no loader takes
+    the folder for a model, and the files move in, the new `config.json` last.
     """
     model = parallel.accelerator.unwrap_model(model)
-    weights = gather_weights(model, saved_dtype(config, parallel), parallel)
-    if parallel.is_main:
-        folder = Path(config.save_model_dir)
-        shutil.rmtree(folder / STAGING, ignore_errors=True)
-        write_model(model, weights, tokenizer, folder / STAGING)
-        shutil.rmtree(folder / STAGED, ignore_errors=True)
-        (folder / STAGING).rename(folder / STAGED)
+    weights = gather_weights(model, parallel)
+
+    def write() -> None:
+        folder = Path(parallel.config.save_model_dir)
+        written = folder / UNFINISHED_MODEL
+        shutil.rmtree(written, ignore_errors=True)
+        write_model(model, weights, tokenizer, written)
+        (folder / "config.json").unlink(missing_ok=True)
+        for old_weights in folder.glob("model*.safetensors*"):
+            if not (written / old_weights.name).exists():
+                old_weights.unlink()
+        for file in sorted(written.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
         sync_to_disk(folder)
-        finish_interrupted_save(folder)
-    parallel.wait_for_everyone()
+        written.rmdir()
+
+    together(write, main_only=True)
 
 
-def saved_dtype(config: Config, parallel: Parallel) -> torch.dtype:
-    chosen = parallel.plan.precision if config.save_dtype == "auto" else config.save_dtype
+def saved_dtype(parallel: Parallel) -> torch.dtype:
+    """Returns the dtype of the final model's weights. Any rank may call it alone."""
+    save_dtype = parallel.config.save_dtype
+    chosen = parallel.plan.precision if save_dtype == "auto" else save_dtype
     return torch.float32 if chosen == "fp32" else torch.bfloat16
 
 
-def gather_weights(model: PreTrainedModel, dtype: torch.dtype, parallel: Parallel) -> dict[str, torch.Tensor]:
-    """Returns the full weights on rank 0, in host memory, and nothing on the others. Every rank must call it.
+def gather_weights(model: transformers.PreTrainedModel, parallel: Parallel) -> dict[str, torch.Tensor]:
+    """Returns the full weights on rank 0, in host memory, and nothing on the others.
 
     One tensor at a time: a device holds its own share and a single whole matrix, never the model.
     """
-    weights = {}
+    weights, dtype = {}, saved_dtype(parallel)
     for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = unsharded(tensor)
         if parallel.is_main:
             weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
     return weights
 
 
 def write_model(
-    model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: transformers.PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    folder: Path,
 ) -> None:
-    """Writes a model folder that `from_pretrained` loads in one plain process, and flushes it to disk.
+    """Writes a model folder and flushes it to disk.
 
     It is written through a shell on the meta device, because the parallel model would gather its fp32 weights again.
     """
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(model.config, dtype=next(iter(weights.values())).dtype)
+        shell = transformers.AutoModelForCausalLM.from_config(model.config, dtype=next(iter(weights.values())).dtype)
     shell.config.distributed_config = None
-    pad_id = padding_id(tokenizer)
     shell.generation_config = transformers.GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer)
     )
     shell.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
@@ -2726,148 +2753,142 @@ def write_model(
     sync_to_disk(folder)
 
 
-def finish_interrupted_save(folder: Path) -> None:
-    """Moves a complete staged model into its place, if there is one. May be interrupted and repeated at any point."""
-    staged, moving = folder / STAGED, folder / MOVING
-    if staged.is_dir():  # nothing has moved yet, so these are all the names of the new model
-        new = {file.name for file in staged.iterdir()}
-        (folder / "config.json").unlink(missing_ok=True)
-        for old in folder.glob("model*.safetensors*"):
-            if old.name not in new:
-                old.unlink()
-        staged.rename(moving)
-    if moving.is_dir():
-        for file in sorted(moving.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(folder / file.name)
-        sync_to_disk(folder)
-        moving.rmdir()
+# ---- The final model: its card -------------------------------------------------------------------------------
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# {{ base_name }} fine-tuned for summarisation
+
+All weights of `{{ base_model }}` were trained on `{{ data }}` with `train_llama2.py`. Prompt: `{{ prompt_open }}` + \
+article + `{{ prompt_close.strip() }}` + newline; the summary ends with the end-of-sequence token.
+
+## Results
+
+| | |
+| --- | --- |
+{% for name, value in results.items() -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
+{%- if has_curves %}
+![curves](curves.png)
+{% endif %}
+## Training
+
+```bash
+{{ command }}
+```
+
+Plan: {{ plan }} on {{ devices }}.
+{% if plan_check %}
+```
+{{ plan_check }}
+```
+{% endif %}
+{%- if samples %}
+## Samples
+{% for sample in samples %}
+**Reference.** {{ sample.reference }}
+
+**Summary.** {{ sample.summary }}
+{% endfor %}
+{%- endif %}
+## Licence
+
+Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. \
+Where the base model is Llama 2, this model is a derivative of it, and its use is bound by that licence and its \
+acceptable use policy.
+"""
 
 
-# ---- The final model: its card, and the Hub --------------------------------------------------------------------
-
-
-def write_model_card(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> None:
+def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> None:
     """Writes `README.md` into the save folder: what was trained, how, on what, and how well. Rank 0 writes.
 
-    A run that had no steps left to take keeps the card that is there.
+    Results are read from the log files, earlier runs included. A run that had no steps left keeps the card there is.
     """
-    folder = Path(config.save_model_dir)
+    config, cluster, folder = parallel.config, parallel.cluster, Path(parallel.config.save_model_dir)
     if not parallel.is_main or (log.steps_of_this_run == 0 and (folder / "README.md").exists()):
         return
-    data = huggingface_hub.ModelCardData(
-        language="en",
-        license="llama2" if re.search("llama-?2", config.model_name_or_path, re.IGNORECASE) else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["summarization", "full-fine-tuning"],
-        base_model=None if is_local(config.model_name_or_path) else config.model_name_or_path,
-        datasets=[name for name in config.dataset_paths if not is_local(name)] or None,
-    )
-    written = folder / ".README.md"
-    try:
-        text = card_text(config, parallel, state, log)
-        huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(written)
-        written.replace(folder / "README.md")
-    except (OSError, ValueError) as error:  # a full disk must not end a run whose model is saved
-        parallel.say(f"WARNING   the model card could not be written ({first_line(error)})")
-
-
-def card_text(config: Config, parallel: Parallel, state: TrainingState, log: RunLog) -> str:
-    """Returns the body of the model card, in Markdown, with results from the log files, earlier runs included."""
-    folder = Path(config.save_model_dir)
-    changed = {name: " ".join(values) or "True" for name, values in changed_flags(config).items()}
-    changed.pop("--save-model-dir", None)
     lines, samples = read_lines(folder / METRICS_FILE), read_lines(folder / SAMPLES_FILE)
     trained = next((line for line in reversed(lines) if "loss" in line), {})
     evaluated = next((line for line in reversed(lines) if "eval_loss" in line), {})
     results = {"optimizer steps": state.step, "tokens": f"{state.tokens:,}", "training loss": trained.get("loss")}
     results |= {name.replace("eval_", "validation "): value for name, value in evaluated.items() if name != "step"}
-    samples = [sample for sample in samples if sample["step"] == evaluated.get("step")][:SHOWN_SAMPLES]
-    parts = [
-        f"# {Path(config.model_name_or_path).name} fine-tuned for summarisation",
-        f"All weights of `{config.model_name_or_path}` were trained on `{' '.join(config.dataset_paths)}` with "
-        f"`{Path(__file__).name}`. Prompt: `{PROMPT_OPEN}` + article + `{PROMPT_CLOSE.strip()}` + newline; the summary "
-        "ends with the end-of-sequence token.",
-        "## Results\n\n| | |\n| --- | --- |\n"
-        + "\n".join(
-            f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
-            for name, value in results.items()
-        ),
-        "![curves](curves.png)" if (folder / "curves.png").exists() else "",
-        f"## Training\n\n```bash\n{command_of(config, parallel)}\n```",
-        "| flag | value |\n| --- | --- |\n" + "\n".join(f"| `{name}` | `{value}` |" for name, value in changed.items()),
-        f"Plan: {parallel.plan.describe()} on {parallel.cluster.world_size} x {parallel.cluster.device_name}.",
-        f"```\n{describe_check(log.checked)}\n```" if log.checked else "",
-        "## Samples" if samples else "",
-        *(f"**Reference.** {sample['reference']}\n\n**Summary.** {sample['summary']}" for sample in samples),
-        "## Licence\n\nLlama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "
-        "All Rights Reserved. Where the base model is Llama 2, this model is a derivative of it, and its use is bound "
-        "by that licence and its acceptable use policy.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    with keep_going("the model card could not be written", parallel):
+        card = huggingface_hub.ModelCard.from_template(
+            huggingface_hub.ModelCardData(
+                language="en",
+                license="llama2" if re.search("llama-?2", config.model_name_or_path, re.IGNORECASE) else None,
+                library_name="transformers",
+                pipeline_tag="text-generation",
+                tags=["summarization", "full-fine-tuning"],
+                base_model=None if is_local(config.model_name_or_path) else config.model_name_or_path,
+                datasets=[name for name in config.dataset_paths if not is_local(name)] or None,
+            ),
+            template_str=MODEL_CARD,
+            base_name=Path(config.model_name_or_path).name,
+            data=" ".join(config.dataset_paths),
+            prompt_open=PROMPT_OPEN,
+            prompt_close=PROMPT_CLOSE,
+            results={n: f"{value:.4f}" if isinstance(value, float) else value for n, value in results.items()},
+            has_curves=(folder / "curves.png").exists(),
+            command=typed_command(cluster),
+            plan=parallel.plan.describe(),
+            devices=f"{cluster.world_size} x {cluster.device_name}",
+            plan_check="\n".join(log.plan_check.lines()),
+            samples=[sample for sample in samples if sample["step"] == evaluated.get("step")][:SHOWN_SAMPLES],
+        )
+        write_atomically(folder / "README.md", card.save)
 
 
-def command_of(config: Config, parallel: Parallel) -> str:
-    """Returns the command of this run, to be pasted into a shell, on every node; HOST is one of them."""
-    nodes, ranks, words = parallel.cluster.nodes, parallel.cluster.ranks_per_node, [Path(__file__).name]
-    for name, values in changed_flags(config).items():
-        words += [name, *values]
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if nodes * ranks > 1 else ["python"]
-    if nodes > 1:
-        launcher[1:2] = [f"--nnodes={nodes}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
-    return shlex.join([*launcher, *words])
-
-
-def changed_flags(config: Config) -> dict[str, list[str]]:
-    """Returns the flags that differ from their defaults, each with the words that follow it on a command line."""
-    changed = {}
-    for name, field in FLAGS.items():
-        value = getattr(config, name)
-        if value != field.default:
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            changed[flag_name(name)] = list(map(str, values))
-    return changed
+def typed_command(cluster: Cluster) -> str:
+    """Returns the command of this run, to be pasted into a shell on every node; HOST is one of them."""
+    launcher = (
+        f"torchrun --standalone --nproc_per_node={cluster.ranks_per_node}" if cluster.world_size > 1 else "python"
+    )
+    if cluster.nodes > 1:
+        meeting_point = f"--nnodes={cluster.nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+        launcher = launcher.replace("--standalone", meeting_point)
+    return f"{launcher} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # 10. Reporting
 # ----------------------------------------------------------------------------------------------------------------
+# Rank 0 reports to the console, metrics.jsonl and the trackers. The first steps are compared with the plan. Reporting
+# never ends a run: what a full disk or a missing font prevents is a warning.
 
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 SHOWN_SAMPLES = 3  # summaries beside their references in the log, the trackers and the model card
 
 
 class RunLog:
-    """Progress bar, console lines, `metrics.jsonl` and trackers. Made on every rank; rank 0 speaks and writes."""
+    """What the run reports: a console line, a line in metrics.jsonl and the trackers for a step or an evaluation."""
 
     def __init__(
         self,
-        config: Config,
         parallel: Parallel,
         state: TrainingState,
         total_steps: int,
         steps_per_epoch: int,
-        resolved: dict[str, Any],
+        compiled: bool,
+        async_save: bool,
     ):
-        self.config, self.parallel, self.resolved = config, parallel, resolved
+        self.parallel, self.config = parallel, parallel.config
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.started = self.first_step_ended = time.perf_counter()
-        self.begin_interval()
-        self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
-        self.last_loss, self.last_evaluation = math.nan, None
-        self.steps_of_this_run, self.checked, self.earlier_peak_gib = 0, None, 0.0
-        self.folder = Path(config.save_model_dir)
-        self.bar = tqdm(
-            total=total_steps, initial=state.step, desc="training", unit="step", disable=not shows_bars(parallel)
-        )
+        self.folder = Path(self.config.save_model_dir)
+        self.last_loss, self.last_evaluation = math.nan, {}
+        # what became of the `auto` flags that the plan does not decide
+        save_dtype = "bf16" if saved_dtype(parallel) == torch.bfloat16 else "fp32"
+        self.resolved = dict(compiled=compiled, async_save=async_save, save_dtype=save_dtype)
+        self.progress = Progress(state, total_steps, parallel.shows_bars)
+        self.plan_check = PlanCheck(parallel, compiled)
         if parallel.is_main:
-            metrics, samples = (self.folder / name for name in LOG_FILES)
-            self.metrics = continue_lines(metrics, state).open("ab", buffering=0)
-            if samples.exists():
-                continue_lines(samples, state)
-            self.unwritten = b""
+            self.metrics = MetricsFile(self.folder, state)
             self.write_config()
-        if config.report_to != "none":
-            settings = {**dataclasses.asdict(config), "plan": parallel.plan.describe()}
+        if self.config.report_to != "none":
+            settings = {**dataclasses.asdict(self.config), "plan": parallel.plan.describe()}
             parallel.accelerator.init_trackers(
                 "train_llama2",
                 {name: str(value) for name, value in settings.items()},
@@ -2877,22 +2898,45 @@ class RunLog:
                 },
             )
 
-    def step(self, state: TrainingState, result: StepResult) -> None:
-        """Counts a step; every `--log-interval` steps, and at the last one, waits for the device and reports."""
-        self.bar.update()
-        self.steps_of_this_run += 1
-        self.interval_steps += 1
-        self.interval_tokens += result.tokens
-        self.interval_squares += result.squared_lengths
-        self.check_plan(result)
-        if state.step % self.config.log_interval and state.step != self.total_steps:
-            if self.steps_of_this_run == 1:
-                self.begin_interval()  # the first step allocates and compiles: it would spoil rate and time left
+    @property
+    def steps_of_this_run(self) -> int:
+        return self.progress.steps
+
+    def timing_the_wait(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
+        """Yields the batches, and counts how long training waits for each of them."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.progress.waited_seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def clock_stopped(self) -> contextlib.AbstractContextManager[None]:
+        """Leaves the body (an evaluation, a save) out of the step time and the throughput."""
+        return self.progress.clock_stopped()
+
+    def seconds_per_step(self) -> float:
+        return self.progress.seconds_per_step()
+
+    def step(self, state: TrainingState, result: StepResult | None) -> None:
+        """Counts a step; every --log-interval steps, and at the last one, waits for the device and reports."""
+        if result is None:  # the step was abandoned
             return
+        self.progress.count(result)
+        if self.steps_of_this_run <= 2 and self.parallel.is_main:
+            self.check_the_plan(result)
+        if state.step % self.config.log_interval == 0 or state.step == self.total_steps:
+            self.report_interval(state, result)
+        elif self.steps_of_this_run == 1:
+            self.progress.begin_interval()  # the first step allocates and compiles: it would spoil rate and time left
+
+    def report_interval(self, state: TrainingState, result: StepResult) -> None:
+        progress, parallel = self.progress, self.parallel
         loss, grad_norm, skipped = torch.stack([result.loss, result.grad_norm, state.skipped]).tolist()
-        seconds = time.perf_counter() - self.interval_started
-        peak = peak_flops(self.parallel.cluster, self.parallel.plan.precision)
-        flops = training_flops(self.parallel.shape, self.interval_tokens, self.interval_squares)
+        seconds = progress.clock() - progress.interval_began
+        peak = peak_flops(parallel.cluster, parallel.plan.precision)
+        flops = training_flops(parallel.shape, progress.tokens, progress.squared_lengths)
         line = dict(
             step=state.step,
             epoch=state.step / self.steps_per_epoch,
@@ -2900,161 +2944,97 @@ class RunLog:
             lr=result.lr,
             grad_norm=grad_norm,
             tokens=state.tokens,
-            tokens_per_second=self.interval_tokens / seconds,
-            step_seconds=seconds / self.interval_steps,
-            mfu=flops / seconds / self.parallel.cluster.world_size / peak if peak else None,
-            data_wait_share=self.interval_waited / seconds,
-            peak_memory_gib=max(self.earlier_peak_gib, peak_memory_gib(self.parallel.device)),
+            tokens_per_second=progress.tokens / seconds,
+            step_seconds=seconds / progress.interval_steps,
+            mfu=flops / seconds / parallel.cluster.world_size / peak if peak else None,
+            data_wait_share=progress.waited_seconds / seconds,
+            peak_memory_gib=max(self.plan_check.earlier_peak_gib, peak_memory_gib(parallel.device)),
             skipped_steps=int(skipped),
         )
         self.write(line)
-        left = (self.total_steps - state.step) * line["step_seconds"]
-        self.bar.set_postfix(
-            loss=f"{loss:.4f}", lr=f"{result.lr:.2e}", tokens_per_s=f"{line['tokens_per_second']:,.0f}"
-        )
-        self.parallel.say(
+        seconds_left = (self.total_steps - state.step) * line["step_seconds"]
+        parallel.say(
             f"step {state.step}/{self.total_steps}  loss {loss:.4f}  lr {result.lr:.2e}  grad norm {grad_norm:.3f}  "
             f"{line['tokens_per_second']:,.0f} tokens/s"
             + (f"  MFU {line['mfu']:.1%}" if peak else "")
-            + f"  {timedelta(seconds=round(left))} left"
+            + f"  {timedelta(seconds=round(seconds_left))} left"
             + (f"  {int(skipped)} updates skipped (not finite)" if skipped else "")
         )
-        self.training_seconds += seconds
-        self.training_tokens += self.interval_tokens
-        self.step_seconds, self.last_loss = line["step_seconds"], loss
-        self.begin_interval()
+        self.last_loss = loss
+        progress.end_interval(line)
 
-    def begin_interval(self) -> None:
-        self.interval_steps = self.interval_tokens = self.interval_squares = 0
-        self.interval_waited, self.interval_started = 0.0, time.perf_counter()
-
-    def check_plan(self, result: StepResult) -> None:
-        """After the second step of this run, prints and keeps predicted against measured. Waits for the device twice.
-
-        The prediction is repeated for that step's own documents, as the plan's assumes full blocks.
-        """
-        if self.steps_of_this_run > 2 or not self.parallel.is_main or self.parallel.choice is None:
-            return
-        on_gpu = self.parallel.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize()
-        if self.steps_of_this_run == 1:
-            if on_gpu:  # the peaks before are of loading and evaluating
-                self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
-                torch.cuda.reset_peak_memory_stats()
-            self.first_step_ended = time.perf_counter()
-            return
-        seconds = time.perf_counter() - self.first_step_ended
-        self.checked = check_of_plan(self.parallel, result, seconds, self.resolved["compiled"])
-        self.parallel.say(describe_check(self.checked))
-        self.write_config()
-        if self.config.report_to != "none":
-            told = {f"plan/{name}_{kind}": value[kind] for name, value in self.checked.items() for kind in value}
-            self.parallel.accelerator.log({name: value for name, value in told.items() if isinstance(value, float)})
-
-    def seconds_per_step(self) -> float:
-        """Returns the seconds of a step as last reported; until then of the steps so far."""
-        so_far = (time.perf_counter() - self.interval_started) / max(1, self.interval_steps)
-        return self.step_seconds or so_far
-
-    def write_config(self) -> None:
-        description = run_description(self.config, self.parallel, self.resolved, self.checked)
-        written = self.folder / "train_config.json.new"
-        try:
-            written.write_text(json.dumps(description, indent=2))
-            written.replace(self.folder / "train_config.json")
-        except OSError as error:  # a full disk must not end the run
-            self.parallel.say(f"WARNING   train_config.json could not be written ({first_line(error)})")
+    def check_the_plan(self, result: StepResult) -> None:
+        self.plan_check.step_ended(self.steps_of_this_run, result, self.progress.clock)
+        if self.plan_check.quantities and self.steps_of_this_run == 2:
+            for line in self.plan_check.lines():
+                self.parallel.say(line)
+            self.write_config()
+            if self.config.report_to != "none":
+                values = {f"plan/{n}_{kind}": v[kind] for n, v in self.plan_check.quantities.items() for kind in v}
+                self.parallel.accelerator.log({n: value for n, value in values.items() if isinstance(value, float)})
 
     def evaluation_due(self, state: TrainingState) -> bool:
         """Returns whether this step is one to evaluate at and has not been yet, the same on every rank."""
         due = state.step == self.total_steps or state.step % self.config.eval_interval == 0
         return due and state.step > state.evaluated_step
 
-    def evaluation(self, state: TrainingState, evaluation: Evaluation | None) -> None:
+    def evaluation(self, state: TrainingState, outcome: tuple[dict[str, float], list[dict[str, str]]] | None) -> None:
         """Reports an evaluation, and draws the curves anew; None is one that a stop interrupted."""
-        if evaluation is None:
+        if outcome is None:
             return
-        state.evaluated_step, self.last_evaluation = state.step, evaluation
-        perplexity = math.exp(evaluation.loss) if evaluation.loss < 700 else math.inf
-        line = dict(step=state.step, eval_loss=evaluation.loss, eval_perplexity=perplexity, **evaluation.rouge)
-        self.write(line)
-        rouge = "".join(f"  {name} {score:.2f}" for name, score in evaluation.rouge.items())
+        scores, samples = outcome
+        state.evaluated_step, self.last_evaluation = state.step, scores
+        self.write(dict(step=state.step, **scores))
         at = f"step {state.step}/{self.total_steps}"
-        self.parallel.say(f"{at}  eval loss {evaluation.loss:.4f}  perplexity {perplexity:.2f}{rouge}")
-        for sample in evaluation.samples[:SHOWN_SAMPLES]:
-            self.parallel.say(f"{at}  reference  {' '.join(sample.reference.split())}")
-            self.parallel.say(f"{at}  summary    {' '.join(sample.summary.split())}")
-        self.write_samples(state.step, evaluation.samples)
+        rouge = "".join(f"  {name} {score:.2f}" for name, score in scores.items() if name.startswith("rouge"))
+        self.parallel.say(
+            f"{at}  eval loss {scores['eval_loss']:.4f}  perplexity {scores['eval_perplexity']:.2f}{rouge}"
+        )
+        for sample in samples[:SHOWN_SAMPLES]:
+            self.parallel.say(f"{at}  reference  {' '.join(sample['reference'].split())}")
+            self.parallel.say(f"{at}  summary    {' '.join(sample['summary'].split())}")
         if self.parallel.is_main:
-            try:
+            with keep_going(f"{self.folder / SAMPLES_FILE} could not be written", self.parallel):
+                self.metrics.append_samples(state.step, samples)
+            self.track_samples(state.step, samples[:SHOWN_SAMPLES])
+            with keep_going("curves.png could not be drawn", self.parallel):
                 draw_curves(self.folder)
-            except Exception as error:  # a picture must not end the run
-                self.parallel.say(f"WARNING   curves.png could not be drawn ({first_line(error)})")
 
-    def write_samples(self, step: int, samples: list[Sample]) -> None:
-        """Appends summaries to `samples.jsonl` and shows them in trackers that take text."""
-        if not samples or not self.parallel.is_main:
-            return
-        path = self.folder / SAMPLES_FILE
-        lines = [json.dumps(dict(step=step, **dataclasses.asdict(sample))) + "\n" for sample in samples]
-        try:
-            with path.open("a") as stream:
-                stream.writelines(lines)
-        except OSError as error:  # a full disk must not end the run
-            self.parallel.say(f"WARNING   {path} could not be written ({first_line(error)})")
-        rows = [[sample.reference, sample.summary] for sample in samples[:SHOWN_SAMPLES]]
-        for tracker in self.parallel.accelerator.trackers:
+    def track_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Shows summaries in the trackers that take text. Rank 0 alone."""
+        for tracker in self.parallel.accelerator.trackers if samples else []:
             if tracker.name == "wandb":
+                rows = [[sample["reference"], sample["summary"]] for sample in samples]
                 tracker.log_table("samples", columns=["reference", "summary"], data=rows, step=step)
             elif tracker.name == "tensorboard":
-                text = "\n\n".join(f"**reference** {reference}\n\n**summary** {summary}" for reference, summary in rows)
-                tracker.writer.add_text("samples", text, step)
-
-    def timing_the_wait(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
-        """Yields the batches, and counts how long training waits for each of them."""
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            self.interval_waited += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch
-
-    @contextlib.contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        """Leaves the body (an evaluation, a save) out of the step time and the throughput."""
-        began = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - began
-        self.interval_started, self.first_step_ended = self.interval_started + seconds, self.first_step_ended + seconds
+                texts = [
+                    f"**reference** {sample['reference']}\n\n**summary** {sample['summary']}" for sample in samples
+                ]
+                tracker.writer.add_text("samples", "\n\n".join(texts), step)
 
     def write(self, line: dict[str, Any]) -> None:
+        """Writes a line to metrics.jsonl and to the trackers."""
         if self.parallel.is_main:
-            finite = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in line.items()
-            }
-            self.unwritten += json.dumps(finite).encode() + b"\n"
-            try:
-                while self.unwritten:
-                    self.unwritten = self.unwritten[self.metrics.write(self.unwritten) :]
-            except OSError as error:  # a full disk must not end the run
-                self.parallel.say(
-                    f"WARNING   metrics.jsonl could not be written ({first_line(error)}); kept for the next line"
-                )
+            with keep_going("metrics.jsonl could not be written, and its lines are kept for later", self.parallel):
+                self.metrics.write(line)
         if self.config.report_to != "none":
             values = {name: value for name, value in line.items() if name != "step" and value is not None}
             self.parallel.accelerator.log(values, step=line["step"])
 
-    def sync(self) -> None:
+    def write_config(self) -> None:
+        """Writes `train_config.json`: the flags, the versions, the machine, the plan and its check. Rank 0 alone."""
+        description = run_description(self.parallel, self.resolved, self.plan_check.quantities)
+        with keep_going("train_config.json could not be written", self.parallel):
+            text = json.dumps(description, indent=2)
+            write_atomically(self.folder / "train_config.json", lambda path: path.write_text(text))
+
+    def flush(self) -> None:
         """Flushes `metrics.jsonl` to disk: a checkpoint must not outlive the lines of its steps."""
         if self.parallel.is_main:
-            with contextlib.suppress(OSError):  # a full disk was told when writing
-                os.fsync(self.metrics.fileno())
+            self.metrics.flush()
 
     def stopped(self, state: TrainingState, signal_name: str, saved: bool) -> None:
-        self.bar.close()
+        self.progress.bar.close()
         if saved:
             outcome = "the checkpoint is saved, and the same command goes on from it"
         else:
@@ -3062,29 +3042,81 @@ class RunLog:
         words = f"stopped   by {signal_name or 'a signal to another rank'} after step {state.step}; {outcome}"
         self.parallel.say(words, always=True)
 
-    def summary(self, state: TrainingState) -> None:
-        self.bar.close()
-        if not self.training_tokens:
-            words = f"done      already at step {state.step}; the model in {self.folder} was written again"
+    def done(self, state: TrainingState) -> None:
+        """Says how to publish the model, and then what the run did."""
+        progress, folder = self.progress, self.folder
+        progress.bar.close()
+        upload = shlex.join(["hf", "upload", "OWNER/NAME", str(folder), "--exclude", "*/*", "--exclude", ".*"])
+        self.parallel.say(f"publish   {upload}")
+        if not progress.training_tokens:
+            words = f"done      already at step {state.step}; the model in {folder} was written again"
             return self.parallel.say(words, always=True)
-        rate = self.training_tokens / self.training_seconds
-        eval_loss = f", eval loss {self.last_evaluation.loss:.4f}" if self.last_evaluation else ""
+        rate = progress.training_tokens / progress.training_seconds
+        eval_loss = f", eval loss {self.last_evaluation['eval_loss']:.4f}" if self.last_evaluation else ""
         self.parallel.say(
             f"done      {state.step} steps, {state.tokens:,} tokens, the last {self.steps_of_this_run} of them in "
-            f"{timedelta(seconds=round(time.perf_counter() - self.started))} ({rate:,.0f} tokens/s in training); "
-            f"loss {self.last_loss:.4f}{eval_loss}; {int(state.skipped.item())} updates skipped; model in "
-            f"{self.folder}",
+            f"{timedelta(seconds=round(time.perf_counter() - progress.started))} ({rate:,.0f} tokens/s in training); "
+            f"loss {self.last_loss:.4f}{eval_loss}; {int(state.skipped.item())} updates skipped; model in {folder}",
             always=True,
         )
 
 
-def shows_bars(parallel: Parallel) -> bool:
-    return parallel.is_main and sys.stderr.isatty() and not parallel.quiet
+@contextlib.contextmanager
+def keep_going(problem: str, parallel: Parallel) -> Iterator[None]:
+    """Turns an error of the body into a warning: a full disk or a picture must not end the run. Any rank alone."""
+    try:
+        yield
+    except Exception as error:
+        parallel.say(f"WARNING   {problem} ({first_line(error)})")
+
+
+class Progress:
+    """The bar, and what was trained since the last line and in how many seconds. The same on every rank."""
+
+    def __init__(self, state: TrainingState, total_steps: int, shows_bar: bool):
+        self.bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=not shows_bar)
+        self.started = time.perf_counter()
+        self.stopped_seconds = 0.0  # in evaluations and saves, which the clock leaves out
+        self.steps = 0  # of this run
+        self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
+        self.begin_interval()
+
+    def clock(self) -> float:
+        return time.perf_counter() - self.stopped_seconds
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.stopped_seconds += time.perf_counter() - began
+
+    def begin_interval(self) -> None:
+        self.interval_steps = self.tokens = self.squared_lengths = 0
+        self.waited_seconds, self.interval_began = 0.0, self.clock()
+
+    def count(self, result: StepResult) -> None:
+        self.bar.update()
+        self.steps += 1
+        self.interval_steps += 1
+        self.tokens += result.tokens
+        self.squared_lengths += result.squared_lengths
+
+    def end_interval(self, line: dict[str, Any]) -> None:
+        shown = dict(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.2e}")
+        self.bar.set_postfix(**shown, tokens_per_s=f"{line['tokens_per_second']:,.0f}")
+        self.step_seconds = line["step_seconds"]
+        self.training_seconds += self.step_seconds * self.interval_steps
+        self.training_tokens += self.tokens
+        self.begin_interval()
+
+    def seconds_per_step(self) -> float:
+        """Returns the seconds of a step as last reported; until then of the steps so far."""
+        return self.step_seconds or (self.clock() - self.interval_began) / max(1, self.interval_steps)
 
 
 def peak_flops(cluster: Cluster, precision: str) -> float | None:
     """Returns the dense bf16 peak of one device in FLOP/s; None for fp32, and for a device the table does not know."""
-    known = cluster.has_gpu and cluster.sources.get("peak") == "table"
+    known = cluster.has_gpu and cluster.gpu.sources.get("peak") == "table"
     return cluster.flops_per_second(precision) if known and precision != "fp32" else None
 
 
@@ -3100,11 +3132,41 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
-# ---- Reporting: files ------------------------------------------------------------------------------------------
+# ---- Reporting: files ----------------------------------------------------------------------------------------
 
 
-def continue_lines(path: Path, state: TrainingState) -> Path:
-    """Drops from `path` the lines that a run resumed at `state` will write again; returns `path`. Atomic.
+class MetricsFile:
+    """`metrics.jsonl` and `samples.jsonl`, continued at the step from which the run goes on. Rank 0 alone."""
+
+    def __init__(self, folder: Path, state: TrainingState):
+        self.samples = folder / SAMPLES_FILE
+        continue_lines(folder / METRICS_FILE, state)
+        if self.samples.exists():
+            continue_lines(self.samples, state)
+        self.file = (folder / METRICS_FILE).open("ab", buffering=0)
+        self.unwritten = b""
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends a line, after those that a full disk has refused so far. Values that are not finite become null."""
+        finite = {
+            n: None if isinstance(value, float) and not math.isfinite(value) else value for n, value in line.items()
+        }
+        self.unwritten += json.dumps(finite).encode() + b"\n"
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+    def append_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        if samples:
+            with self.samples.open("a") as stream:
+                stream.writelines(json.dumps(dict(step=step, **sample)) + "\n" for sample in samples)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk was reported when writing
+            os.fsync(self.file.fileno())
+
+
+def continue_lines(path: Path, state: TrainingState) -> None:
+    """Drops from `path` the lines that a run resumed at `state` will write again.
 
     If the run starts from nothing, because the folder has lost its checkpoints, all former lines are put aside.
     """
@@ -3117,11 +3179,12 @@ def continue_lines(path: Path, state: TrainingState) -> Path:
             record = json.loads(line)
             if record["step"] <= (state.step if "loss" in record else state.evaluated_step):
                 kept.append(line + "\n")
-    shortened = path.with_name(path.name + ".new")
-    shortened.write_text("".join(kept))
-    sync_to_disk(shortened)
-    shortened.replace(path)
-    return path
+
+    def write(beside: Path) -> None:
+        beside.write_text("".join(kept))
+        sync_to_disk(beside)
+
+    write_atomically(path, write)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -3129,128 +3192,129 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(folder: Path) -> None:
-    """Draws `curves.png` from `metrics.jsonl` where matplotlib, an optional extra, is installed. Rank 0."""
+    """Draws `curves.png` from `metrics.jsonl` where matplotlib, an optional extra, is installed. Rank 0 alone."""
     if importlib.util.find_spec("matplotlib") is None:
         return
+    import pandas
     from matplotlib.figure import Figure
 
-    lines = read_lines(folder / METRICS_FILE)
-    steps, evaluations = ([line for line in lines if name in line] for name in ("loss", "eval_loss"))
-    if not steps:
+    lines = pandas.DataFrame(read_lines(folder / METRICS_FILE), dtype=float)  # null becomes NaN, which leaves a gap
+    if "lr" not in lines:
         return
-    figure = Figure(figsize=(11, 7))
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.9, wspace=0.18, hspace=0.5)
-    panels = (("loss", "loss (nats a token)"), ("lr", "learning rate"), ("grad_norm", "gradient norm before clipping"),
-              ("tokens_per_second", "real tokens a second"))  # fmt: skip
-    at, tokens = [line["step"] for line in steps], [line["tokens"] / 1e6 for line in steps]
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        values = np.array([line[name] for line in steps], dtype=float)  # null, of a loss that was not finite, is NaN
-        axes.plot(at, values, color="#1f5fa8", linewidth=1.4, label="training", marker="." if len(at) < 30 else None)
-        if name == "loss" and evaluations:
-            validation = np.array([line["eval_loss"] for line in evaluations], dtype=float)
-            axes.plot([line["step"] for line in evaluations], validation, "o-", color="#d1602c", label="validation")
-            axes.legend(frameon=False)
-        if name == "tokens_per_second":
-            axes.set_ylim(bottom=0)
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    training = lines[lines["lr"].notna()]
+    panels = {
+        "loss": "loss (nats a token)",
+        "lr": "learning rate",
+        "grad_norm": "gradient norm before clipping",
+        "tokens_per_second": "real tokens a second",
+    }
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        mark = "." if len(training) < 30 else None
+        training.plot(x="step", y=name, ax=axes, title=title, label="training", marker=mark, grid=True, legend=False)
+        if name == "loss" and "eval_loss" in lines:
+            evaluations = lines[lines["eval_loss"].notna()]
+            evaluations.plot(x="step", y="eval_loss", ax=axes, label="validation", marker="o", grid=True)
         axes.set_xlabel("optimizer steps")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        above, shown = axes.twiny(), np.linspace(at[0], at[-1], 5 if len(at) > 4 else 2)
-        above.set_xlim(axes.get_xlim())
-        above.set_xticks(shown, [f"{count:.3g}" for count in np.interp(shown, at, tokens)], fontsize=8)
-        above.set_xlabel("million tokens", fontsize=8)
-        above.spines[["top", "right"]].set_visible(False)
-    drawn = folder / ".curves.png"
-    figure.savefig(drawn, dpi=110, format="png")
-    drawn.replace(folder / "curves.png")
+    write_atomically(folder / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
 
-def run_description(
-    config: Config, parallel: Parallel, resolved: dict[str, Any], check: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Returns what `train_config.json` holds: every flag's value, the versions, the machine, the plan, its check.
-
-    `resolved`: what became of the `auto` flags that the plan does not decide.
-    """
-    packages = (torch, transformers, datasets, accelerate)
+def run_description(parallel: Parallel, resolved: dict[str, Any], plan_check: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `train_config.json` holds. `resolved`: what became of the `auto` flags the plan does not decide."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
+    choice = choice_as_json(parallel.choice, parallel.cluster) if parallel.choice is not None else None
     return dict(
-        flags=dataclasses.asdict(config),
-        versions=dict(
-            {p.__name__: p.__version__ for p in packages}, python=platform.python_version(), cuda=torch.version.cuda
-        ),
+        flags=dataclasses.asdict(parallel.config),
+        versions=dict(versions, python=platform.python_version(), cuda=torch.version.cuda),
         cluster=dataclasses.asdict(parallel.cluster),
         model=dataclasses.asdict(parallel.shape),
-        plan=dataclasses.asdict(parallel.plan),
-        choice=choice_json(parallel.choice, parallel.cluster) if parallel.choice is not None else None,
+        plan=plan_as_json(parallel.plan),
+        choice=choice,
         resolved=resolved,
-        plan_check=check,
+        plan_check=plan_check or None,
     )
 
 
-# ---- Reporting: the plan against what happened -----------------------------------------------------------------
+# ---- Reporting: the plan against what happened ---------------------------------------------------------------
 
 
-def check_of_plan(parallel: Parallel, result: StepResult, seconds: float, compiled: bool) -> dict[str, dict[str, Any]]:
-    """Returns predicted and measured for a step that took `seconds`: active and reserved GiB of this rank, seconds.
+class PlanCheck:
+    """Predicted against measured for the second step of this run. The first one allocates and compiles.
 
-    `band` is what the prediction claims. On a CPU nothing counts the memory, and no time is claimed.
+    `quantities` hold, once it has ended, `predicted`, `measured` and the `band` that the prediction claims, for active
+    and reserved GiB of rank 0 and for the seconds of the step. Rank 0 alone; on MoAI there is nothing to compare.
     """
-    tokens = result.micro_batch_tokens
-    plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens), compiled=compiled)
-    memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu)
-    attended = result.squared_lengths / result.tokens
-    predicted = predict_seconds(parallel.shape, parallel.cluster, plan, sum(tokens) / len(tokens), attended)["total"]
-    on_gpu = parallel.device.type == "cuda"
-    allocated = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
-    in_use = device_memory_in_use_gib() if on_gpu else None
-    low, expected, high = memory.reserved
-    active_band = [memory.active * (1 - ACTIVE_BAND), memory.active * (1 + ACTIVE_BAND)]
-    time_band = [predicted / STEP_FACTOR, predicted * STEP_FACTOR] if on_gpu else None  # a CPU's cores are shared
-    return dict(
-        active_gib=dict(predicted=memory.active, measured=allocated, band=active_band),
-        reserved_gib=dict(predicted=expected, measured=in_use, band=[low, high]),
-        step_seconds=dict(predicted=predicted, measured=seconds, band=time_band),
-    )
 
+    def __init__(self, parallel: Parallel, compiled: bool):
+        self.parallel, self.compiled = parallel, compiled
+        self.quantities: dict[str, dict[str, Any]] = {}
+        self.first_step_ended, self.earlier_peak_gib = 0.0, 0.0
 
-def device_memory_in_use_gib() -> float:
-    """Returns what nvidia-smi shows: CUDA's context and NCCL's buffers, which torch does not count, included."""
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / GIB
+    def step_ended(self, number: int, result: StepResult, clock: Callable[[], float]) -> None:
+        """Takes note of the first and the second step of this run. Waits for the device twice."""
+        if self.parallel.choice is None:
+            return
+        on_gpu = self.parallel.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+        if number == 2:
+            self.quantities = self.compare(result, clock() - self.first_step_ended)
+            return
+        if on_gpu:  # the peaks before are of loading and evaluating
+            self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
+            torch.cuda.reset_peak_memory_stats()
+        self.first_step_ended = clock()
 
+    def compare(self, result: StepResult, seconds: float) -> dict[str, dict[str, Any]]:
+        """Repeats the prediction for the documents of this step, as the plan's assumes full blocks.
 
-def describe_check(check: dict[str, dict[str, Any]]) -> str:
-    """Returns predicted against measured in a line, and one more for each that lies outside its band."""
-    parts, misses = [], []
-    for name, value in check.items():
-        quantity, unit = name.split("_")
-        unit = {"gib": "GiB", "seconds": "s"}[unit]
-        if value["measured"] is None:
-            parts.append(f"{quantity} {value['predicted']:.2f} {unit} / not measured on CPU")
-            continue
-        parts.append(f"{quantity} {value['predicted']:.2f} / {value['measured']:.2f} {unit}")
-        if value["band"] and not value["band"][0] <= value["measured"] <= value["band"][1]:
-            within = " to ".join(f"{limit:.2f}" for limit in value["band"])
-            misses.append(f"WARNING   the plan missed: {quantity} {value['measured']:.2f} {unit} is outside {within}")
-    return "\n".join([f"check     predicted / measured, step 2: {', '.join(parts)}", *misses])
+        On a CPU nothing counts the memory, and no time is claimed.
+        """
+        parallel, tokens = self.parallel, result.micro_batch_tokens
+        plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens), compiled=self.compiled)
+        memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu)
+        attended = result.squared_lengths / result.tokens
+        mean_tokens = sum(tokens) / len(tokens)
+        predicted = predict_seconds(parallel.shape, parallel.cluster, plan, mean_tokens, attended)["total"]
+        allocated_gib = in_use_gib = time_band = None
+        if parallel.device.type == "cuda":
+            allocated_gib = torch.cuda.max_memory_allocated() / GIB
+            free_bytes, total_bytes = torch.cuda.mem_get_info()  # CUDA's context and NCCL's buffers included
+            in_use_gib = (total_bytes - free_bytes) / GIB
+            time_band = [predicted / STEP_FACTOR, predicted * STEP_FACTOR]  # a CPU's cores are shared: no claim there
+        active_band = [memory.active * (1 - ACTIVE_BAND), memory.active * (1 + ACTIVE_BAND)]
+        reserved_band = [memory.reserved_low, memory.reserved_high]
+        return dict(
+            active_gib=dict(predicted=memory.active, measured=allocated_gib, band=active_band),
+            reserved_gib=dict(predicted=memory.reserved, measured=in_use_gib, band=reserved_band),
+            step_seconds=dict(predicted=predicted, measured=seconds, band=time_band),
+        )
+
+    def lines(self) -> list[str]:
+        """Returns predicted against measured in a line, and one more for each that lies outside its band."""
+        parts, misses = [], []
+        for name, value in self.quantities.items():
+            quantity, unit = name.split("_")
+            unit = {"gib": "GiB", "seconds": "s"}[unit]
+            if value["measured"] is None:
+                parts.append(f"{quantity} {value['predicted']:.2f} {unit} / not measured on CPU")
+                continue
+            parts.append(f"{quantity} {value['predicted']:.2f} / {value['measured']:.2f} {unit}")
+            if value["band"] and not value["band"][0] <= value["measured"] <= value["band"][1]:
+                within = " to ".join(f"{limit:.2f}" for limit in value["band"])
+                misses.append(
+                    f"WARNING   the plan missed: {quantity} {value['measured']:.2f} {unit} is outside {within}"
+                )
+        return [f"check     predicted / measured, step 2: {', '.join(parts)}", *misses] if parts else []
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # 11. The plan
 # ----------------------------------------------------------------------------------------------------------------
+# What one optimizer step takes in memory and time is worked out from the model's sizes alone, for every way to execute
+# it, and the fastest that fits is chosen. Sizes are in bytes and in elements; T is the tokens of one micro-batch.
+# Nothing in this section talks to other ranks, except where the devices are found.
 
-# Two constants fitted to four rows of the same table (MPT-13B, sequences of 1,024 and 2,048, on A100 and H100), and
-# one ratio of torchtitan's (Llama-3.1-8B on 8 H100, eager 5,762 and compiled 6,667 tokens/s).
-HALF_EFFICIENCY_TOKENS = 800  # tokens of a micro-batch at which matmuls reach half of their efficiency
-OVERLAP = 0.5  # share of the shorter of computation and communication that hides behind the other
-EAGER_SPEED = 5762 / 6667  # of a model that is not compiled
-NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68 to 0.96 by message size
-# Beyond the tensors: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published), and the caching allocator's
-# slack (0.2 to 0.37 of active memory published without expandable segments, which the hook turns on).
-CONTEXT_GIB = (0.5, 1.0, 1.6)
-ALLOCATOR_SLACK = (0.0, 0.08, 0.20)
 HEADROOM = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
@@ -3259,10 +3323,139 @@ PLAN_FLAGS = (  # decided by the plan unless they are given
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism",
 )  # fmt: skip
+LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: for --plan without gated files
+    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    "70b": dict(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    ),
+}
 
 
-def plan_only(config: Config) -> None:
-    """Prints the plan for `--plan`'s cluster: no process group, no GPU and no weights are needed.
+@dataclass(frozen=True)
+class Plan:
+    """How a step is executed: `dp_replicate_size` copies of the model, each sharded over `dp_shard_size` ranks."""
+
+    pipeline_parallel_size: int = 1
+    dp_replicate_size: int = 1
+    dp_shard_size: int = 1
+    tensor_parallel_size: int = 1
+    micro_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    activation_checkpointing: str = "none"
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    gradient_sync: str = "step"
+    precision: str = "bf16"
+    packing: bool = False
+    compiled: bool = False
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.dp_replicate_size * self.dp_shard_size
+
+    @property
+    def strategy(self) -> str:
+        """What the data-parallel ranks do: `none`, `ddp`, `fsdp` or `hsdp`."""
+        if self.dp_shard_size > 1:
+            return "hsdp" if self.dp_replicate_size > 1 else "fsdp"
+        return "ddp" if self.dp_replicate_size > 1 else "none"
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of weights, gradients and moments."""
+        return torch.bfloat16 if self.precision == "bf16-states" else torch.float32
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per element of weights, gradients and each moment."""
+        return self.state_dtype.itemsize
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes per element in the compute precision."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def autocasts(self) -> bool:
+        """FSDP casts the weights it gathers; elsewhere torch.autocast does, where the weights are fp32."""
+        return self.precision == "bf16" and self.dp_shard_size == 1
+
+    @property
+    def recompute_every(self) -> int:
+        """Every how many layers one is recomputed in the backward pass; 0 for none."""
+        level = self.activation_checkpointing
+        return {"none": 0, "full": 1}[level] if level in ("none", "full") else int(level.removeprefix("every-"))
+
+    def recomputes_layer(self, layer: int) -> bool:
+        return self.recompute_every > 0 and layer % self.recompute_every == 0
+
+    @property
+    def holds_gradients_back(self) -> bool:
+        return self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
+
+    def shard_bytes(self, shape: ModelShape) -> float:
+        """Returns the bytes of a rank's share of the weights, of the gradients, or of one moment."""
+        return self.state_bytes * shape.parameters / self.dp_shard_size
+
+    def describe(self) -> str:
+        """Returns the plan in a few words, as the table shows it."""
+        shards = f" {self.dp_replicate_size}x{self.dp_shard_size}" if self.strategy == "hsdp" else ""
+        level = self.activation_checkpointing
+        parts = [
+            f"{self.strategy}{shards}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
+            {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
+            "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
+            "reduce once" if self.dp_shard_size > 1 and self.holds_gradients_back else "",
+            "offload" if self.cpu_offload else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted GPU memory of one rank in GiB.
+
+    `active` is what tensors take at the peak, made up of `terms`; `peak_moment` says when that is. `reserved` is what
+    nvidia-smi shows, as expected, and the band it should lie in.
+    """
+
+    active: float
+    reserved: float
+    reserved_low: float
+    reserved_high: float
+    terms: dict[str, float]
+    peak_moment: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, what one optimizer step of it is predicted to take, and whether and why it is chosen."""
+
+    plan: Plan
+    memory_gib: Memory
+    step_seconds: dict[str, float]
+    tokens_per_second_per_gpu: float
+    mfu: float
+    fits: bool
+    reason: str = ""
+
+    @property
+    def total_seconds(self) -> float:
+        return self.step_seconds["total"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of planning: what is chosen (None where nothing fits), every candidate, and what would help."""
+
+    chosen: Candidate | None
+    candidates: list[Candidate]
+    lever: str
+
+
+def print_plan(config: Config) -> None:
+    """Prints the plan for --plan's cluster. It needs no process group, no GPU and no weights.
 
     Raises UserError where nothing fits, after printing what was weighed.
     """
@@ -3275,44 +3468,10 @@ def plan_only(config: Config) -> None:
     choice = choose_plan(shape, cluster, config)
     if launched_rank() == 0:
         as_json = config.plan_format == "json"
-        print(json.dumps(choice_json(choice, cluster)) if as_json else describe_choice(choice, shape, cluster, config))
+        print(
+            json.dumps(choice_as_json(choice, cluster)) if as_json else describe_choice(choice, shape, cluster, config)
+        )
     refuse_what_does_not_fit(choice, cluster)
-
-
-LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: for --plan without gated files
-    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
-    "70b": dict(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
-    ),
-}
-
-
-def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
-    """Returns the fastest candidate that fits with headroom; of those too close to call, the simplest whose whole band
-    of reserved memory fits.
-
-    Raises UserError for flags that cannot work on the cluster, or with the model.
-    """
-    check_block(shape, config)
-    weighed = weigh(shape, cluster, config)
-    fitting = sorted((each for each in weighed if each.fits), key=lambda each: each.total_seconds)
-    too_large = sorted((each for each in weighed if not each.fits), key=lambda each: each.memory.reserved[1])
-    if not fitting:
-        return Choice(None, too_large, lever_to_fit(shape, cluster, config))
-    fastest = fitting[0]
-    contenders = [each for each in fitting if each.total_seconds <= fastest.total_seconds * (1 + TIME_BAND)]
-    chosen = min(contenders, key=lambda each: (each.memory.reserved[2] > cluster.memory_gib, simplicity(each)))
-    reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
-    if chosen is not fastest:
-        reason = f"too close to call with {fastest.plan.describe()}; the simpler of them"
-    candidates = [dataclasses.replace(chosen, reason=reason)]
-    for rank, each in enumerate(fitting):
-        if each is not chosen:
-            slower = each.total_seconds / chosen.total_seconds - 1
-            words = "too close to call, and less simple" if rank < len(contenders) else f"{slower:.0%} slower"
-            candidates.append(dataclasses.replace(each, reason=words))
-    return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
 
 
 def refuse_what_does_not_fit(choice: Choice, cluster: Cluster) -> None:
@@ -3325,34 +3484,39 @@ def refuse_what_does_not_fit(choice: Choice, cluster: Cluster) -> None:
         )
 
 
+def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
+    """Returns the fastest candidate that fits with headroom; of those too close to call, the simplest whose whole band
+    of reserved memory fits.
+
+    Raises UserError for flags that cannot work on the cluster, or with the model.
+    """
+    check_block(shape, config)
+    weighed = weigh(shape, cluster, config)
+    fitting = sorted((each for each in weighed if each.fits), key=lambda each: each.total_seconds)
+    too_large = sorted((each for each in weighed if not each.fits), key=lambda each: each.memory_gib.reserved)
+    if not fitting:
+        return Choice(None, too_large, lever_to_fit(shape, cluster, config))
+    fastest = fitting[0]
+    contenders = [each for each in fitting if each.total_seconds <= fastest.total_seconds * (1 + TIME_BAND)]
+    chosen = min(contenders, key=lambda each: (each.memory_gib.reserved_high > cluster.memory_gib, simplicity(each)))
+    reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
+    if chosen is not fastest:
+        reason = f"too close to call with {fastest.plan.describe()}; the simpler of them"
+    candidates = [dataclasses.replace(chosen, reason=reason)]
+    for place, each in enumerate(fitting):
+        if each is not chosen:
+            slower = each.total_seconds / chosen.total_seconds - 1
+            words = "too close to call, and less simple" if place < len(contenders) else f"{slower:.0%} slower"
+            candidates.append(dataclasses.replace(each, reason=words))
+    return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
+
+
 def check_block(shape: ModelShape, config: Config) -> None:
     if config.block_size > shape.positions:
         raise UserError(
             f"--block-size {config.block_size} is longer than the {shape.positions} positions of "
             f"{config.model_name_or_path}; use at most {shape.positions}"
         )
-
-
-def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate]:
-    """Returns every plan that the flags and the cluster leave open, with its predictions."""
-    return [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
-
-
-def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
-    """Returns what a plan takes when every document fills its block: the worst case, which must fit."""
-    block, steps = min(config.block_size, shape.positions), plan.gradient_accumulation_steps
-    share = math.ceil(config.batch_size / cluster.world_size)  # of the busiest rank, dealt evenly to its micro-batches
-    largest = plan.micro_batch_size if plan.packing else math.ceil(share / steps)  # padded ones are of like size
-    memory = predict_memory(shape, plan, largest * block, cluster.has_gpu)
-    seconds = predict_seconds(shape, cluster, plan, share / steps * block, block)
-    step_tokens = config.batch_size * block
-    rate = step_tokens / seconds["total"] / cluster.world_size
-    flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
-    mfu = flops / seconds["total"] / cluster.flops_per_second(plan.precision)
-    limit = HEADROOM * cluster.memory_gib
-    fits = memory.reserved[1] <= limit
-    reason = "" if fits else f"needs {memory.reserved[1]:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
-    return Candidate(plan, memory, seconds, rate, mfu, fits, reason)
 
 
 def simplicity(candidate: Candidate) -> tuple:
@@ -3365,14 +3529,79 @@ def simplicity(candidate: Candidate) -> tuple:
         plan.dp_shard_size > 1 and plan.holds_gradients_back,
         plan.activation_checkpointing not in ("none", "full"),
         plan.gradient_accumulation_steps,
-        candidate.memory.active,
+        candidate.memory_gib.active,
     )
+
+
+def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate]:
+    """Returns every plan that the flags and the cluster leave open, with its predictions."""
+    return [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
+
+
+def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
+    """Returns what a plan takes when every document fills its block: the worst case, which must fit."""
+    block, steps = min(config.block_size, shape.positions), plan.gradient_accumulation_steps
+    rank_documents = math.ceil(config.batch_size / plan.data_parallel_size)  # of the busiest data rank
+    # The documents are dealt evenly to the micro-batches; a packed row may be filled up.
+    largest = plan.micro_batch_size if plan.packing else math.ceil(rank_documents / steps)
+    memory = predict_memory(shape, plan, largest * block, cluster.has_gpu)
+    seconds = predict_seconds(shape, cluster, plan, rank_documents / steps * block, block)
+    step_tokens = config.batch_size * block
+    rate = step_tokens / seconds["total"] / cluster.world_size
+    flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
+    mfu = flops / seconds["total"] / cluster.flops_per_second(plan.precision)
+    limit = HEADROOM * cluster.memory_gib
+    fits = memory.reserved <= limit
+    reason = "" if fits else f"needs {memory.reserved:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
+    return Candidate(plan, memory, seconds, rate, mfu, fits, reason)
+
+
+# ---- The plan: the candidates --------------------------------------------------------------------------------
 
 
 def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list[Plan]:
     """Returns every plan the flags and the cluster leave open. Raises UserError where they leave none."""
-    packing = packs(shape, cluster, config)
-    compiled = config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu)
+    precision = config.precision if config.precision != "auto" else "bf16" if cluster.has_gpu else "fp32"
+    fixed = dict(
+        precision=precision,
+        packing=packs(shape, cluster, config),
+        compiled=config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu),
+    )
+
+    def values(flag_value: Any, *all_of_them: Any) -> Sequence:
+        return all_of_them if flag_value == "auto" else [{"yes": True, "no": False}.get(flag_value, flag_value)]
+
+    plans = []
+    for replicas, shards in data_parallel_layouts(cluster, config):
+        rank_documents = math.ceil(config.batch_size / (replicas * shards))
+        given_size = config.micro_batch_size
+        open_axes = dict(
+            micro_batch_size=[min(given_size, rank_documents)] if given_size else even_sizes(rank_documents),
+            activation_checkpointing=values(config.activation_checkpointing, *RECOMPUTATION_LEVELS),
+            gradient_sync=values(config.gradient_sync, "micro-batch", "step"),
+            cpu_offload=values(config.cpu_offload, False, *([True] if shards > 1 and cluster.has_gpu else [])),
+            reshard_after_forward=values(config.reshard_after_forward, True, False) if shards > 1 else [True],
+        )
+        for values_of_plan in itertools.product(*open_axes.values()):
+            plan = Plan(dp_replicate_size=replicas, dp_shard_size=shards, **fixed)
+            plan = dataclasses.replace(plan, **dict(zip(open_axes, values_of_plan, strict=True)))
+            steps = math.ceil(rank_documents / plan.micro_batch_size)
+            plan = dataclasses.replace(plan, gradient_accumulation_steps=steps)
+            if config.gradient_sync != "auto" or plan.gradient_sync in useful_gradient_syncs(plan):
+                plans.append(plan)
+    return plans
+
+
+def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
+    if plan.dp_shard_size == 1 or plan.gradient_accumulation_steps == 1:
+        return ("step",)
+    if plan.strategy == "hsdp":  # its all-reduce across replicas waits anyway, and its node's links are fast
+        return ("micro-batch",)
+    return ("micro-batch", "step")
+
+
+def data_parallel_layouts(cluster: Cluster, config: Config) -> list[tuple[int, int]]:
+    """Returns (dp_replicate_size, dp_shard_size) of every strategy the flags leave open. Raises UserError for none."""
     strategies = [config.parallelism]
     if config.parallelism == "auto":
         groups = cluster.nodes > 1 and cluster.ranks_per_node > 1
@@ -3388,52 +3617,10 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
             raise UserError(
                 "--cpu-offload yes needs FSDP or HSDP, so at least 2 processes; use torchrun --nproc_per_node=2"
             )
-    share = math.ceil(config.batch_size / cluster.world_size)
-    sizes = [min(config.micro_batch_size, share)] if config.micro_batch_size else even_sizes(share)
-    levels = RECOMPUTATION_LEVELS if config.activation_checkpointing == "auto" else [config.activation_checkpointing]
-    precision = config.precision if config.precision != "auto" else "bf16" if cluster.has_gpu else "fp32"
-    plans = []
-    for strategy in strategies:
-        replicas, shards = shard_sizes(strategy, cluster, config.hsdp_shard_size)
-        sharded = shards > 1
-        for size, level in itertools.product(sizes, levels):
-            steps = math.ceil(share / size)
-            if config.gradient_sync != "auto":
-                syncs = [config.gradient_sync]
-            elif not sharded or steps == 1:
-                syncs = ["step"]
-            else:  # HSDP's all-reduce across replicas waits anyway, and its node's links are fast
-                syncs = ["micro-batch"] if strategy == "hsdp" else ["micro-batch", "step"]
-            offloads = [config.cpu_offload == "yes"]
-            if config.cpu_offload == "auto" and sharded and cluster.has_gpu:
-                offloads = [False, True]
-            reshards = [config.reshard_after_forward == "yes"]
-            if config.reshard_after_forward == "auto" or not sharded:
-                reshards = [True, False] if sharded else [True]
-            for sync, offload, reshard in itertools.product(syncs, offloads, reshards):
-                layout = (strategy, replicas, shards, size, steps, level, reshard, offload, sync)
-                plans.append(Plan(*layout, precision, packing, compiled))
-    return plans
+    return [replicas_and_shards(strategy, cluster, config.hsdp_shard_size) for strategy in strategies]
 
 
-def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
-    """Returns whether rows are packed. Raises UserError for a --packing yes that would let documents see others.
-
-    torch's variable-length kernel takes heads of up to 256 elements, in eights (flash_api.cpp); SDPA alone pads them.
-    """
-    if config.packing == "yes" and not shape.attends_fully:
-        raise UserError("--packing yes needs a model whose layers all attend fully, without sliding windows; use no")
-    head_fits = shape.head_width % 8 == 0 and shape.head_width <= 256
-    flash = cluster.has_gpu and cluster.has_flash_attention and config.precision != "fp32" and head_fits
-    if config.packing == "yes" and cluster.has_gpu and not flash:
-        raise UserError(
-            "--packing yes needs flash attention: an Ampere GPU or newer, heads of up to 256 elements in eights, and "
-            "not --precision fp32; use no"
-        )
-    return config.packing == "yes" or (config.packing == "auto" and flash and shape.attends_fully)
-
-
-def shard_sizes(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) -> tuple[int, int]:
+def replicas_and_shards(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) -> tuple[int, int]:
     """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
     world = cluster.world_size
     if strategy == "none" and world > 1:
@@ -3457,102 +3644,33 @@ def shard_sizes(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) ->
     return world // shard, shard
 
 
-def even_sizes(share: int) -> list[int]:
-    """Returns the micro-batch sizes to try: `share` and the powers of two below it, lowered to what even dealing needs.
+def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
+    """Returns whether rows are packed. Raises UserError for a --packing yes that would let documents see others.
+
+    torch's variable-length kernel takes heads of up to 256 elements, in eights (flash_api.cpp); SDPA alone pads them.
+    """
+    if config.packing == "yes" and not shape.attends_fully:
+        raise UserError("--packing yes needs a model whose layers all attend fully, without sliding windows; use no")
+    head_fits = shape.head_dim % 8 == 0 and shape.head_dim <= 256
+    flash = cluster.has_gpu and cluster.has_flash_attention and config.precision != "fp32" and head_fits
+    if config.packing == "yes" and cluster.has_gpu and not flash:
+        raise UserError(
+            "--packing yes needs flash attention: an Ampere GPU or newer, heads of up to 256 elements in eights, and "
+            "not --precision fp32; use no"
+        )
+    return config.packing == "yes" or (config.packing == "auto" and flash and shape.attends_fully)
+
+
+def even_sizes(documents: int) -> list[int]:
+    """Returns the micro-batch sizes to try: all documents and the powers of two below, lowered to what is dealt evenly.
 
     Five documents, at most four at a time, are dealt as three and two: the size is three. Largest first.
     """
-    powers = {share, *(2**power for power in range(share.bit_length()))}
-    return sorted({math.ceil(share / math.ceil(share / size)) for size in powers}, reverse=True)
+    powers = {documents, *(2**power for power in range(documents.bit_length()))}
+    return sorted({math.ceil(documents / math.ceil(documents / size)) for size in powers}, reverse=True)
 
 
-# ---- The plan: what it deals in --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a step is executed. `dp_replicate_size` copies of the model, each over `dp_shard_size` ranks."""
-
-    strategy: str
-    dp_replicate_size: int
-    dp_shard_size: int
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    activation_checkpointing: str
-    reshard_after_forward: bool
-    cpu_offload: bool
-    gradient_sync: str
-    precision: str
-    packing: bool = False
-    compiled: bool = False
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes per element of weights, gradients and each moment."""
-        return 2 if self.precision == "bf16-states" else 4
-
-    @property
-    def autocasts(self) -> bool:
-        """FSDP casts the weights it gathers; elsewhere torch.autocast does, where the weights are fp32."""
-        return self.precision == "bf16" and self.dp_shard_size == 1
-
-    def checkpoints_layer(self, layer: int) -> bool:
-        level = self.activation_checkpointing
-        return level == "full" or (level.startswith("every-") and layer % int(level[6:]) == 0)
-
-    @property
-    def holds_gradients_back(self) -> bool:
-        return self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
-
-    def describe(self) -> str:
-        """Returns the plan in a few words, as the table shows it."""
-        shards = f" {self.dp_replicate_size}x{self.dp_shard_size}" if self.strategy == "hsdp" else ""
-        level = self.activation_checkpointing
-        parts = [
-            f"{self.strategy}{shards}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
-            {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
-            "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
-            "reduce once" if self.dp_shard_size > 1 and self.holds_gradients_back else "",
-            "offload" if self.cpu_offload else "",
-        ]
-        return ", ".join(filter(None, parts))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan, what it is predicted to take, and whether and why it is chosen. `seconds` are of one optimizer step."""
-
-    plan: Plan
-    memory: Memory
-    seconds: dict[str, float]
-    tokens_per_second_per_gpu: float
-    mfu: float
-    fits: bool
-    reason: str = ""
-
-    @property
-    def total_seconds(self) -> float:
-        return self.seconds["total"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The outcome of planning: what is chosen (None where nothing fits), every candidate, and what would help."""
-
-    chosen: Candidate | None
-    candidates: list[Candidate]
-    lever: str
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Predicted GPU memory of one rank in GiB. `active`: tensors alive at the peak. `reserved`: (low, expected, high)
-    of what nvidia-smi shows. `terms` make up `active`; `peak_moment` is when that is."""
-
-    active: float
-    reserved: tuple[float, float, float]
-    terms: dict[str, float]
-    peak_moment: str
+# ---- The plan: the model's sizes -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3564,26 +3682,26 @@ class ModelShape:
     hidden: int
     intermediate: int
     heads: int
-    kv_width: int
+    kv_size: int  # kv heads times head_dim
     vocabulary: int
     positions: int
-    head_width: int = 128
+    head_dim: int = 128
     attends_fully: bool = True  # no sliding windows: each token attends to everything before it
 
     @property
-    def head_parameters(self) -> int:
+    def head_and_norm_parameters(self) -> int:
         """Output projection and final norm, which transformers keeps gathered between forward and backward."""
         return self.vocabulary * self.hidden + self.hidden
 
     @property
     def layer_parameters(self) -> int:
         """q, k, v, o; gate, up, down; two norms."""
-        h, k, f = self.hidden, self.kv_width, self.intermediate
+        h, k, f = self.hidden, self.kv_size, self.intermediate
         return 2 * h * h + 2 * h * k + 3 * h * f + 2 * h
 
     @property
     def embedding_parameters(self) -> int:
-        return max(0, self.parameters - self.layers * self.layer_parameters - self.head_parameters)
+        return max(0, self.parameters - self.layers * self.layer_parameters - self.head_and_norm_parameters)
 
     @property
     def matmul_parameters(self) -> int:
@@ -3594,20 +3712,20 @@ class ModelShape:
 def model_shape(model_config: transformers.PretrainedConfig) -> ModelShape:
     """Returns the shape of the model that `model_config` describes; builds it on the meta device to count exactly."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = transformers.AutoModelForCausalLM.from_config(model_config)
     text_config = model_config.get_text_config()
     heads = text_config.num_attention_heads
-    head_width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=text_config.num_hidden_layers,
         hidden=text_config.hidden_size,
         intermediate=getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
         heads=heads,
-        kv_width=(getattr(text_config, "num_key_value_heads", None) or heads) * head_width,
+        kv_size=(getattr(text_config, "num_key_value_heads", None) or heads) * head_dim,
         vocabulary=text_config.vocab_size,
         positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
-        head_width=head_width,
+        head_dim=head_dim,
         attends_fully=attends_fully(model_config),
     )
 
@@ -3618,60 +3736,66 @@ def attends_fully(model_config: transformers.PretrainedConfig) -> bool:
     return kinds == {"full_attention"} and not getattr(text_config, "sliding_window", None)
 
 
-# ---- The plan: memory ------------------------------------------------------------------------------------------
+# ---- The plan: memory ----------------------------------------------------------------------------------------
+
+# Beyond the tensors: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published), and the caching allocator's
+# slack (0.2 to 0.37 of active memory published without expandable segments, which the hook turns on).
+CONTEXT_GIB = (0.5, 1.0, 1.6)
+ALLOCATOR_SLACK = (0.0, 0.08, 0.20)
 
 
 def predict_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True) -> Memory:
     """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens."""
-    return peak_of(memory_moments(shape, plan, tokens), has_gpu)
-
-
-def peak_of(moments: dict[str, dict[str, float]], has_gpu: bool = True) -> Memory:
+    moments = memory_moments(shape, plan, tokens)
     name = max(moments, key=lambda each: sum(moments[each].values()))
     terms = {term: size / GIB for term, size in moments[name].items()}
     active = sum(terms.values())
     low, expected, high = (
         active * (1 + slack) + context * has_gpu for slack, context in zip(ALLOCATOR_SLACK, CONTEXT_GIB, strict=True)
     )
-    return Memory(active, (low, expected, high), terms, name)
+    return Memory(active, expected, low, high, terms, name)
 
 
 def memory_moments(shape: ModelShape, plan: Plan, tokens: int) -> dict[str, dict[str, float]]:
     """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens."""
     step = StepMemory(shape, plan, tokens)
     moments = sharded_moments(step) if plan.dp_shard_size > 1 else replicated_moments(step)
-    # what StochasticAdamW makes of one parameter, in fp32 and as random bits; fused AdamW makes nothing
+    # What StochasticAdamW makes of one parameter, in fp32 and as random bits: eight numbers of 4 bytes an element.
+    # Fused AdamW makes nothing.
     largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
-    rounding = 32 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
+    rounding = 8 * 4 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
     if plan.cpu_offload:  # transformers loads every shard through the device
-        moments["loading"] = dict(weights=plan.state_bytes * shape.parameters / plan.dp_shard_size)
+        moments["loading"] = dict(weights=plan.shard_bytes(shape))
     return {**moments, "optimizer": step.moment(0, rounding, 0, shape.parameters)}
 
 
 def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     """FSDP2, wrapped as transformers does it: embedding and each layer alone, last norm and head kept gathered."""
-    shape, plan, width, saved, rotary = step.shape, step.plan, step.width, step.saved, step.rotary
-    layer, head, embedding = shape.layer_parameters, shape.head_parameters, shape.embedding_parameters
-    h, f, layers = shape.hidden, shape.intermediate, shape.layers
+    shape, plan, saved, rotary = step.shape, step.plan, step.saved, step.rotary
+    layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
+    h, f, layers, width = shape.hidden, shape.intermediate, shape.layers, plan.compute_bytes
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
     all_saved, beside_head = sum(saved), kept or width * layer  # the last layer is gathered ahead
     moments = {
-        "loss": step.moment(all_saved + 10 * h + rotary + 44, step.head_buffers, kept + width * head, 0),
-        "reduction of the head": step.moment(all_saved + 8 * h + rotary, 0, kept + (2 * width + 4) * head, head),
-        "backward of the last norm": step.moment(
-            all_saved + 24 * h + rotary, 0, beside_head + (width + 4) * head, head
+        "loss": step.moment(
+            all_saved + step.norm + step.stream + rotary + step.scalars, step.head_buffers, kept + width * head, 0
         ),
-    }  # fmt: skip
+        "backward of the last norm": step.moment(
+            all_saved + step.norm_backward + rotary, 0, beside_head + (width + 4) * head, head
+        ),
+    }
     if plan.holds_gradients_back:
         held = step.moment(step.layer_input + 4 * width * h + rotary, 0, 3 * width * layer, 0)
         moments["end of the first backward"] = held
+    # A layer's backward peaks in its MLP, with the gradients of gate, up and the stream and the weight gradient of the
+    # down projection; or at its end, in the backward of its first norm, with all its weights' gradients.
     mlp = step.tokens * (step.whole_layer + 2 * width * f + width * h) + width * h * f
-    attention = step.tokens * (26 if width == 2 else 24) * h + width * layer
+    attention = step.tokens * (step.norm_backward + (step.stream if width == 2 else 0)) + width * layer
     for i in reversed(range(layers)):
         ahead = layer if i else embedding  # gathered before its turn
         reducing = 4 * layer if i < layers - 1 else 0  # fp32 gradient of the next layer; the head's is gone by then
         gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead)
-        own = step.layer_input if plan.checkpoints_layer(i) else 0
+        own = step.layer_input if plan.recomputes_layer(i) else 0
         finished = head + (layers - 1 - i) * layer
         moments[f"backward of layer {i}"] = step.moment(
             sum(saved[:i]) + own + rotary, max(mlp, attention), gathered + reducing, finished
@@ -3683,20 +3807,23 @@ def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     """One process, or DDP: whole weights, and under autocast bf16 copies of them, cached until the forward pass ends
     and saved for the backward pass of layers that are not recomputed."""
     shape, plan, saved, rotary = step.shape, step.plan, step.saved, 2 * step.rotary
-    layer, head, h, f = shape.layer_parameters, shape.head_parameters, shape.hidden, shape.intermediate
-    copy = 2 if plan.autocasts else 0  # bytes per parameter
-    copies = [0 if plan.checkpoints_layer(i) else copy * layer for i in range(shape.layers)]
-    cache = copy * (shape.layers * layer + head)
+    layer, head, h, f = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden, shape.intermediate
+    copy_bytes = 2 if plan.autocasts else 0  # per parameter
+    copies = [0 if plan.recomputes_layer(i) else copy_bytes * layer for i in range(shape.layers)]
+    cache = copy_bytes * (shape.layers * layer + head)
+    norm = 3 * 4 * h  # in fp32: its input, the normalised input, its output
     moments = {
-        "end of forward": step.moment(sum(saved) + 14 * h + rotary, step.chunk, cache, 0),
-        "loss": step.moment(sum(saved) + 12 * h + rotary + 44, step.head_buffers, sum(copies) + copy * head, 0),
+        "end of forward": step.moment(sum(saved) + norm + step.stream + rotary, step.chunk, cache, 0),
+        "loss": step.moment(
+            sum(saved) + norm + rotary + step.scalars, step.head_buffers, sum(copies) + copy_bytes * head, 0
+        ),
     }
     for i in reversed(range(shape.layers)):
-        own = (step.layer_input if plan.checkpoints_layer(i) else 0) + step.whole_layer + 2 * step.width * f + rotary
+        own = (step.layer_input if plan.recomputes_layer(i) else 0) + step.whole_layer + 2 * plan.compute_bytes * f
         finished = head + (shape.layers - 1 - i) * layer + h * f  # with its down projection, whose copy is gone
-        gathered = sum(copies[:i]) + copy * (layer - h * f)
-        moments[f"backward of layer {i}"] = step.moment(sum(saved[:i]) + own, 0, gathered, finished)
-    moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)
+        gathered = sum(copies[:i]) + copy_bytes * (layer - h * f)
+        moments[f"backward of layer {i}"] = step.moment(sum(saved[:i]) + own + rotary, 0, gathered, finished)
+    moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)  # the stream's fp32 gradient
     return moments
 
 
@@ -3705,7 +3832,7 @@ class StepMemory:
     """What the moments of a step have in common, for micro-batches of `tokens` tokens. In bytes.
 
     Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
-    shows how closely). h hidden, f intermediate, k key and value width, a heads, v vocabulary.
+    shows how closely). h hidden, f intermediate, k key and value size, a heads, v vocabulary.
     """
 
     shape: ModelShape
@@ -3713,19 +3840,35 @@ class StepMemory:
     tokens: int
 
     @property
-    def width(self) -> int:
-        """Bytes of an element in the compute precision."""
-        return 4 if self.plan.precision == "fp32" else 2
-
-    @property
     def rotary(self) -> int:
         """Per token: cosines and sines of a position, shared by all layers."""
         return 4 * self.shape.hidden // self.shape.heads
 
     @property
+    def stream(self) -> int:
+        """Per token: the residual stream, a selection of it for the head, or its gradient, in bf16."""
+        return 2 * self.shape.hidden
+
+    @property
+    def norm(self) -> int:
+        """Per token, what a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h."""
+        return 8 * self.shape.hidden
+
+    @property
+    def norm_backward(self) -> int:
+        """Per token, the backward pass of a norm: what it saved, and in fp32 the gradients of the normalised input, of
+        the input by way of the scale and of the variance, and their sum, 4h each."""
+        return self.norm + 16 * self.shape.hidden
+
+    @property
+    def scalars(self) -> int:
+        """Per token: five int64 (ids, positions, mask or bounds, `predict_at`, `targets`), the norm's scale in fp32."""
+        return 5 * 8 + 4
+
+    @property
     def layer_input(self) -> int:
         """Per token, what a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32."""
-        return (4 if self.width == 4 or self.plan.autocasts else 2) * self.shape.hidden
+        return (4 if self.plan.compute_bytes == 4 or self.plan.autocasts else 2) * self.shape.hidden
 
     @property
     def whole_layer(self) -> int:
@@ -3734,8 +3877,8 @@ class StepMemory:
         In bf16: two norms 16h, as transformers keeps fp32 copies of their input; query and attention output 4h, key
         and value 4k; MLP 8f; log-sum-exp 4a. Autocast saves a bf16 copy of its input for each projection.
         """
-        h, f, k, a = self.shape.hidden, self.shape.intermediate, self.shape.kv_width, self.shape.heads
-        if self.width == 4:
+        h, f, k, a = self.shape.hidden, self.shape.intermediate, self.shape.kv_size, self.shape.heads
+        if self.plan.compute_bytes == 4:
             return 32 * h + 8 * k + 16 * f + 4 * a + 8
         streams = 36 * h + 6 * k if self.plan.autocasts else 20 * h + 4 * k
         return streams + 8 * f + 4 * a + 8
@@ -3743,7 +3886,7 @@ class StepMemory:
     @property
     def saved(self) -> list[int]:
         """Per token, what each layer holds between its forward and its backward pass."""
-        recomputed = map(self.plan.checkpoints_layer, range(self.shape.layers))
+        recomputed = map(self.plan.recomputes_layer, range(self.shape.layers))
         return [self.layer_input if each else self.whole_layer for each in recomputed]
 
     @property
@@ -3754,14 +3897,14 @@ class StepMemory:
     @property
     def head_buffers(self) -> int:
         """The head's loss: a chunk, the gradient of the head as computed, and in fp32 that of a chunk."""
-        return self.chunk + (self.width + 4) * self.shape.head_parameters
+        return self.chunk + (self.plan.compute_bytes + 4) * self.shape.head_and_norm_parameters
 
     def resident(self) -> dict[str, float]:
         """Weights and moments; under CPU offload, the shards of the two layers being copied in."""
-        state, shards = self.plan.state_bytes, self.plan.dp_shard_size
         if self.plan.cpu_offload:
-            return dict(weights=2 * state * self.shape.layer_parameters / shards, optimizer=0.0)
-        weights = state * self.shape.parameters / shards
+            shards_of_layer = self.plan.state_bytes * self.shape.layer_parameters / self.plan.dp_shard_size
+            return dict(weights=2 * shards_of_layer, optimizer=0.0)
+        weights = self.plan.shard_bytes(self.shape)
         return dict(weights=weights, optimizer=2 * weights)
 
     def gradients(self, finished: float) -> float:
@@ -3782,21 +3925,36 @@ class StepMemory:
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
 
 
-def host_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
+def host_memory_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     """Returns what weights, gradients and moments take of a node's host memory under CPU offload, in GiB.
 
     Weights and gradients lie in pinned memory, of which torch takes a power of two for each tensor
     (CachingHostAllocator.h).
     """
-    h, f, k, v = shape.hidden, shape.intermediate, shape.kv_width, shape.vocabulary
+    h, f, k, v = shape.hidden, shape.intermediate, shape.kv_size, shape.vocabulary
     matrices = shape.layers * [h * h, h * h, h * k, h * k, h * f, h * f, h * f] + [v * h]
     matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
     pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
-    moments = 2 * plan.state_bytes * shape.parameters / plan.dp_shard_size
-    return (2 * pinned + moments) * cluster.ranks_per_node / GIB
+    return (2 * pinned + 2 * plan.shard_bytes(shape)) * cluster.ranks_per_node / GIB
 
 
-# ---- The plan: time --------------------------------------------------------------------------------------------
+# ---- The plan: time ------------------------------------------------------------------------------------------
+
+# The first two are fitted to four rows of MosaicML's table of MPT-13B (sequences of 1,024 and 2,048, on A100 and
+# H100), the third is a ratio of torchtitan's (Llama-3.1-8B on 8 H100, eager 5,762 and compiled 6,667 tokens/s).
+HALF_EFFICIENCY_TOKENS = 800  # tokens of a micro-batch at which matmuls reach half of their efficiency
+OVERLAP = 0.5  # share of the shorter of computation and communication that hides behind the other
+EAGER_SPEED = 5762 / 6667  # of a model that is not compiled
+NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68 to 0.96 by message size
+
+
+def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
+    """Returns the FLOPs that training on these documents takes, without recomputation.
+
+    PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * hidden per pair of
+    tokens in a document, not halved for causality. `squared_lengths` sums length**2 over the documents.
+    """
+    return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.hidden * squared_lengths
 
 
 def predict_seconds(
@@ -3812,7 +3970,7 @@ def predict_seconds(
     """
     gpu, steps = cluster.gpu, plan.gradient_accumulation_steps
     shards, replicas = plan.dp_shard_size, plan.dp_replicate_size
-    recomputed = sum(map(plan.checkpoints_layer, range(shape.layers))) / shape.layers
+    recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
     matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
     attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
     slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
@@ -3821,16 +3979,16 @@ def predict_seconds(
     flops = matmul * (1 + ramp) + attention / gpu.attention_efficiency
     compute = steps * tokens * flops / rate
 
-    compute_bytes = 4 if plan.precision == "fp32" else 2
     gathers = 2 if plan.reshard_after_forward else 1
-    share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards) * 1e9
+    ring_share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards) * 1e9
     reductions = steps if plan.gradient_sync == "micro-batch" else 1
-    gather_reduce = share * (steps * gathers * compute_bytes + 4 * reductions) * shape.parameters / bus
+    moved_bytes = (steps * gathers * plan.compute_bytes + 4 * reductions) * shape.parameters
+    gather_reduce = ring_share * moved_bytes / bus
     across_nodes = plan.strategy == "hsdp" and cluster.nodes > 1
     replica_bus = cluster.network_gb_per_second * 1e9 if across_nodes else cluster.bus_gb_per_second(replicas) * 1e9
     reduced_bytes = 4 if shards > 1 else plan.state_bytes
     all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * shape.parameters / shards / replica_bus
-    shard_bytes = plan.state_bytes * shape.parameters / shards
+    shard_bytes = plan.shard_bytes(shape)
     host_link = steps * shard_bytes * (gathers + 1) / (HOST_LINK_GB_PER_SECOND * 1e9) if plan.cpu_offload else 0.0
     communication = gather_reduce + all_reduce + host_link
     # fused AdamW reads weight, gradient and two moments and writes three of them; clipping reads the gradient again
@@ -3849,18 +4007,9 @@ def predict_seconds(
     )
 
 
-def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
-    """Returns the FLOPs that training on these documents takes, without recomputation.
-
-    PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * hidden per pair of
-    tokens in a document, not halved for causality. `squared_lengths` sums length**2 over the documents.
-    """
-    return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.hidden * squared_lengths
-
-
 def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
     """Returns the name of the link that most of a step's communication waits for."""
-    plan, seconds = candidate.plan, candidate.seconds
+    plan, seconds = candidate.plan, candidate.step_seconds
     name = max(("gather_reduce", "all_reduce", "host_link"), key=lambda each: seconds[each])
     if not seconds[name]:
         return "no link"
@@ -3872,42 +4021,25 @@ def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
     return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
 
 
-# ---- The plan: levers ------------------------------------------------------------------------------------------
+# ---- The plan: what would help -------------------------------------------------------------------------------
 
 
 def lever_to_fit(shape: ModelShape, cluster: Cluster, config: Config) -> str:
-    """Returns the single changes that would make the model fit, cheapest first; each is tried, not guessed.
+    """Returns the single changes that would make the model fit, the cheapest of each kind; each is tried, not guessed.
 
     Where no single change is enough, tries setting all the flags that restrict the plan back to auto.
     """
-    freed = freed_flags(config)
-    helping = [words for words, changed in freed if best_of(shape, cluster, changed)]
-    changed = dataclasses.replace(config, precision="bf16-states")
-    if cluster.has_gpu and config.precision in ("auto", "bf16") and best_of(shape, cluster, changed):
-        helping.append("--precision bf16-states (a trade: no fp32 weights)")
-    for block in (4096, 2048, 1024, 512, 256):
-        if block < config.block_size and best_of(shape, cluster, dataclasses.replace(config, block_size=block)):
-            helping.append(f"--block-size {block}")
-            break
-    for factor in (2, 4, 8, 16):
-        nodes, ranks = cluster.nodes, cluster.ranks_per_node * factor
-        if ranks > 8 or not cluster.has_gpu:  # more processes on a CPU have no more memory
-            nodes, ranks = cluster.nodes * factor, cluster.ranks_per_node
-        if best_of(shape, dataclasses.replace(cluster, nodes=nodes, ranks_per_node=ranks), config):
-            helping.append(f"{nodes * ranks} GPUs" if cluster.has_gpu else f"{nodes} such machines")
-            break
-    if not helping and freed:
-        defaults = {name: FLAGS[name].default for name in PLAN_FLAGS}
-        if best_of(shape, cluster, dataclasses.replace(config, **defaults)):
-            helping.append(" ".join(words for words, _ in freed if not words.startswith("--hsdp-shard-size")))
-    return "it would fit with " + ", or ".join(helping) if helping else "no change of a flag makes it fit"
+    helping: dict[str, str] = {}
+    for kind, words, changed, changed_cluster in changes_that_may_help(cluster, config, to_fit=True):
+        needed = kind not in helping and not (kind == "all flags" and helping)
+        if needed and best_of(shape, changed_cluster, changed):
+            helping[kind] = words
+    return "it would fit with " + ", or ".join(helping.values()) if helping else "no change of a flag makes it fit"
 
 
 def lever_to_speed(shape: ModelShape, cluster: Cluster, config: Config, chosen: Candidate) -> str:
     """Returns the cheapest change that would train more tokens a second, as predicted."""
-    larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
-    changes = [*freed_flags(config), (f"--batch-size {larger.batch_size} (another curve)", larger)]
-    for words, changed in changes:
+    for _, words, changed, _ in changes_that_may_help(cluster, config, to_fit=False):
         better = best_of(shape, cluster, changed)
         gain = better.tokens_per_second_per_gpu / chosen.tokens_per_second_per_gpu - 1 if better else 0.0
         if gain > TIME_BAND:
@@ -3915,45 +4047,61 @@ def lever_to_speed(shape: ModelShape, cluster: Cluster, config: Config, chosen: 
     return "none: no flag gains more than the error of the prediction"
 
 
-def freed_flags(config: Config) -> list[tuple[str, Config]]:
-    """Returns, for each flag that restricts the plan, the words that set it back to auto and the resulting Config."""
-    freed = []
+def changes_that_may_help(cluster: Cluster, config: Config, to_fit: bool) -> Iterator[tuple[str, str, Config, Cluster]]:
+    """Yields kind of change, its words, and the flags and cluster it leads to; the cheapest of each kind first."""
+    freed = {}
     for name in PLAN_FLAGS:
         default, words = FLAGS[name].default, f"{flag_name(name)} auto"
         if getattr(config, name) != default:
             changes = {name: default}
             if name == "parallelism" and config.hsdp_shard_size:
                 changes, words = {**changes, "hsdp_shard_size": None}, f"{words} --hsdp-shard-size auto"
-            freed.append((words, dataclasses.replace(config, **changes)))
-    return freed
+            freed[name] = words
+            yield words, words, dataclasses.replace(config, **changes), cluster
+    if not to_fit:
+        larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
+        yield "batch", f"--batch-size {larger.batch_size} (another curve)", larger, cluster
+        return
+    if cluster.has_gpu and config.precision in ("auto", "bf16"):
+        words = "--precision bf16-states (a trade: no fp32 weights)"
+        yield "precision", words, dataclasses.replace(config, precision="bf16-states"), cluster
+    for block in (4096, 2048, 1024, 512, 256):
+        if block < config.block_size:
+            yield "block", f"--block-size {block}", dataclasses.replace(config, block_size=block), cluster
+    for factor in (2, 4, 8, 16):
+        nodes, ranks = cluster.nodes, cluster.ranks_per_node * factor
+        if ranks > 8 or not cluster.has_gpu:  # more processes on a CPU have no more memory
+            nodes, ranks = cluster.nodes * factor, cluster.ranks_per_node
+        words = f"{nodes * ranks} GPUs" if cluster.has_gpu else f"{nodes} such machines"
+        yield "devices", words, config, dataclasses.replace(cluster, nodes=nodes, ranks_per_node=ranks)
+    if freed:
+        words = " ".join(words for name, words in freed.items() if name != "hsdp_shard_size")
+        defaults = {name: FLAGS[name].default for name in PLAN_FLAGS}
+        yield "all flags", words, dataclasses.replace(config, **defaults), cluster
 
 
 def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | None:
     """Returns the fastest candidate that fits; None where none does, or where the flags rule each other out."""
     with contextlib.suppress(UserError):
         fitting = (each for each in weigh(shape, cluster, config) if each.fits)
-        return min(fitting, key=lambda each: each.total_seconds, default=None)
+        return min(fitting, key=lambda each: (each.total_seconds, simplicity(each)), default=None)
     return None
 
 
-def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, active: float, block_size: int) -> str:
-    """Returns the flags of the fastest plan predicted to take at most nine tenths of `active` GiB, or of the smallest.
+def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
+    """Returns the flags of the fastest plan for a device a tenth too small for this one, or of the smallest plan.
 
     They pin the whole plan: were only some given, the planner would spend the memory they free on the others.
     """
-    documents = plan.micro_batch_size * plan.gradient_accumulation_steps * cluster.world_size
-    fixed = dict(batch_size=documents, precision=plan.precision, packing="yes" if plan.packing else "no")
-    for block in (block_size, block_size // 2, block_size // 4, block_size // 8):
-        config = Config(block_size=block, **fixed)
-        weighed = weigh(shape, cluster, config)
-        smaller = [each for each in weighed if each.memory.active <= 0.9 * active]
-        if smaller:
+    too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / HEADROOM)
+    smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
+    fixed = dict(batch_size=config.batch_size, precision=plan.precision, packing="yes" if plan.packing else "no")
+    for block in (config.block_size // divisor for divisor in (1, 2, 4, 8)):
+        shorter = Config(block_size=block, **fixed)
+        if found := best_of(shape, smaller_cluster, shorter):
             break
-    if smaller:
-        chosen = min(smaller, key=lambda each: (each.total_seconds, simplicity(each))).plan
-    else:
-        chosen = min(weighed, key=lambda each: each.memory.active).plan
-    return flags_of(chosen) + (f" --block-size {block} --resume-anyway" if block < block_size else "")
+    found = found or min(weigh(shape, cluster, shorter), key=lambda each: each.memory_gib.active)
+    return flags_of(found.plan) + (f" --block-size {block} --resume-anyway" if block < config.block_size else "")
 
 
 def flags_of(plan: Plan) -> str:
@@ -3968,7 +4116,7 @@ def flags_of(plan: Plan) -> str:
     return " ".join(f"{name} {value}" for name, value in flags.items())
 
 
-# ---- The plan: telling it --------------------------------------------------------------------------------------
+# ---- The plan: telling it ------------------------------------------------------------------------------------
 
 
 def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config: Config) -> str:
@@ -3976,46 +4124,45 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
     nodes = f"{cluster.nodes} x " if cluster.nodes > 1 else ""
     first, device = choice.candidates[0].plan, "a GPU" if cluster.has_gpu else "a rank"
     rows, layers = "packed" if first.packing else "padded", "compiled" if first.compiled else "eager"
+    count = shape.parameters
+    parameters = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     lines = [
         f"plan      {nodes}{cluster.ranks_per_node} x {cluster.device_name} of {cluster.memory_gib:.1f} GiB; "
-        f"{in_words(shape.parameters)} parameters; {config.batch_size} documents a step, of up to "
-        f"{config.block_size} tokens",
+        f"{parameters} parameters; {config.batch_size} documents a step, of up to {config.block_size} tokens",
         f"          {f'{first.precision}, {rows}, {layers}':44}{'GiB ' + device:>17} {'step':>8} {'tokens/s':>9}",
         f"          {'':44}{'active':>8}{'reserved':>9} {'seconds':>8} {device:>9} {'MFU':>5}",
     ]
     for candidate in best_of_each_kind(choice):
-        memory, is_chosen = candidate.memory, candidate is choice.chosen
+        memory, is_chosen = candidate.memory_gib, candidate is choice.chosen
         plan, *rest = textwrap.wrap(candidate.plan.describe(), 43)
         head = f"{'  chosen' if is_chosen else '':10}"
         lines.append(
-            f"{head}{plan:44}{memory.active:8.1f}{memory.reserved[1]:9.1f} "
+            f"{head}{plan:44}{memory.active:8.1f}{memory.reserved:9.1f} "
             f"{candidate.total_seconds:8.2f} {candidate.tokens_per_second_per_gpu:9,.0f} {candidate.mfu:5.0%}"
         )
         lines += [f"{'':12}{words}" for words in (*rest, candidate.reason)]
     best = choice.chosen or choice.candidates[0]
-    terms = (
-        ", ".join(f"{name} {gib:.1f}" for name, gib in best.memory.terms.items() if gib >= 0.05) or "next to nothing"
-    )
-    low, _, high = best.memory.reserved
-    seconds = best.seconds
-    assumed = ", ".join(f"{name} {source}" for name, source in cluster.sources.items())
-    lines += [
-        f"  peak      {best.memory.peak_moment}: {terms}; reserved {low:.1f} to {high:.1f}",
-        f"  step      compute {seconds['compute']:.2f} s, exposed communication "
-        f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
-        f"optimizer {seconds['optimizer']:.2f} s",
-        f"  lever     {choice.lever}",
-        f"  assumed   every document fills its block; {assumed}; overlap fitted; reserved guess"
-        + ("; host link and memory guess" if best.plan.cpu_offload else ""),
-    ]
+    lines += describe_best(best, cluster, choice.lever)
     if best.plan.cpu_offload:
-        host = host_gib(shape, cluster, best.plan)
+        host = host_memory_gib(shape, cluster, best.plan)
         lines.insert(-2, f"  host      weights, gradients and moments take {host:.1f} GiB of each node's own memory")
     return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 12) for line in lines)
 
 
-def in_words(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
+    """Returns the lines on when the chosen plan's memory peaks, where its time goes, and what was assumed."""
+    memory, seconds = best.memory_gib, best.step_seconds
+    terms = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.terms.items() if gib >= 0.05) or "next to nothing"
+    assumed = ", ".join(f"{name} {source}" for name, source in cluster.gpu.sources.items())
+    return [
+        f"  peak      {memory.peak_moment}: {terms}; reserved {memory.reserved_low:.1f} to {memory.reserved_high:.1f}",
+        f"  step      compute {seconds['compute']:.2f} s, exposed communication "
+        f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
+        f"optimizer {seconds['optimizer']:.2f} s",
+        f"  lever     {lever}",
+        f"  assumed   every document fills its block; {assumed}; overlap fitted; reserved guess"
+        + ("; host link and memory guess" if best.plan.cpu_offload else ""),
+    ]
 
 
 def best_of_each_kind(choice: Choice) -> list[Candidate]:
@@ -4027,52 +4174,38 @@ def best_of_each_kind(choice: Choice) -> list[Candidate]:
     return list(best.values())[:7]
 
 
-def choice_json(choice: Choice, cluster: Cluster) -> dict[str, Any]:
+def choice_as_json(choice: Choice, cluster: Cluster) -> dict[str, Any]:
     """Returns what `--plan-format json` prints and `train_config.json` holds."""
+
+    def flat(candidate: Candidate) -> dict[str, Any]:
+        fields = dataclasses.asdict(candidate)
+        del fields["plan"]
+        return plan_as_json(candidate.plan) | fields
+
     return dict(
         cluster=dataclasses.asdict(cluster),
-        chosen=candidate_json(choice.chosen) if choice.chosen else None,
-        candidates=[candidate_json(each) for each in choice.candidates],
+        chosen=flat(choice.chosen) if choice.chosen else None,
+        candidates=list(map(flat, choice.candidates)),
         lever=choice.lever,
     )
 
 
-def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    low, expected, high = candidate.memory.reserved
-    return dict(
-        **dataclasses.asdict(candidate.plan),
-        memory_gib=dict(
-            active=candidate.memory.active,
-            reserved=expected,
-            reserved_low=low,
-            reserved_high=high,
-            terms=candidate.memory.terms,
-            peak_moment=candidate.memory.peak_moment,
-        ),
-        step_seconds=candidate.seconds,
-        tokens_per_second_per_gpu=candidate.tokens_per_second_per_gpu,
-        mfu=candidate.mfu,
-        fits=candidate.fits,
-        reason=candidate.reason,
-    )
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    return dict(strategy=plan.strategy, **dataclasses.asdict(plan))
 
 
-# ---- Devices ---------------------------------------------------------------------------------------------------
+# ---- Devices -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The devices of a run, and the source of each of their figures: `measured`, `table`, `given` or `guess`.
-
-    `memory_gib` is what one rank may use: its GPU's, or its share of a CPU node's.
-    """
+    """The devices of a run. `gpu` is what one rank may use: its GPU, or its share of a CPU node."""
 
     nodes: int
     ranks_per_node: int
     device_name: str
     has_gpu: bool
     gpu: Gpu
-    sources: dict[str, str] = dataclasses.field(default_factory=dict)
     has_flash_attention: bool = True  # an NVIDIA GPU from Ampere on
 
     @property
@@ -4084,7 +4217,7 @@ class Cluster:
         return self.gpu.memory_gib
 
     def flops_per_second(self, precision: str) -> float:
-        """Returns a device's peak in the compute precision, without TF32, as torch's default has it; a CPU's is one."""
+        """Returns a device's peak in the compute precision, without TF32, as torch's default has it; a CPU has one."""
         if precision != "fp32" or not self.has_gpu:
             return self.gpu.peak_tflops * 1e12
         return 1e12 * (self.gpu.fp32_tflops or self.gpu.peak_tflops / 16)
@@ -4107,43 +4240,46 @@ def find_cluster() -> Cluster:
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
-    everyones = gather_object([(find_device(ranks_per_node), has_flash_attention(), ranks_per_node)])
-    devices, flash, sizes = zip(*everyones, strict=True)
+    of_each_rank = together(
+        lambda: (*find_device(ranks_per_node), has_flash_attention(), ranks_per_node), gathered=True
+    )
+    names, gpus, flash, sizes = zip(*of_each_rank, strict=True)
     if len(sizes := set(sizes)) > 1:
         raise UserError(f"nodes run {' and '.join(map(str, sorted(sizes)))} ranks; give all the same --nproc_per_node")
     # Every rank plans alone, so all must plan with the same figures: the slowest device's, and the smallest memory.
-    name, gpu, sources = min(devices, key=lambda device: device[1].peak_tflops)
-    gpu = dataclasses.replace(gpu, memory_gib=min(device[1].memory_gib for device in devices))
+    slowest = min(range(world_size), key=lambda rank: gpus[rank].peak_tflops)
+    gpu = dataclasses.replace(gpus[slowest], memory_gib=min(gpu.memory_gib for gpu in gpus))
     nodes, has_gpu = world_size // ranks_per_node, torch.cuda.is_available()
-    return Cluster(nodes, ranks_per_node, name, has_gpu, gpu, sources, all(flash))
+    return Cluster(nodes, ranks_per_node, names[slowest], has_gpu, gpu, all(flash))
 
 
 def this_machine() -> Cluster:
     """Returns the cluster that torchrun with all of this machine's GPUs would make; one process where it has none."""
-    ranks = max(1, torch.cuda.device_count())
-    name, gpu, sources = find_device(ranks_per_node=1)
-    return Cluster(1, ranks, name, torch.cuda.is_available(), gpu, sources, has_flash_attention())
+    name, gpu = find_device(ranks_per_node=1)
+    return Cluster(1, max(1, torch.cuda.device_count()), name, torch.cuda.is_available(), gpu, has_flash_attention())
 
 
-def find_device(ranks_per_node: int) -> tuple[str, Gpu, dict[str, str]]:
-    """Returns the name and figures of this process's device, and the source of each figure."""
-    sources = {"memory": "measured", "peak": "measured"}
-    sources |= dict.fromkeys(("efficiency", "node link", "network"), "guess")
+def has_flash_attention() -> bool:
+    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def find_device(ranks_per_node: int) -> tuple[str, Gpu]:
+    """Returns the name and figures of this process's device."""
     if not torch.cuda.is_available():
         memory_gib = psutil.virtual_memory().available / GIB / ranks_per_node
         # Half of what bare matmuls reach, memory of 10 GB/s, 1 GB/s between processes: good enough for trying out.
-        cpu = Gpu(memory_gib, measure_matmul_tflops("cpu", torch.float32, 512), 10, 0.5, 1.0, 1, 1)
-        return platform.processor() or platform.machine(), cpu, sources
+        peak = measure_matmul_tflops("cpu", torch.float32, 512)
+        cpu = Gpu(memory_gib, peak, 10, 0.5, 1.0, 1, 1, sources=MEASURED_FIGURES)
+        return platform.processor() or platform.machine(), cpu
     name, memory_gib = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / GIB
     key = known_gpu(name, memory_gib)
     if key is None:
         peak = measure_matmul_tflops("cuda", torch.bfloat16, 8192)
-        measured = Gpu(memory_gib, peak, UNKNOWN_HBM_GB_PER_SECOND, 0.9, 0.75, PCIE_GB_PER_SECOND, 12.5)
-        return name, measured, sources  # 0.9 of what bare matmuls reach is a guess
-    gpu = dataclasses.replace(GPUS[key], memory_gib=memory_gib)
-    if "PCIE" in name.upper():
-        gpu = dataclasses.replace(gpu, link_gb_per_second=PCIE_GB_PER_SECOND)
-    return name, gpu, {**sources, **figures_of(key)}
+        figures = (UNKNOWN_HBM_GB_PER_SECOND, 0.9, 0.75, PCIE_GB_PER_SECOND, 12.5)
+        return name, Gpu(memory_gib, peak, *figures, sources=MEASURED_FIGURES)  # 0.9 of what bare matmuls reach
+    sources = {**GPUS[key].sources, "memory": "measured"}
+    gpu = dataclasses.replace(GPUS[key], memory_gib=memory_gib, sources=sources)
+    return name, dataclasses.replace(gpu, link_gb_per_second=PCIE_GB_PER_SECOND) if "PCIE" in name.upper() else gpu
 
 
 def known_gpu(device_name: str, memory_gib: float) -> str | None:
@@ -4153,16 +4289,6 @@ def known_gpu(device_name: str, memory_gib: float) -> str | None:
     words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200) (?=PCIE|NVL))", r"\1\2", device_name.upper())
     keys = [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9])", words)]
     return min(keys, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
-
-
-def figures_of(key: str) -> dict[str, str]:
-    """Returns where the figures of an entry of GPUS are from; only these chips have published efficiencies."""
-    chip = "table" if key.split("-")[0] in ("A100", "H100", "H200", "GH200") else "guess"
-    return {"peak": "table", "efficiency": chip, "node link": chip}
-
-
-def has_flash_attention() -> bool:
-    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def measure_matmul_tflops(device: str, dtype: torch.dtype, size: int, seconds: float = 0.05) -> float:
@@ -4192,23 +4318,18 @@ def parse_cluster(text: str) -> Cluster:
         raise UserError(
             f"--plan {text} is no cluster; write [NODES x]GPUS x NAME, such as 8xH100-80GB or 2x8xA100-40GB,ib=200"
         )
-    key = named_gpu(match[3], text)
-    gpu, sources = GPUS[key], {"memory": "table", "network": "guess", **figures_of(key)}
-    if match[4]:
-        gpu = dataclasses.replace(gpu, network_gbit_per_second=float(match[4]))
-        sources["network"] = "given"
-    return Cluster(int(match[1] or 1), int(match[2]), match[3].strip(), True, gpu, sources)
-
-
-def named_gpu(name: str, text: str) -> str:
-    """Returns the key in GPUS that `name` means. Raises UserError where it means none, or several."""
+    name = match[3].strip()
     wanted = name.upper().replace(" ", "").replace("NVIDIA", "").replace("-SXM4", "").replace("-SXM", "")
     found = [key for key in GPUS if wanted in (key, key.split("-")[0])]
     if len(found) > 1:
         raise UserError(f"--plan {text}: {name} may be {' or '.join(found)}; give the whole name")
     if not found:
         raise UserError(f"--plan {text}: {name} is not one of the GPUs known; write one of {', '.join(GPUS)}")
-    return found[0]
+    gpu = GPUS[found[0]]
+    if match[4]:
+        sources = {**gpu.sources, "network": "given"}
+        gpu = dataclasses.replace(gpu, network_gbit_per_second=float(match[4]), sources=sources)
+    return Cluster(int(match[1] or 1), int(match[2]), name, True, gpu)
 
 
 @dataclass(frozen=True)
@@ -4219,7 +4340,7 @@ class Gpu:
     `fp32_tflops` (None: the 1/16 of the bf16 peak that an A100 has). `matmul_efficiency`: the share of the peak that
     large matmuls reach end to end. `attention_efficiency`: that of flash attention, relative to matmuls.
     `link_gb_per_second`: bus bandwidth of collectives among the GPUs of a node. `network_gbit_per_second`: usual
-    network of a node, per GPU.
+    network of a node, per GPU. `sources`: where the figures are from: `measured`, `table`, `given` or `guess`.
     """
 
     memory_gib: float
@@ -4230,8 +4351,13 @@ class Gpu:
     link_gb_per_second: float
     network_gbit_per_second: float
     fp32_tflops: float | None = None
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+DATA_SHEET = dict(memory="table", network="guess", peak="table") | dict.fromkeys(("efficiency", "node link"), "guess")
+PUBLISHED = DATA_SHEET | dict.fromkeys(("efficiency", "node link"), "table")  # of these chips, runs are published
+MEASURED_FIGURES = dict(memory="measured", peak="measured", efficiency="guess") | {"node link": "guess"}
+MEASURED_FIGURES |= dict(network="guess")
 # Data sheets: NVIDIA's for A100, H100, H200, GH200, L40S, A10 and HGX B200; AWS's for the A10G (G5); the GA102, Ada and
 # RTX Blackwell white papers for the GeForce cards. Networks: DGX A100 and H100, AWS p4d for the A100-40GB, or guesses.
 # Efficiencies of A100 and H100: model FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in the
@@ -4239,29 +4365,28 @@ class Gpu:
 # reaches 0.50 to 0.73 of an A100 and 0.35 of an H100 (Dao 2023; Shah et al. 2024). Links: nccl-tests all-gather and
 # all-reduce bus bandwidth published for 8 GPUs. H200 has the H100's chip; every other efficiency is a guess from these.
 GPUS = {
-    "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 50, 19.5),
-    "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200, 19.5),
-    "H100-80GB": Gpu(79.1, 989, 3350, 0.60, 0.58, 345, 400, 67),
-    "H200-141GB": Gpu(139.8, 989, 4800, 0.60, 0.58, 345, 400, 67),
-    "B200-180GB": Gpu(178.3, 2250, 8000, 0.60, 0.58, 690, 400, 75),
-    "L40S-48GB": Gpu(44.4, 362, 864, 0.60, 0.75, 20, 25, 91.6),
-    "A10G-24GB": Gpu(22.0, 70, 600, 0.60, 0.75, 20, 12.5, 35),
-    "RTX3090-24GB": Gpu(23.6, 71, 936, 0.80, 0.75, 20, 12.5, 35.6),
-    "RTX4090-24GB": Gpu(23.5, 165.2, 1008, 0.70, 0.75, 20, 12.5, 82.6),
-    "RTX5090-32GB": Gpu(31.4, 209.5, 1792, 0.70, 0.75, 28, 12.5, 104.8),
-    "H100PCIE-80GB": Gpu(79.1, 756, 2039, 0.60, 0.58, 20, 100, 51),
-    "H100NVL-94GB": Gpu(93.0, 835, 3938, 0.60, 0.58, 20, 100, 60),
-    "H200NVL-141GB": Gpu(139.8, 835, 4800, 0.60, 0.58, 20, 100, 60),
-    "GH200-96GB": Gpu(94.5, 989, 4000, 0.60, 0.58, 345, 400, 67),
-    "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5, 31.2),
+    "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 50, 19.5, PUBLISHED),
+    "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200, 19.5, PUBLISHED),
+    "H100-80GB": Gpu(79.1, 989, 3350, 0.60, 0.58, 345, 400, 67, PUBLISHED),
+    "H200-141GB": Gpu(139.8, 989, 4800, 0.60, 0.58, 345, 400, 67, PUBLISHED),
+    "B200-180GB": Gpu(178.3, 2250, 8000, 0.60, 0.58, 690, 400, 75, DATA_SHEET),
+    "L40S-48GB": Gpu(44.4, 362, 864, 0.60, 0.75, 20, 25, 91.6, DATA_SHEET),
+    "A10G-24GB": Gpu(22.0, 70, 600, 0.60, 0.75, 20, 12.5, 35, DATA_SHEET),
+    "RTX3090-24GB": Gpu(23.6, 71, 936, 0.80, 0.75, 20, 12.5, 35.6, DATA_SHEET),
+    "RTX4090-24GB": Gpu(23.5, 165.2, 1008, 0.70, 0.75, 20, 12.5, 82.6, DATA_SHEET),
+    "RTX5090-32GB": Gpu(31.4, 209.5, 1792, 0.70, 0.75, 28, 12.5, 104.8, DATA_SHEET),
+    "H100PCIE-80GB": Gpu(79.1, 756, 2039, 0.60, 0.58, 20, 100, 51, DATA_SHEET),
+    "H100NVL-94GB": Gpu(93.0, 835, 3938, 0.60, 0.58, 20, 100, 60, DATA_SHEET),
+    "H200NVL-141GB": Gpu(139.8, 835, 4800, 0.60, 0.58, 20, 100, 60, DATA_SHEET),
+    "GH200-96GB": Gpu(94.5, 989, 4000, 0.60, 0.58, 345, 400, 67, PUBLISHED),
+    "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5, 31.2, DATA_SHEET),
 }
-# pcie4, pcie5, nvlink3 and nvlink4: nccl-tests, as above; pcie3 and nvlink5 by the ratio of the nominal rates.
 # Guesses: what pinned copies reach of a PCIe 4 x16 link's 32 GB/s, one rank's share of a host's memory bandwidth for an
-# offloaded optimizer, and the memory bandwidth of a GPU that is not in the table.
-PCIE_GB_PER_SECOND = 20  # among the GPUs of a node over PCIe 4: nccl-tests, as above
+# offloaded optimizer, and the memory bandwidth of a GPU that is not in the table. Among GPUs over PCIe 4: nccl-tests.
 HOST_LINK_GB_PER_SECOND = 20
 HOST_MEMORY_GB_PER_SECOND = 20
 UNKNOWN_HBM_GB_PER_SECOND = 1000
+PCIE_GB_PER_SECOND = 20
 
 
 if __name__ == "__main__":
