@@ -69,7 +69,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # What only a run needs (accelerate, datasets, checkpoints, DTensor) is imported where it is used: --help and a wrong
 # flag are then answered in half the time. transformers itself imports its parts when they are first named.
@@ -80,8 +80,17 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
+
+if TYPE_CHECKING:  # what annotations alone need
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.distributed import DistributedConfig
 
 IGNORE_INDEX = -100  # the label that torch.nn.functional.cross_entropy ignores
 GIB = 2**30
@@ -459,9 +468,9 @@ SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails i
 class TrainingState:
     """Where the run stands. The tensors stay on the device, so counting costs no host sync."""
 
-    skipped: torch.Tensor
-    skipped_in_a_row: torch.Tensor
-    longest_skip: torch.Tensor
+    skipped: Tensor
+    skipped_in_a_row: Tensor
+    longest_skip: Tensor
     step: int = 0
     tokens: int = 0
     evaluated_step: int = 0
@@ -473,19 +482,19 @@ class TrainingState:
 
     def as_numbers(self) -> dict[str, Any]:
         """Returns the state for a checkpoint's manifest. Waits for the device."""
-        return {name: int(value) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+        return {name: int(value) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
 
     def restore(self, saved: dict[str, Any]) -> None:
         for name, value in vars(self).items():
-            setattr(self, name, torch.full_like(value, saved[name]) if isinstance(value, torch.Tensor) else saved[name])
+            setattr(self, name, torch.full_like(value, saved[name]) if isinstance(value, Tensor) else saved[name])
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Loss and gradient norm of one step over all ranks, as tensors on the device, and what the step consisted of."""
 
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
+    loss: Tensor
+    grad_norm: Tensor
     lr: float
     tokens: int
     squared_lengths: int
@@ -493,8 +502,8 @@ class StepResult:
 
 
 def training_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    optimizer: Optimizer,
     batch: GlobalBatch,
     lr: float,
     state: TrainingState,
@@ -520,7 +529,7 @@ def training_step(
             (micro_loss * (parallel.data_parallel_size / batch.label_tokens)).backward()
         loss_sum += micro_loss.detach()
     loss = parallel.sum_over_data_ranks(loss_sum) / batch.label_tokens
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), parallel.config.max_grad_norm or math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), parallel.config.max_grad_norm or math.inf)
     grad_norm = unsharded(grad_norm).to(parallel.device)
 
     skip = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
@@ -541,7 +550,7 @@ def training_step(
     return StepResult(loss, grad_norm, lr, batch.tokens, batch.squared_lengths, micro_batch_tokens)
 
 
-def token_loss_sum(model: torch.nn.Module, micro_batch: dict[str, torch.Tensor], parallel: Parallel) -> torch.Tensor:
+def token_loss_sum(model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
     """Returns the sum of the token losses of a micro-batch, in fp32, on the device. It can be differentiated."""
     inputs: dict[str, Any] = {
         name: tensor.to(parallel.device, non_blocking=True)
@@ -581,7 +590,7 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
 # ---- Evaluation ----------------------------------------------------------------------------------------------
 
 
-def check_setup(model: torch.nn.Module, eval_set: Documents, parallel: Parallel) -> None:
+def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> None:
     """Computes the loss of the longest validation documents before training, so that a broken set-up fails early."""
     loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
     if not math.isfinite(loss):
@@ -589,7 +598,7 @@ def check_setup(model: torch.nn.Module, eval_set: Documents, parallel: Parallel)
 
 
 def evaluate(
-    model: torch.nn.Module, eval_set: Documents, parallel: Parallel, stop: StopSignals
+    model: nn.Module, eval_set: Documents, parallel: Parallel, stop: StopSignals
 ) -> tuple[dict[str, float], list[dict[str, str]]] | None:
     """Returns the scores of the validation split and the summaries written for --rouge-samples of its documents.
 
@@ -614,7 +623,7 @@ def evaluate(
 
 @torch.no_grad()
 def mean_token_loss(
-    model: torch.nn.Module,
+    model: nn.Module,
     documents: Documents,
     batches: Sequence[np.ndarray],
     parallel: Parallel,
@@ -639,7 +648,7 @@ def mean_token_loss(
 
 @torch.no_grad()
 def summarise(
-    model: torch.nn.Module, documents: Documents, parallel: Parallel, stop: StopSignals
+    model: nn.Module, documents: Documents, parallel: Parallel, stop: StopSignals
 ) -> list[dict[str, str]] | None:
     """Returns the model's summaries of --rouge-samples documents, drawn by the seed, beside the documents' own.
 
@@ -692,9 +701,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     return max(1, min(plan.micro_batch_size, int(free_bytes // (token_bytes * document_tokens))))
 
 
-def pad_prompts(
-    prompts: Sequence[list[int]], tokenizer: transformers.PreTrainedTokenizerBase
-) -> dict[str, torch.Tensor]:
+def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """Returns `input_ids` and `attention_mask` (B, T), padded at their beginning so that all prompts end together."""
     rows = [torch.as_tensor(prompt) for prompt in prompts]
     pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
@@ -704,7 +711,7 @@ def pad_prompts(
 
 
 @contextlib.contextmanager
-def generating(model: transformers.PreTrainedModel, parallel: Parallel) -> Iterator[None]:
+def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
     """Inside, attention uses the padding mask, which prompts padded at the left need, and no layer is recompiled."""
     training_attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
@@ -841,9 +848,9 @@ class Parallel:
     """
 
     config: Config
-    accelerator: Any  # accelerate.Accelerator
+    accelerator: Accelerator
     cluster: Cluster
-    model_config: transformers.PretrainedConfig
+    model_config: PretrainedConfig
     shape: ModelShape
     plan: Plan
     choice: Choice | None  # None on MoAI
@@ -908,7 +915,7 @@ class Parallel:
             tqdm.write(line, file=sys.stdout)  # Accelerator.print speaks once per node
             sys.stdout.flush()
 
-    def sum_over_data_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """Returns `tensor` summed over the data ranks, on each of them. No host sync."""
         return self.accelerator.reduce(tensor, "sum")
 
@@ -942,7 +949,7 @@ class Parallel:
             dist.barrier()  # without device_ids, torch takes gloo of a group that has both
 
     @contextlib.contextmanager
-    def gradient_sync(self, model: torch.nn.Module, is_last: bool) -> Iterator[None]:
+    def gradient_sync(self, model: nn.Module, is_last: bool) -> Iterator[None]:
         """Wraps one micro-batch's forward and backward, and decides whether its gradients are reduced now or later.
 
         DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
@@ -1046,12 +1053,12 @@ def start_process_group(config: Config) -> None:
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def unsharded(tensor: torch.Tensor) -> torch.Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """Returns the whole of a DTensor (a collective), and any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Returns the part of a DTensor that this rank holds, and any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -1071,12 +1078,12 @@ DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "p
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
-def load_tokenizer(parallel: Parallel) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(parallel: Parallel) -> PreTrainedTokenizerBase:
     """Returns the model's own tokenizer. Raises UserError where it cannot serve."""
     return parallel.node_main_first(lambda: read_tokenizer(parallel.config, parallel.shape))
 
 
-def read_tokenizer(config: Config, shape: ModelShape) -> transformers.PreTrainedTokenizerBase:
+def read_tokenizer(config: Config, shape: ModelShape) -> PreTrainedTokenizerBase:
     shown = f"--model-name-or-path {config.model_name_or_path}"
     folder = model_folder(config.model_name_or_path, TOKENIZER_FILES)
     try:
@@ -1114,10 +1121,10 @@ def read_tokenizer(config: Config, shape: ModelShape) -> transformers.PreTrained
 class Documents:
     """Encoded, memory-mapped documents, the length and label count of each, and what turning them into rows takes."""
 
-    rows: Any  # datasets.Dataset with the columns of `encode_batch`
+    rows: Dataset  # with the columns of `encode_batch`
     lengths: np.ndarray
     label_counts: np.ndarray
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase
     block_size: int
     loss_on: str
 
@@ -1125,7 +1132,7 @@ class Documents:
         return len(self.rows)
 
 
-def load_data(tokenizer: transformers.PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents]:
+def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents]:
     """Returns the encoded training and validation documents, and reports what was cut, dropped and padded.
 
     Raises UserError where nothing is left to learn from.
@@ -1147,7 +1154,7 @@ def load_data(tokenizer: transformers.PreTrainedTokenizerBase, parallel: Paralle
     return encoded[0], encoded[1]
 
 
-def load_documents(parallel: Parallel) -> dict[str, Any]:
+def load_documents(parallel: Parallel) -> dict[str, Dataset]:
     """Returns the splits `train` and `validation`, as datasets of text.
 
     Each node's first process downloads and parses; the others read the cache it made. Without a validation split,
@@ -1168,7 +1175,7 @@ def load_documents(parallel: Parallel) -> dict[str, Any]:
     return dict(train=train, validation=validation)
 
 
-def read_splits(config: Config) -> dict[str, Any]:
+def read_splits(config: Config) -> dict[str, Dataset]:
     import datasets
 
     paths = config.dataset_paths
@@ -1255,7 +1262,7 @@ def split_of(name: str) -> str:
     return "test" if "test" in words else "train"
 
 
-def check_columns(split: Any, name: str, config: Config) -> None:
+def check_columns(split: Dataset, name: str, config: Config) -> None:
     for flag_field in ("article_column", "summary_column"):
         column = getattr(config, flag_field)
         if column not in split.column_names:
@@ -1270,7 +1277,7 @@ def check_columns(split: Any, name: str, config: Config) -> None:
 # ---- Data: tokens --------------------------------------------------------------------------------------------
 
 
-def encode_documents(split: Any, tokenizer: transformers.PreTrainedTokenizerBase, parallel: Parallel) -> Documents:
+def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> Documents:
     """Returns the non-empty documents of a split as tokens.
 
     Each node's first process encodes them, caches them under a hash of all that shapes the result, and the other
@@ -1291,7 +1298,7 @@ def encode_documents(split: Any, tokenizer: transformers.PreTrainedTokenizerBase
         summary_cut=datasets.Value("bool"),
     )
 
-    def encode() -> Any:
+    def encode() -> Dataset:
         try:
             return split.map(
                 lambda pairs: encode_batch(
@@ -1320,7 +1327,7 @@ def encode_documents(split: Any, tokenizer: transformers.PreTrainedTokenizerBase
 def encode_batch(
     articles: Sequence[str | None],
     summaries: Sequence[str | None],
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
     block_size: int,
 ) -> dict[str, list]:
     """Returns the columns of `encode_documents`, without the pairs whose article or summary is empty."""
@@ -1374,7 +1381,7 @@ def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: 
 # ---- Data: masks ---------------------------------------------------------------------------------------------
 
 
-def create_mask(input_ids: torch.Tensor, tokenizer: transformers.PreTrainedTokenizerBase) -> torch.Tensor:
+def create_mask(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Returns the attention mask of `input_ids` (..., T): 1 for a real token, 0 for padding, same shape, int64.
 
     Padding is what trails the document, in `pad_token_id`, else `eos_token_id`. Inside the document these ids are
@@ -1391,14 +1398,12 @@ def create_mask(input_ids: torch.Tensor, tokenizer: transformers.PreTrainedToken
     return 1 - trailing
 
 
-def mask_pads(
-    inputs: torch.Tensor, tokenizer: transformers.PreTrainedTokenizerBase, ignore_index: int = IGNORE_INDEX
-) -> torch.Tensor:
+def mask_pads(inputs: Tensor, tokenizer: PreTrainedTokenizerBase, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Returns the labels of `inputs` (..., T): a copy in which padding is `ignore_index`, so it is never trained on."""
     return inputs.masked_fill(create_mask(inputs, tokenizer) == 0, ignore_index)
 
 
-def padding_id(tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the id that pads rows. Llama-2 has none of its own, so its end-of-sequence id serves."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -1417,7 +1422,7 @@ class GlobalBatch:
     that label.
     """
 
-    micro_batches: list[dict[str, torch.Tensor]]
+    micro_batches: list[dict[str, Tensor]]
     tokens: int
     label_tokens: int
     squared_lengths: int
@@ -1478,7 +1483,7 @@ def global_batch(documents: Documents, positions: np.ndarray, parallel: Parallel
     )
 
 
-def micro_batch_of(documents: Documents, positions: np.ndarray, make_rows: Callable) -> dict[str, torch.Tensor]:
+def micro_batch_of(documents: Documents, positions: np.ndarray, make_rows: Callable) -> dict[str, Tensor]:
     """Returns the documents as one micro-batch, padded or packed; for none, a short one that trains on nothing.
 
     Sharded forward passes need all ranks, so a rank with nothing left still makes the call. Its row is attended to
@@ -1495,12 +1500,12 @@ def micro_batch_of(documents: Documents, positions: np.ndarray, make_rows: Calla
     return make_rows(rows["input_ids"], unlabelled, documents)
 
 
-def pad_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents) -> dict[str, torch.Tensor]:
+def pad_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents) -> dict[str, Tensor]:
     """Returns rows side by side, padded to the longest; the first `unlabelled` tokens of each have no label."""
     pad_id = padding_id(documents.tokenizer)
     padded = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
     width = padded_width(padded.shape[1], documents.block_size)
-    input_ids = torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=pad_id)
+    input_ids = F.pad(padded, (0, width - padded.shape[1]), value=pad_id)
     labels = mask_pads(input_ids, documents.tokenizer)
     labels[torch.arange(width) < torch.tensor(unlabelled)[:, None]] = IGNORE_INDEX
     return dict(input_ids=input_ids, attention_mask=create_mask(input_ids, documents.tokenizer), labels=labels)
@@ -1511,7 +1516,7 @@ def padded_width(longest: int, block_size: int) -> int:
     return max(longest, min(block_size, math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE))
 
 
-def pack_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents) -> dict[str, torch.Tensor]:
+def pack_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents) -> dict[str, Tensor]:
     """Returns rows end to end; the first token of each is predicted from nothing, so it has no label either."""
     position_ids = torch.cat([torch.arange(len(row)) for row in rows])
     input_ids = torch.cat([torch.as_tensor(row) for row in rows])
@@ -1521,13 +1526,13 @@ def pack_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         labels=input_ids.masked_fill(without_label, IGNORE_INDEX)[None],
-        cu_seq_lens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+        cu_seq_lens=F.pad(lengths.cumsum(0), (1, 0)).int(),
     )
 
 
-def with_targets(micro_batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def with_targets(micro_batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the micro-batch with `predict_at` and `targets`; one without labels gets one that is ignored."""
-    next_labels = torch.nn.functional.pad(micro_batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
+    next_labels = F.pad(micro_batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
     predict_at = (next_labels != IGNORE_INDEX).nonzero().flatten()
     if not len(predict_at):
         predict_at = torch.zeros(1, dtype=torch.long)
@@ -1622,7 +1627,7 @@ COMPILE_SECONDS = 120.0  # estimate for compiling the layers: forward and backwa
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
-def load_model(parallel: Parallel) -> torch.nn.Module:
+def load_model(parallel: Parallel) -> nn.Module:
     """Returns the model in the plan's precision and parallel form. Raises UserError where its files cannot be used.
 
     The files are downloaded once per node.
@@ -1658,7 +1663,7 @@ def load_model(parallel: Parallel) -> torch.nn.Module:
     return parallel.accelerator.prepare_model(model) if plan.strategy == "ddp" else model
 
 
-def pretrained_model(distributed_config: Any, parallel: Parallel) -> transformers.PreTrainedModel:
+def pretrained_model(distributed_config: DistributedConfig | None, parallel: Parallel) -> PreTrainedModel:
     """Returns the model with its weights, each rank holding its share.
 
     dtype is passed explicitly: Llama-2's checkpoint is half precision, and transformers' default would keep it,
@@ -1668,7 +1673,7 @@ def pretrained_model(distributed_config: Any, parallel: Parallel) -> transformer
     folder = parallel.node_main_first(lambda: model_folder(name, [*WEIGHT_FILES, "*.json"]))
     placement = {} if distributed_config else {"device_map": {"": parallel.device}}
 
-    def load() -> transformers.PreTrainedModel:
+    def load() -> PreTrainedModel:
         if not any(folder.glob("*.safetensors")):
             raise UserError(
                 f"--model-name-or-path {name} holds no safetensors weights; convert them, or use --random-init for a "
@@ -1697,7 +1702,7 @@ def pretrained_model(distributed_config: Any, parallel: Parallel) -> transformer
     return together(load)
 
 
-def random_model(distributed_config: Any, parallel: Parallel) -> transformers.PreTrainedModel:
+def random_model(distributed_config: DistributedConfig | None, parallel: Parallel) -> PreTrainedModel:
     """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere.
 
     Raises UserError for tied embeddings under FSDP, which wraps embedding and head apart before they are loaded.
@@ -1721,7 +1726,7 @@ def random_model(distributed_config: Any, parallel: Parallel) -> transformers.Pr
     return model
 
 
-def keep_parameters_on_cpu(model: transformers.PreTrainedModel) -> None:
+def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
     """Moves the shards to host memory, where FSDP2's offload policy wants them; buffers stay with the compute.
 
     There the optimizer computes, for which torchrun leaves each rank one thread.
@@ -1735,7 +1740,7 @@ def keep_parameters_on_cpu(model: transformers.PreTrainedModel) -> None:
     torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def read_model_shape(config: Config) -> tuple[transformers.PretrainedConfig, ModelShape]:
+def read_model_shape(config: Config) -> tuple[PretrainedConfig, ModelShape]:
     """Returns the model's config and its sizes, from `config.json` alone. Any rank may call it alone."""
     folder = model_folder(config.model_name_or_path, ["config.json"])
     try:
@@ -1778,7 +1783,7 @@ def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
 # ---- Model: attention ----------------------------------------------------------------------------------------
 
 
-def attention_implementation(model_config: transformers.PretrainedConfig) -> str | None:
+def attention_implementation(model_config: PretrainedConfig) -> str | None:
     """Returns the name of the attention to train with: `causal_attention` wherever the result is the same.
 
     Rows are padded at their end, so no real token can see a pad under a causal mask anyway. An attention that is
@@ -1788,21 +1793,26 @@ def attention_implementation(model_config: transformers.PretrainedConfig) -> str
     """
     if not attends_fully(model_config):
         return None
-    transformers.AttentionInterface.register("causal_attention", causal_attention)
+    # disabled here, not by a decorator, which would import the whole compiler for every --help
+    attend_on_cpu = torch.compiler.disable(document_attention)
+    attend = functools.partial(causal_attention, attend_on_cpu=attend_on_cpu)
+    transformers.AttentionInterface.register("causal_attention", attend)
     return "causal_attention"
 
 
 def causal_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
-    cu_seq_lens: torch.Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
     max_length: int | None = None,
+    *,
+    attend_on_cpu: Callable,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Returns the attention output (B, T, heads, d) of query (B, heads, T, d), key and value (B, kv heads, T, d).
 
     With `cu_seq_lens`, the bounds of the documents packed into the one row, no document sees another.
@@ -1811,14 +1821,14 @@ def causal_attention(
 
     if cu_seq_lens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    attend = varlen_flash_attention if query.device.type == "cuda" else document_attention
+    attend = varlen_flash_attention if query.device.type == "cuda" else attend_on_cpu
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return attend(query, key, value, cu_seq_lens, max_length, scaling)[None], None
 
 
 def varlen_flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float
+) -> Tensor:
     """Returns causal attention inside each document; query (T, heads, d), key and value (T, kv heads, d), on CUDA.
 
     It is torch's own flash kernel, in half precision: autocast leaves query and key in fp32. torch 2.11 knows no
@@ -1836,15 +1846,12 @@ def varlen_flash_attention(
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped)
 
 
-@torch.compiler.disable
-def document_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float
-) -> torch.Tensor:
+def document_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
     """The CPU counterpart of `varlen_flash_attention`: one causal SDPA per document."""
     outputs = []
     for start, end in itertools.pairwise(bounds.tolist()):
         one = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
-        output = torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True)
+        output = F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True)
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -1852,7 +1859,7 @@ def document_attention(
 # ---- Model: the loss without logits --------------------------------------------------------------------------
 
 
-def use_token_loss(model: transformers.PreTrainedModel) -> None:
+def use_token_loss(model: PreTrainedModel) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
     Calls without targets (generation) stay as they were. The head is still called as a module, so FSDP gathers it.
@@ -1869,18 +1876,18 @@ def use_token_loss(model: transformers.PreTrainedModel) -> None:
             return plain_forward(*arguments, **inputs)
         if not projects_only:
             logits = plain_forward(*arguments, **inputs).logits.flatten(0, 1).index_select(0, predict_at).float()
-            return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         hidden = model.base_model(*arguments, **inputs).last_hidden_state
         return head(hidden.flatten(0, 1).index_select(0, predict_at), targets)
 
     @functools.wraps(plain_head)
-    def head_forward(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def head_forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         return plain_head(hidden) if targets is None else summed_token_loss(hidden, head.weight, targets)
 
     model.forward, head.forward = forward, head_forward
 
 
-def summed_token_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Returns the sum of cross-entropies in fp32 of hidden (N, h) times weight (V, h) against targets (N,).
 
     torch's linear_cross_entropy, where torch has it, computes logits and their gradient a chunk at a time. Its own sum
@@ -1890,8 +1897,8 @@ def summed_token_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        options = torch.nn.LinearCrossEntropyOptions(
+    if hasattr(nn, "LinearCrossEntropyOptions"):
+        options = nn.LinearCrossEntropyOptions(
             batch_chunk_size=HEAD_CHUNK_TOKENS,
             chunking_method=None,
             # "balanced" makes the weight's gradient an fp32 matmul on CUDA: by its FLOPs, some 5% of a step of 13B
@@ -1899,7 +1906,7 @@ def summed_token_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
             acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
         )
         with torch.autocast(device, enabled=False):
-            losses = torch.nn.functional.linear_cross_entropy(
+            losses = F.linear_cross_entropy(
                 hidden, weight, targets, reduction="none", ignore_index=IGNORE_INDEX, options=options
             )
         return losses.float().sum()
@@ -1910,16 +1917,16 @@ def summed_token_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
     return total
 
 
-def loss_of_chunk(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def loss_of_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = torch.nn.functional.linear(hidden, weight).float()
-        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        logits = F.linear(hidden, weight).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 # ---- Model: compiling ----------------------------------------------------------------------------------------
 
 
-def compile_layers(model: torch.nn.Module, parallel: Parallel, steps: int) -> bool:
+def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     """Compiles the decoder layers in place where the plan says so and it pays, and returns whether it did.
 
     One graph serves all layers; it takes lengths of any size after its first recompilation. `auto` weighs the time
@@ -1948,7 +1955,7 @@ def compile_layers(model: torch.nn.Module, parallel: Parallel, steps: int) -> bo
 # ---- Model: optimizer ----------------------------------------------------------------------------------------
 
 
-def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
     """Returns AdamW over the parallel model's parameters; weight decay spares norms and biases.
 
     fused: one kernel for all of a rank's shards, no temporaries, and it can skip a step without asking the host.
@@ -1962,7 +1969,7 @@ def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-class StochasticAdamW(torch.optim.Optimizer):
+class StochasticAdamW(Optimizer):
     """AdamW whose weights, gradients and moments are all bf16: 8 bytes per parameter instead of 16.
 
     Each step is computed in fp32 and rounded to bf16 up or down at random, with probabilities that make the mean
@@ -1991,9 +1998,7 @@ class StochasticAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self.update(parameter, group, skip, generator)
 
-    def update(
-        self, parameter: torch.Tensor, group: dict[str, Any], skip: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
+    def update(self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None, generator: torch.Generator) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
@@ -2014,7 +2019,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             old.copy_(rounded if skip is None else torch.where(taken > 0, rounded, old))
 
 
-def round_stochastically(tensor: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def round_stochastically(tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Returns an fp32 tensor as bf16, rounded away from zero with the probability that makes the mean exact.
 
     A bf16 number is the upper half of an fp32 one; a random number added to the lower half carries into the upper one
@@ -2243,7 +2248,7 @@ class Checkpoints:
         """Returns what the next save will take, as the last one did; twice that where one is still under way."""
         return self.seconds * (2 if self.pending is not None and not self.pending.done() else 1)
 
-    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    def save(self, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> None:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
@@ -2268,7 +2273,7 @@ class Checkpoints:
             self.write(tensors, run, began)
             self.pause_seconds = time.perf_counter() - began
 
-    def write(self, tensors: dict[str, torch.Tensor], run: dict[str, Any], began: float) -> None:
+    def write(self, tensors: dict[str, Tensor], run: dict[str, Any], began: float) -> None:
         """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on."""
         device = self.parallel.device
         if device.type == "cuda" and device.index is not None:  # a thread begins on GPU 0, a lone process's "cuda"
@@ -2324,7 +2329,7 @@ class Checkpoints:
             except OSError as error:  # the new one is whole all the same
                 self.parallel.say(f"WARNING   {other} could not be deleted ({first_line(error)})")
 
-    def resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    def resume(self, model: nn.Module, optimizer: Optimizer) -> TrainingState:
         """Returns the state to go on from, model and optimizer loaded to match; a fresh one where there is none.
 
         Raises UserError where there are checkpoints, but none that can be resumed.
@@ -2336,7 +2341,7 @@ class Checkpoints:
         begins_elsewhere = named != "auto" and not own
         for folder in [Path(named)] if begins_elsewhere else own:
             try:
-                run = self.verify(folder)
+                run = self.together(lambda folder=folder: self.verify(folder))
             except RunError as damage:
                 if begins_elsewhere:
                     raise UserError(f"--resume {named} is not a whole checkpoint: {damage}; name another") from None
@@ -2381,13 +2386,10 @@ class Checkpoints:
             )
 
     def verify(self, folder: Path) -> dict[str, Any]:
-        """Checks every byte of a checkpoint, the reading shared among the ranks; returns where its run stood.
+        """Returns where a checkpoint's run stood, having checked every n-th file of it on n ranks.
 
-        Raises RunError, naming the file.
+        Raises RunError, naming the file. Any rank may call it alone.
         """
-        return self.together(lambda: self.verify_every_nth_file(folder))
-
-    def verify_every_nth_file(self, folder: Path) -> dict[str, Any]:
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             signature = manifest.pop("sha256")
@@ -2435,8 +2437,8 @@ class Checkpoints:
         self,
         folder: Path,
         run: dict[str, Any],
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        optimizer: Optimizer,
         state: TrainingState,
     ) -> None:
         """Loads a verified checkpoint into model, optimizer, state and this rank's random states."""
@@ -2568,7 +2570,7 @@ def free_host_memory() -> int:
 # ---- Checkpoints: tensors and files --------------------------------------------------------------------------
 
 
-def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, copy: bool) -> dict[str, torch.Tensor]:
+def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, copy: bool) -> dict[str, Tensor]:
     """Returns this rank's share of weights and moments by name, as DTensors where they are sharded.
 
     With `copy` they are in host memory, safe from the training that goes on. Scalars get one dimension, which
@@ -2579,7 +2581,7 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     options = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=copy)
     weights, moments = get_state_dict(model, optimizer, options=options)
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
-    tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items() if isinstance(tensor, torch.Tensor)}
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items() if isinstance(tensor, Tensor)}
     tensors = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
     on_cpu = next(model.parameters()).device.type == "cpu"  # there, cpu_offload has copied nothing
     if copy and on_cpu:
@@ -2587,7 +2589,7 @@ def checkpoint_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     return with_own_storage(tensors)
 
 
-def with_own_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def with_own_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors, with a copy of each that shares storage with an earlier one (tied weights).
 
     safetensors refuses shared storage.
@@ -2601,7 +2603,7 @@ def with_own_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return owned
 
 
-def restore_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def restore_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Puts what `checkpoint_tensors` named back into model and optimizer. Hyperparameters stay those of the flags."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -2609,12 +2611,12 @@ def restore_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, te
     weights, moments = get_state_dict(model, optimizer, options=options)
     weights = {name: tensors[f"model.{name}"] for name in weights}
     for name, value in moments.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             moments[name] = tensors[f"optimizer.{name}"].reshape(value.shape)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None, copied: bool) -> None:
+def save_tensors(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None, copied: bool) -> None:
     """Writes every rank's tensors into the folder. Raises RunError, the same on every rank."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -2630,7 +2632,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, group: dist.Pro
         raise RunError(f"{first_line(cause)}, on rank {rank}") from None
 
 
-def file_of_each(tensors: dict[str, torch.Tensor], ranks: int) -> dict[str, int]:
+def file_of_each(tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
     """Returns the number of the file each tensor of any rank goes to, so that files stay near CHECKPOINT_FILE_BYTES."""
     numbers = {f"rng.{device}{rank}": 1 for rank in range(ranks) for device in ("", "cuda.")}
     number, filled = 1, 0
@@ -2679,7 +2681,7 @@ def discard(checkpoint: Path) -> None:
 UNFINISHED_MODEL = ".final-model.writing"
 
 
-def save_model(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, parallel: Parallel) -> None:
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> None:
     """Writes model and tokenizer into the save folder.
 
     Everything is written and flushed beside its place. Then the old `config.json` goes, without which no loader takes
@@ -2712,7 +2714,7 @@ def saved_dtype(parallel: Parallel) -> torch.dtype:
     return torch.float32 if chosen == "fp32" else torch.bfloat16
 
 
-def gather_weights(model: transformers.PreTrainedModel, parallel: Parallel) -> dict[str, torch.Tensor]:
+def gather_weights(model: PreTrainedModel, parallel: Parallel) -> dict[str, Tensor]:
     """Returns the full weights on rank 0, in host memory, and nothing on the others.
 
     One tensor at a time: a device holds its own share and a single whole matrix, never the model.
@@ -2726,9 +2728,9 @@ def gather_weights(model: transformers.PreTrainedModel, parallel: Parallel) -> d
 
 
 def write_model(
-    model: transformers.PreTrainedModel,
-    weights: dict[str, torch.Tensor],
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
     """Writes a model folder and flushes it to disk.
@@ -2864,7 +2866,7 @@ SHOWN_SAMPLES = 3  # summaries beside their references in the log, the trackers 
 
 
 class RunLog:
-    """What the run reports: a console line, a line in metrics.jsonl and the trackers for a step or an evaluation."""
+    """What the run reports: the bar, and a line for a step or an evaluation on the console, in files and trackers."""
 
     def __init__(
         self,
@@ -2878,11 +2880,16 @@ class RunLog:
         self.parallel, self.config = parallel, parallel.config
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.folder = Path(self.config.save_model_dir)
-        self.last_loss, self.last_evaluation = math.nan, {}
         # what became of the `auto` flags that the plan does not decide
         save_dtype = "bf16" if saved_dtype(parallel) == torch.bfloat16 else "fp32"
         self.resolved = dict(compiled=compiled, async_save=async_save, save_dtype=save_dtype)
-        self.progress = Progress(state, total_steps, parallel.shows_bars)
+        hidden = not parallel.shows_bars
+        self.bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=hidden)
+        self.started = time.perf_counter()
+        self.stopped_seconds = 0.0  # in evaluations and saves, which the clock leaves out
+        self.steps_of_this_run, self.last_loss, self.last_scores = 0, math.nan, {}
+        self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
+        self.begin_interval()
         self.plan_check = PlanCheck(parallel, compiled)
         if parallel.is_main:
             self.metrics = MetricsFile(self.folder, state)
@@ -2898,45 +2905,55 @@ class RunLog:
                 },
             )
 
-    @property
-    def steps_of_this_run(self) -> int:
-        return self.progress.steps
+    def clock(self) -> float:
+        return time.perf_counter() - self.stopped_seconds
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leaves the body (an evaluation, a save) out of the step time and the throughput."""
+        began = time.perf_counter()
+        yield
+        self.stopped_seconds += time.perf_counter() - began
+
+    def begin_interval(self) -> None:
+        self.interval_steps = self.interval_tokens = self.interval_squares = 0
+        self.interval_waited, self.interval_began = 0.0, self.clock()
 
     def timing_the_wait(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
         """Yields the batches, and counts how long training waits for each of them."""
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
-            self.progress.waited_seconds += time.perf_counter() - began
+            self.interval_waited += time.perf_counter() - began
             if batch is None:
                 return
             yield batch
 
-    def clock_stopped(self) -> contextlib.AbstractContextManager[None]:
-        """Leaves the body (an evaluation, a save) out of the step time and the throughput."""
-        return self.progress.clock_stopped()
-
     def seconds_per_step(self) -> float:
-        return self.progress.seconds_per_step()
+        """Returns the seconds of a step as last reported; until then of the steps so far."""
+        return self.step_seconds or (self.clock() - self.interval_began) / max(1, self.interval_steps)
 
     def step(self, state: TrainingState, result: StepResult | None) -> None:
         """Counts a step; every --log-interval steps, and at the last one, waits for the device and reports."""
         if result is None:  # the step was abandoned
             return
-        self.progress.count(result)
+        self.bar.update()
+        self.steps_of_this_run += 1
+        self.interval_steps += 1
+        self.interval_tokens += result.tokens
+        self.interval_squares += result.squared_lengths
         if self.steps_of_this_run <= 2 and self.parallel.is_main:
             self.check_the_plan(result)
         if state.step % self.config.log_interval == 0 or state.step == self.total_steps:
             self.report_interval(state, result)
         elif self.steps_of_this_run == 1:
-            self.progress.begin_interval()  # the first step allocates and compiles: it would spoil rate and time left
+            self.begin_interval()  # the first step allocates and compiles: it would spoil rate and time left
 
     def report_interval(self, state: TrainingState, result: StepResult) -> None:
-        progress, parallel = self.progress, self.parallel
         loss, grad_norm, skipped = torch.stack([result.loss, result.grad_norm, state.skipped]).tolist()
-        seconds = progress.clock() - progress.interval_began
+        seconds, parallel = self.clock() - self.interval_began, self.parallel
         peak = peak_flops(parallel.cluster, parallel.plan.precision)
-        flops = training_flops(parallel.shape, progress.tokens, progress.squared_lengths)
+        flops = training_flops(parallel.shape, self.interval_tokens, self.interval_squares)
         line = dict(
             step=state.step,
             epoch=state.step / self.steps_per_epoch,
@@ -2944,27 +2961,30 @@ class RunLog:
             lr=result.lr,
             grad_norm=grad_norm,
             tokens=state.tokens,
-            tokens_per_second=progress.tokens / seconds,
-            step_seconds=seconds / progress.interval_steps,
+            tokens_per_second=self.interval_tokens / seconds,
+            step_seconds=seconds / self.interval_steps,
             mfu=flops / seconds / parallel.cluster.world_size / peak if peak else None,
-            data_wait_share=progress.waited_seconds / seconds,
+            data_wait_share=self.interval_waited / seconds,
             peak_memory_gib=max(self.plan_check.earlier_peak_gib, peak_memory_gib(parallel.device)),
             skipped_steps=int(skipped),
         )
         self.write(line)
-        seconds_left = (self.total_steps - state.step) * line["step_seconds"]
+        rate = f"{line['tokens_per_second']:,.0f}"
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{result.lr:.2e}", tokens_per_s=rate)
         parallel.say(
             f"step {state.step}/{self.total_steps}  loss {loss:.4f}  lr {result.lr:.2e}  grad norm {grad_norm:.3f}  "
-            f"{line['tokens_per_second']:,.0f} tokens/s"
+            f"{rate} tokens/s"
             + (f"  MFU {line['mfu']:.1%}" if peak else "")
-            + f"  {timedelta(seconds=round(seconds_left))} left"
+            + f"  {timedelta(seconds=round((self.total_steps - state.step) * line['step_seconds']))} left"
             + (f"  {int(skipped)} updates skipped (not finite)" if skipped else "")
         )
-        self.last_loss = loss
-        progress.end_interval(line)
+        self.training_seconds += seconds
+        self.training_tokens += self.interval_tokens
+        self.step_seconds, self.last_loss = line["step_seconds"], loss
+        self.begin_interval()
 
     def check_the_plan(self, result: StepResult) -> None:
-        self.plan_check.step_ended(self.steps_of_this_run, result, self.progress.clock)
+        self.plan_check.step_ended(self.steps_of_this_run, result, self.clock)
         if self.plan_check.quantities and self.steps_of_this_run == 2:
             for line in self.plan_check.lines():
                 self.parallel.say(line)
@@ -2983,7 +3003,7 @@ class RunLog:
         if outcome is None:
             return
         scores, samples = outcome
-        state.evaluated_step, self.last_evaluation = state.step, scores
+        state.evaluated_step, self.last_scores = state.step, scores
         self.write(dict(step=state.step, **scores))
         at = f"step {state.step}/{self.total_steps}"
         rouge = "".join(f"  {name} {score:.2f}" for name, score in scores.items() if name.startswith("rouge"))
@@ -3034,7 +3054,7 @@ class RunLog:
             self.metrics.flush()
 
     def stopped(self, state: TrainingState, signal_name: str, saved: bool) -> None:
-        self.progress.bar.close()
+        self.bar.close()
         if saved:
             outcome = "the checkpoint is saved, and the same command goes on from it"
         else:
@@ -3044,19 +3064,19 @@ class RunLog:
 
     def done(self, state: TrainingState) -> None:
         """Says how to publish the model, and then what the run did."""
-        progress, folder = self.progress, self.folder
-        progress.bar.close()
-        upload = shlex.join(["hf", "upload", "OWNER/NAME", str(folder), "--exclude", "*/*", "--exclude", ".*"])
+        self.bar.close()
+        upload = shlex.join(["hf", "upload", "OWNER/NAME", str(self.folder), "--exclude", "*/*", "--exclude", ".*"])
         self.parallel.say(f"publish   {upload}")
-        if not progress.training_tokens:
-            words = f"done      already at step {state.step}; the model in {folder} was written again"
+        if not self.training_tokens:
+            words = f"done      already at step {state.step}; the model in {self.folder} was written again"
             return self.parallel.say(words, always=True)
-        rate = progress.training_tokens / progress.training_seconds
-        eval_loss = f", eval loss {self.last_evaluation['eval_loss']:.4f}" if self.last_evaluation else ""
+        rate = self.training_tokens / self.training_seconds
+        eval_loss = f", eval loss {self.last_scores['eval_loss']:.4f}" if self.last_scores else ""
         self.parallel.say(
             f"done      {state.step} steps, {state.tokens:,} tokens, the last {self.steps_of_this_run} of them in "
-            f"{timedelta(seconds=round(time.perf_counter() - progress.started))} ({rate:,.0f} tokens/s in training); "
-            f"loss {self.last_loss:.4f}{eval_loss}; {int(state.skipped.item())} updates skipped; model in {folder}",
+            f"{timedelta(seconds=round(time.perf_counter() - self.started))} ({rate:,.0f} tokens/s in training); "
+            f"loss {self.last_loss:.4f}{eval_loss}; {int(state.skipped.item())} updates skipped; "
+            f"model in {self.folder}",
             always=True,
         )
 
@@ -3068,50 +3088,6 @@ def keep_going(problem: str, parallel: Parallel) -> Iterator[None]:
         yield
     except Exception as error:
         parallel.say(f"WARNING   {problem} ({first_line(error)})")
-
-
-class Progress:
-    """The bar, and what was trained since the last line and in how many seconds. The same on every rank."""
-
-    def __init__(self, state: TrainingState, total_steps: int, shows_bar: bool):
-        self.bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=not shows_bar)
-        self.started = time.perf_counter()
-        self.stopped_seconds = 0.0  # in evaluations and saves, which the clock leaves out
-        self.steps = 0  # of this run
-        self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
-        self.begin_interval()
-
-    def clock(self) -> float:
-        return time.perf_counter() - self.stopped_seconds
-
-    @contextlib.contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.stopped_seconds += time.perf_counter() - began
-
-    def begin_interval(self) -> None:
-        self.interval_steps = self.tokens = self.squared_lengths = 0
-        self.waited_seconds, self.interval_began = 0.0, self.clock()
-
-    def count(self, result: StepResult) -> None:
-        self.bar.update()
-        self.steps += 1
-        self.interval_steps += 1
-        self.tokens += result.tokens
-        self.squared_lengths += result.squared_lengths
-
-    def end_interval(self, line: dict[str, Any]) -> None:
-        shown = dict(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.2e}")
-        self.bar.set_postfix(**shown, tokens_per_s=f"{line['tokens_per_second']:,.0f}")
-        self.step_seconds = line["step_seconds"]
-        self.training_seconds += self.step_seconds * self.interval_steps
-        self.training_tokens += self.tokens
-        self.begin_interval()
-
-    def seconds_per_step(self) -> float:
-        """Returns the seconds of a step as last reported; until then of the steps so far."""
-        return self.step_seconds or (self.clock() - self.interval_began) / max(1, self.interval_steps)
 
 
 def peak_flops(cluster: Cluster, precision: str) -> float | None:
@@ -3709,7 +3685,7 @@ class ModelShape:
         return self.layers * self.layer_parameters + self.vocabulary * self.hidden
 
 
-def model_shape(model_config: transformers.PretrainedConfig) -> ModelShape:
+def model_shape(model_config: PretrainedConfig) -> ModelShape:
     """Returns the shape of the model that `model_config` describes; builds it on the meta device to count exactly."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(model_config)
@@ -3730,7 +3706,7 @@ def model_shape(model_config: transformers.PretrainedConfig) -> ModelShape:
     )
 
 
-def attends_fully(model_config: transformers.PretrainedConfig) -> bool:
+def attends_fully(model_config: PretrainedConfig) -> bool:
     text_config = model_config.get_text_config()
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     return kinds == {"full_attention"} and not getattr(text_config, "sliding_window", None)
@@ -3827,7 +3803,6 @@ def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     return moments
 
 
-@dataclass(frozen=True)
 class StepMemory:
     """What the moments of a step have in common, for micro-batches of `tokens` tokens. In bytes.
 
@@ -3835,69 +3810,31 @@ class StepMemory:
     shows how closely). h hidden, f intermediate, k key and value size, a heads, v vocabulary.
     """
 
-    shape: ModelShape
-    plan: Plan
-    tokens: int
-
-    @property
-    def rotary(self) -> int:
-        """Per token: cosines and sines of a position, shared by all layers."""
-        return 4 * self.shape.hidden // self.shape.heads
-
-    @property
-    def stream(self) -> int:
-        """Per token: the residual stream, a selection of it for the head, or its gradient, in bf16."""
-        return 2 * self.shape.hidden
-
-    @property
-    def norm(self) -> int:
-        """Per token, what a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h."""
-        return 8 * self.shape.hidden
-
-    @property
-    def norm_backward(self) -> int:
-        """Per token, the backward pass of a norm: what it saved, and in fp32 the gradients of the normalised input, of
-        the input by way of the scale and of the variance, and their sum, 4h each."""
-        return self.norm + 16 * self.shape.hidden
-
-    @property
-    def scalars(self) -> int:
-        """Per token: five int64 (ids, positions, mask or bounds, `predict_at`, `targets`), the norm's scale in fp32."""
-        return 5 * 8 + 4
-
-    @property
-    def layer_input(self) -> int:
-        """Per token, what a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32."""
-        return (4 if self.plan.compute_bytes == 4 or self.plan.autocasts else 2) * self.shape.hidden
-
-    @property
-    def whole_layer(self) -> int:
-        """Per token, what a layer saves for its backward pass.
-
-        In bf16: two norms 16h, as transformers keeps fp32 copies of their input; query and attention output 4h, key
-        and value 4k; MLP 8f; log-sum-exp 4a. Autocast saves a bf16 copy of its input for each projection.
-        """
-        h, f, k, a = self.shape.hidden, self.shape.intermediate, self.shape.kv_size, self.shape.heads
-        if self.plan.compute_bytes == 4:
-            return 32 * h + 8 * k + 16 * f + 4 * a + 8
-        streams = 36 * h + 6 * k if self.plan.autocasts else 20 * h + 4 * k
-        return streams + 8 * f + 4 * a + 8
-
-    @property
-    def saved(self) -> list[int]:
-        """Per token, what each layer holds between its forward and its backward pass."""
-        recomputed = map(self.plan.recomputes_layer, range(self.shape.layers))
-        return [self.layer_input if each else self.whole_layer for each in recomputed]
-
-    @property
-    def chunk(self) -> int:
-        """Logits and inputs of the head for one chunk of positions, in fp32."""
-        return 4 * min(self.tokens, HEAD_CHUNK_TOKENS) * (self.shape.vocabulary + self.shape.hidden)
-
-    @property
-    def head_buffers(self) -> int:
-        """The head's loss: a chunk, the gradient of the head as computed, and in fp32 that of a chunk."""
-        return self.chunk + (self.plan.compute_bytes + 4) * self.shape.head_and_norm_parameters
+    def __init__(self, shape: ModelShape, plan: Plan, tokens: int):
+        self.shape, self.plan, self.tokens = shape, plan, tokens
+        h, f, k, a = shape.hidden, shape.intermediate, shape.kv_size, shape.heads
+        in_fp32 = plan.compute_bytes == 4
+        # All but the last two are per token.
+        self.rotary = 4 * h // a  # cosines and sines of a position, shared by all layers
+        self.stream = 2 * h  # the residual stream, a selection of it for the head, or its gradient, in bf16
+        self.norm = 8 * h  # what a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h
+        # A norm's backward pass: what it saved, and in fp32 the gradients of the normalised input, of the input by way
+        # of the scale and of the variance, and their sum, 4h each.
+        self.norm_backward = self.norm + 16 * h
+        # Five int64 (ids, positions, mask or bounds, `predict_at`, `targets`) and the last norm's scale in fp32.
+        self.scalars = 5 * 8 + 4
+        # What a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32.
+        self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h
+        # What a layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key and value
+        # 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Autocast copies the input of each projection to bf16.
+        streams = 32 * h + 8 * k if in_fp32 else 36 * h + 6 * k if plan.autocasts else 20 * h + 4 * k
+        self.whole_layer = streams + (16 if in_fp32 else 8) * f + 4 * a + 8
+        recomputed = map(plan.recomputes_layer, range(shape.layers))
+        self.saved = [self.layer_input if each else self.whole_layer for each in recomputed]  # by layer, until backward
+        # Logits and inputs of the head for one chunk of positions, in fp32.
+        self.chunk = 4 * min(tokens, HEAD_CHUNK_TOKENS) * (shape.vocabulary + h)
+        # The head's loss: a chunk, the gradient of the head as computed, and in fp32 that of a chunk.
+        self.head_buffers = self.chunk + (plan.compute_bytes + 4) * shape.head_and_norm_parameters
 
     def resident(self) -> dict[str, float]:
         """Weights and moments; under CPU offload, the shards of the two layers being copied in."""
