@@ -995,7 +995,7 @@ def together(
 ) -> Any:
     """Runs `act` on every rank and returns its result; if it fails on any rank, raises the same error on all of them.
 
-    A UserError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0 acts
+    A UserError or RunError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0 acts
     alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act` must
     hold no collective that a failing rank would leave the others in. Costs one exchange of messages in host memory.
     """
@@ -1006,6 +1006,8 @@ def together(
             result = act()
     except UserError as error:
         problems = error.problems
+    except RunError as error:
+        failure = str(error)
     except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
         raise  # this rank cannot talk to the others any more
     except Exception as error:
@@ -2763,7 +2765,7 @@ MODEL_CARD = """---
 
 # {{ base_name }} fine-tuned for summarisation
 
-All weights of `{{ base_model }}` were trained on `{{ data }}` with `train_llama2.py`. Prompt: `{{ prompt_open }}` + \
+All weights of `{{ trained_model }}` were trained on `{{ data }}` with `train_llama2.py`. Prompt: `{{ prompt_open }}` + \
 article + `{{ prompt_close.strip() }}` + newline; the summary ends with the end-of-sequence token.
 
 ## Results
@@ -2829,6 +2831,7 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
                 datasets=[name for name in config.dataset_paths if not is_local(name)] or None,
             ),
             template_str=MODEL_CARD,
+            trained_model=config.model_name_or_path,
             base_name=Path(config.model_name_or_path).name,
             data=" ".join(config.dataset_paths),
             prompt_open=PROMPT_OPEN,
