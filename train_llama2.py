@@ -995,9 +995,10 @@ def together(
 ) -> Any:
     """Runs `act` on every rank and returns its result; if it fails on any rank, raises the same error on all of them.
 
-    A UserError or RunError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0 acts
-    alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act` must
-    hold no collective that a failing rank would leave the others in. Costs one exchange of messages in host memory.
+    A UserError or RunError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0
+    acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act`
+    must hold no collective that a failing rank would leave the others in. Costs one exchange of messages in host
+    memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = problems = failure = cause = None
@@ -2765,8 +2766,8 @@ MODEL_CARD = """---
 
 # {{ base_name }} fine-tuned for summarisation
 
-All weights of `{{ trained_model }}` were trained on `{{ data }}` with `train_llama2.py`. Prompt: `{{ prompt_open }}` + \
-article + `{{ prompt_close.strip() }}` + newline; the summary ends with the end-of-sequence token.
+All weights of `{{ trained_model }}` were trained on `{{ data }}` with `train_llama2.py`. Prompt: \
+`{{ prompt_open }}` + article + `{{ prompt_close.strip() }}` + newline; the summary ends with the end-of-sequence token.
 
 ## Results
 
