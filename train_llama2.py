@@ -3059,7 +3059,9 @@ class RunLog:
 
     def stopped(self, state: TrainingState, signal_name: str, saved: bool) -> None:
         self.bar.close()
-        if saved:
+        if state.step == 0:
+            outcome = "nothing was trained yet, and the same command begins again"
+        elif saved:
             outcome = "the checkpoint is saved, and the same command goes on from it"
         else:
             outcome = "its checkpoint could NOT be saved; the same command goes on from the newest that was"
@@ -3825,8 +3827,9 @@ class StepMemory:
         # A norm's backward pass: what it saved, and in fp32 the gradients of the normalised input, of the input by way
         # of the scale and of the variance, and their sum, 4h each.
         self.norm_backward = self.norm + 16 * h
-        # Five int64 (ids, positions, mask or bounds, `predict_at`, `targets`) and the last norm's scale in fp32.
-        self.scalars = 5 * 8 + 4
+        # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
+        # gradient.
+        self.scalars = 4 * 8 + 3 * 4
         # What a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32.
         self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h
         # What a layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key and value
