@@ -3193,11 +3193,13 @@ def draw_curves(folder: Path) -> None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         mark = "." if len(training) < 30 else None
-        training.plot(x="step", y=name, ax=axes, title=title, label="training", marker=mark, grid=True, legend=False)
+        drawn = dict(x="step", ax=axes, grid=True, xlabel="optimizer steps")
+        training.plot(y=name, title=title, label="training", marker=mark, legend=name == "loss", **drawn)
         if name == "loss" and "eval_loss" in lines:
             evaluations = lines[lines["eval_loss"].notna()]
-            evaluations.plot(x="step", y="eval_loss", ax=axes, label="validation", marker="o", grid=True)
-        axes.set_xlabel("optimizer steps")
+            evaluations.plot(y="eval_loss", label="validation", marker="o", **drawn)
+        if name == "tokens_per_second":
+            axes.set_ylim(bottom=0)
     write_atomically(folder / "curves.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
 
