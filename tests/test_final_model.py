@@ -454,9 +454,11 @@ def test_a_save_right_after_a_kill_gives_the_new_model(tmp_path):
             train_llama2.save_model(small_llama(FORMER), tokenizer, parallel)
             if not crashes(lambda: train_llama2.save_model(small_llama(NEW), tokenizer, parallel), k):
                 break
+            (tmp_path / UNFINISHED_MODEL).mkdir(exist_ok=True)
+            (tmp_path / UNFINISHED_MODEL / "tokenizer.model").write_bytes(b"of another model")
             train_llama2.save_model(small_llama(NEW), tokenizer, parallel)
             assert model_in(tmp_path) == NEW
-            assert not list(tmp_path.glob(".*"))
+            assert not list(tmp_path.glob(".*")) and not (tmp_path / "tokenizer.model").exists()
     assert k > 15
 
 
