@@ -390,6 +390,29 @@ def test_curves_can_be_drawn_of(tmp_path, lines):
     assert min(pixels(curves_of(tmp_path))) > 600
 
 
+def test_curves_show_training_beside_validation_with_gaps(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed").Figure
+    drawn = []
+    savefig = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k)))
+    steps = [{**FULL, "step": n, "loss": None if n == 3 else 9.0 - n, "lr": n * 1e-4} for n in range(1, 7)]
+    lines = [*steps[:4], dict(step=4, eval_loss=6.0), *steps[4:], dict(step=6, eval_loss=5.5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train_llama2.draw_curves(tmp_path)
+    (picture,) = drawn
+    loss, lr, grad_norm, rate = picture.axes
+    shown = {line.get_label(): np.asarray(line.get_xydata(), dtype=float).tolist() for line in loss.get_lines()}
+    assert shown.keys() == {"training", "validation"} and loss.get_legend() is not None
+    losses = [[1, 8], [2, 7], [3, math.nan], [4, 5], [5, 4], [6, 3]]
+    np.testing.assert_array_equal(shown["training"], losses)
+    assert shown["validation"] == [[4, 6.0], [6, 5.5]]
+    assert lr.get_lines()[0].get_ydata().tolist() == [n * 1e-4 for n in range(1, 7)]
+    for axes, value in ((grad_norm, 0.5), (rate, 50.0)):
+        (line,) = axes.get_lines()
+        assert line.get_ydata().tolist() == [value] * 6
+    assert rate.get_ylim()[0] == 0, "a rate that varies by a percent must not look as if it broke down"
+
+
 def test_without_a_step_or_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capfd):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(step=0, eval_loss=3.0)) + "\n")
     train_llama2.draw_curves(tmp_path)
