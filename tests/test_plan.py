@@ -136,7 +136,7 @@ def test_json_of_a_plan_has_every_field_of_every_candidate():
 
 
 def test_where_nothing_fits_one_line_names_nearest_miss_and_levers(capsys):
-    """13.0 G parameters * 16 bytes = 193.9 GiB on one GPU of 79.1. Only a config.json is there to be read."""
+    """13.02 billion parameters of 16 bytes are 193.9 GiB, and the one GPU has 79.1."""
     assert train_llama2.command_line(["--plan", "1xH100-80GB", "--plan-format", "json"]) == 2
     printed = capsys.readouterr()
     plan = json.loads(printed.out)
@@ -252,8 +252,9 @@ def test_a_name_of_two_gpus_lists_them():
 
 
 def test_a_plan_with_offload_states_the_host_memory_it_takes(capsys):
-    """Moments: 8 bytes for each of 13,015,864,320 parameters. Weights and gradients, pinned, in powers of two for the
-    half of each matrix: 4 of 64 MiB and 3 of 256 a layer, 2 of 512 beside them: 42 GiB, four times. On one node or two.
+    """The moments take 8 bytes for each of 13,015,864,320 parameters. Weights and gradients are pinned, and torch pins
+    powers of two. Half of each matrix takes 64 MiB four times and 256 three times a layer, and 512 twice beside them.
+    These 42 GiB are needed four times: weights and gradients, on two ranks.
     """
     pinned_mib = 40 * (4 * 64 + 3 * 256) + 2 * 512
     assert round(4 * pinned_mib / 1024 + 8 * PARAMETERS / GIB, 1) == 261.0
@@ -319,8 +320,9 @@ def test_model_sizes_equal_those_by_hand():
 
 
 def test_memory_of_fsdp_with_checkpointing_by_hand():
-    """13B on 8 ranks, 16,384 tokens, all layers recomputed. The peak is the backward of the last layer but one:
-    two layers are gathered in bf16, and the gradients of the last are being reduced in fp32 (8 bytes a parameter)."""
+    """13B on 8 ranks, 16,384 tokens, all layers recomputed. The peak is the backward pass of the last layer but one.
+    Then two layers are gathered in bf16 and the gradients of the last are being reduced in fp32: 8 bytes a parameter.
+    """
     memory = train_llama2.predict_memory(LLAMA_13B, plan_of(shards=8), 8 * 2048)
     tokens = 16_384
     by_hand = {
@@ -379,7 +381,7 @@ def test_offload_keeping_gathered_and_reducing_once_cost_what_they_hold():
         return train_llama2.predict_memory(LLAMA_13B, plan_of(shards=8, **changes), tokens).active
 
     several = dict(gradient_accumulation_steps=2)
-    # weights, moments and gradients leave; the shards of two layers are on their way
+    # weights, moments and gradients leave the GPU, except for the shards of two layers that are being copied
     saved = (16 * PARAMETERS - 2 * 4 * PER_LAYER) / 8 / GIB
     assert active(16_384, **several) - active(16_384, **several, cpu_offload=True) == pytest.approx(saved)
     # 52 GB of gradients, less the 4/8 of them that would be resident anyway
@@ -402,7 +404,7 @@ def test_time_of_fsdp_by_hand():
     matmuls = (6 * matrices + 2 * 40 * PER_LAYER) * (1 + 800 / 16_384)
     attention = 2 * 40 * 5120 * 2048 * 4.5 / 0.58
     compute = 16_384 * (matmuls + attention) / (989e12 * 0.60 * 5762 / 6667)
-    # 7/8 of: gathered twice in bf16, reduced once in fp32
+    # 7/8 of the bytes are moved: weights are gathered twice in bf16, gradients reduced once in fp32
     communication = 7 / 8 * (2 * 2 + 4) * PARAMETERS / 345e9
     optimizer = 8 * 4 * PARAMETERS / 8 / 3350e9
     assert seconds["compute"] == pytest.approx(compute)
@@ -509,7 +511,7 @@ def test_on_any_cluster_choice_and_table_keep_their_rules(shape):
 
 
 def weigh(monkeypatch: pytest.MonkeyPatch, table: dict[str, tuple[float, bool]], cluster: str = "8xH100-80GB"):
-    """Returns the choice where a plan's seconds, and whether it fits, are predicted as `table` has it by strategy."""
+    """Returns the choice when `table` says, for each strategy, how many seconds its plans take and whether they fit."""
 
     def predict(shape, cluster, plan, config):
         seconds, fits = table[plan.strategy]
@@ -599,7 +601,7 @@ def test_hsdp_inside_one_node_makes_two_groups():
 
 
 def test_micro_batch_size_is_what_the_documents_divide_into():
-    """Five documents a rank: at most four at a time are three and two. Two steps take as long as five documents."""
+    """Five documents a rank, at most four at a time, are dealt as three and two, and take as long as five."""
     cluster = parse_cluster("8xH100-80GB")
     candidates = choose_plan(LLAMA_7B, cluster, Config(batch_size=40, packing="no")).candidates
     sizes = {(each.plan.micro_batch_size, each.plan.gradient_accumulation_steps) for each in candidates}
@@ -645,7 +647,7 @@ def test_13b_on_8_gpus_of_24_gb_needs_offload():
 def apply_lever(words: str, cluster: Cluster, config: Config) -> tuple[Cluster, Config]:
     """Returns cluster and configuration after the change that `words` ask for."""
     if words.startswith("--"):
-        flags = words.partition(" (")[0].split()  # a remark may follow
+        flags = words.partition(" (")[0].split()  # without the remark in parentheses
         given = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
         return cluster, dataclasses.replace(config, **{name: getattr(parse_config(flags), name) for name in given})
     number, unit = int(words.split()[0]), words.split(maxsplit=1)[1]
@@ -722,12 +724,12 @@ def test_the_table_gives_choice_reasons_and_sources_of_figures():
         assert size < 0.05 or f"{name} {size:.1f}" in " ".join(table.split())
     for words in ("peak table", "network guess", "reserved guess", "node link 345 GB/s", "lever"):
         assert words in " ".join(table.split())
-    for line in rows:  # nothing of a plan is cut off
+    for line in rows:  # no plan is cut off in its column
         assert not line[10:54].rstrip().endswith(("kee", "off", "recompute every"))
 
 
 def test_a_laptop_is_not_charged_for_cuda():
-    """Four ranks on a machine with 2 GiB to spare train the tiny model, of 5 MB of states."""
+    """Four ranks on a machine with 2 GiB free can train the tiny model, whose states take 5 MB."""
     cluster = Cluster(1, 4, "x86_64", False, dataclasses.replace(LAPTOP.gpu, memory_gib=0.5))
     assert choose_plan(TINY, cluster, Config(batch_size=4, block_size=512)).chosen is not None
 
@@ -797,9 +799,8 @@ def test_the_plan_that_was_printed_is_the_one_that_runs(executed, name, recomput
     assert f"  chosen  {printed[:30]}" in console
     executed_step = json.loads(re.findall(r"EXECUTED (.*)", console)[-1])
     assert executed_step["rows"] == [2, 2]
-    assert executed_step["calls"] == [
-        4 if layer in recomputed else 2 for layer in range(4)
-    ]  # once for each micro-batch
+    once = 2  # micro-batches
+    assert executed_step["calls"] == [2 * once if layer in recomputed else once for layer in range(4)]
     assert executed_step["gathered"] == [[kept] * 4] * 2
     reduced_late = plan["gradient_sync"] == "step"
     assert executed_step["unreduced"] == [True, reduced_late], "gradients of the first micro-batch"
@@ -867,7 +868,7 @@ def checked_step(parallel: SimpleNamespace, micro_batch_tokens: list[int], compi
 
 
 def test_the_check_predicts_the_step_that_was_taken():
-    """Two micro-batches planned; the packed rows of this step needed one, and its layers were not compiled."""
+    """The plan had two micro-batches and compiled layers. The packed rows of this step needed one, not compiled."""
     plan = plan_of(shards=8, gradient_accumulation_steps=2, packing=True, compiled=True)
     cluster = parse_cluster("8xH100")
     parallel = SimpleNamespace(shape=LLAMA_13B, plan=plan, cluster=cluster, device=torch.device("cpu"))
@@ -930,10 +931,10 @@ def test_out_of_memory_names_flags_with_which_the_run_continues(tmp_path, monkey
     ("shape", "cluster", "config"),
     [
         (LLAMA_13B, "8xH100", Config()),  # 4 x 2 with all recomputed would keep gradients, and take more than 8 x 1
-        (LLAMA_7B, "4xRTX4090", Config()),  # the room of smaller micro-batches would go to gathered weights
+        (LLAMA_7B, "4xRTX4090", Config()),  # smaller micro-batches alone would leave room for gathered weights
         (LLAMA_7B, "2x8xA100-40GB", Config(cpu_offload="yes")),
         (LLAMA_1B, "8xH100", Config(micro_batch_size=1, activation_checkpointing="full", parallelism="ddp")),
-        (LLAMA_70B, "4x8xA10G", Config(batch_size=4000, block_size=4096)),  # nothing is left but shorter blocks
+        (LLAMA_70B, "4x8xA10G", Config(batch_size=4000, block_size=4096)),  # shorter blocks alone help here
         (LLAMA_1B, "1xA100-40GB", Config()),
         (TINY, None, Config(batch_size=8)),
     ],

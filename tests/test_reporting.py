@@ -293,7 +293,7 @@ def test_samples_are_cut_back_with_the_metrics(resumed_run):
     assert [sample["step"] for sample in before.samples] == [4, 4]
     assert [sample["step"] for sample in samples_of(folder)] == [4, 4, 8, 8, 9, 9]
     highlights = [json.loads(line)["highlights"] for line in (NEWS / "validation.jsonl").open()]
-    for sample in samples_of(folder):  # --block-size 64 has cut some
+    for sample in samples_of(folder):  # --block-size 64 cuts some of them
         assert len(sample["reference"]) > 60
         assert any(each.strip().startswith(sample["reference"]) for each in highlights)
     assert {frozenset(sample) for sample in samples_of(folder)} == {frozenset({"step", "reference", "summary"})}
@@ -305,7 +305,7 @@ def test_a_run_without_rouge_samples_writes_no_samples_and_no_scores(whole_set_r
 
 
 def test_wandb_gets_one_id_for_a_run_and_its_resumption(tmp_path, monkeypatch):
-    """A stand-in for the package notes what accelerate asks of it."""
+    """A stand-in for the package records what accelerate asks of it."""
     calls = []
 
     class Run:
