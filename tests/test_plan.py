@@ -1,4 +1,4 @@
-"""The plan: what is weighed, predicted, chosen, said and refused; that it is what runs; and that it checks itself."""
+"""The plan: its predictions, its choice, what it prints and refuses, that it is what runs, and its own check."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ TIED = train_llama2.model_shape(  # Qwen2.5-0.5B: tied embeddings, grouped queri
         vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=4096,
     )
 )  # fmt: skip
-LAPTOP = Cluster(1, 1, "x86_64", False, train_llama2.Gpu(8.0, 0.1, 10, 0.5, 1.0, 1, 1), {"peak": "measured"})
+LAPTOP_CPU = train_llama2.Gpu(8.0, 0.1, 10, 0.5, 1.0, 1, 1, sources={"peak": "measured"})
+LAPTOP = Cluster(1, 1, "x86_64", False, LAPTOP_CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -49,37 +50,41 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def plan_of(strategy: str, replicas: int = 1, shards: int = 1, **changes: object) -> Plan:
-    settings = dict(
-        micro_batch_size=8,
-        gradient_accumulation_steps=1,
-        activation_checkpointing="full",
-        reshard_after_forward=True,
-        cpu_offload=False,
-        gradient_sync="micro-batch",
-        precision="bf16",
-    )
-    return Plan(strategy, replicas, shards, **{**settings, **changes})
+def plan_of(replicas: int = 1, shards: int = 1, **changes: object) -> Plan:
+    settings = dict(micro_batch_size=8, activation_checkpointing="full", gradient_sync="micro-batch")
+    return Plan(dp_replicate_size=replicas, dp_shard_size=shards, **{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("replicas", "shards", "strategy"), [(1, 1, "none"), (8, 1, "ddp"), (1, 8, "fsdp"), (2, 4, "hsdp")]
+)
+def test_the_strategy_follows_from_replicas_and_shards(replicas, shards, strategy):
+    plan = plan_of(replicas, shards)
+    assert plan.strategy == train_llama2.plan_as_json(plan)["strategy"] == strategy
+    assert plan.describe().startswith(strategy)
+    assert plan.data_parallel_size == replicas * shards
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # --plan
 # ----------------------------------------------------------------------------------------------------------------
 
-CANDIDATE_KEYS = {  # the contract's, then what was added to it
-    "strategy", "dp_replicate_size", "dp_shard_size", "micro_batch_size", "gradient_accumulation_steps",
-    "activation_checkpointing", "reshard_after_forward", "cpu_offload", "memory_gib", "step_seconds",
-    "tokens_per_second_per_gpu", "mfu", "fits", "reason",
-} | {"gradient_sync", "precision", "packing", "compiled"}  # fmt: skip
-MEMORY_KEYS = {"active", "reserved", "terms", "peak_moment"} | {"reserved_low", "reserved_high"}
+PLAN_KEYS = {
+    "strategy", "pipeline_parallel_size", "dp_replicate_size", "dp_shard_size", "tensor_parallel_size",
+    "micro_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "reshard_after_forward",
+    "cpu_offload", "gradient_sync", "precision", "packing", "compiled",
+}  # fmt: skip
+PREDICTION_KEYS = {"memory_gib", "step_seconds", "tokens_per_second_per_gpu", "mfu", "fits", "reason"}
+MEMORY_KEYS = {"active", "reserved", "reserved_low", "reserved_high", "terms", "peak_moment"}
 
 
-def check_candidate(candidate: dict, world_size: int, share: int) -> None:
-    """Checks the contract of one candidate, where every rank has `share` documents a step."""
-    assert set(candidate) == CANDIDATE_KEYS
+def check_candidate(candidate: dict, world_size: int, rank_documents: int) -> None:
+    """Checks one candidate of the JSON, where the busiest rank has `rank_documents` documents a step."""
+    assert set(candidate) == PLAN_KEYS | PREDICTION_KEYS
+    assert candidate["pipeline_parallel_size"] == candidate["tensor_parallel_size"] == 1
     assert candidate["dp_replicate_size"] * candidate["dp_shard_size"] == world_size
     size, steps = candidate["micro_batch_size"], candidate["gradient_accumulation_steps"]
-    assert size * (steps - 1) < share <= size * steps
+    assert size * (steps - 1) < rank_documents <= size * steps
     memory, seconds = candidate["memory_gib"], candidate["step_seconds"]
     assert set(memory) == MEMORY_KEYS
     assert sum(memory["terms"].values()) == pytest.approx(memory["active"])
@@ -105,7 +110,7 @@ def script(*flags: object, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_the_json_of_8_h100_is_one_object_with_the_contracts_fields_of_every_candidate():
+def test_json_of_a_plan_has_every_field_of_every_candidate():
     run = script("--plan", "8xH100-80GB", "--plan-format", "json")
     assert (run.returncode, run.stderr) == (0, "")
     plan = json.loads(run.stdout)
@@ -113,7 +118,7 @@ def test_the_json_of_8_h100_is_one_object_with_the_contracts_fields_of_every_can
     assert (plan["cluster"]["nodes"], plan["cluster"]["ranks_per_node"]) == (1, 8)
     assert plan["chosen"] in plan["candidates"]
     for candidate in plan["candidates"]:
-        check_candidate(candidate, world_size=8, share=8)
+        check_candidate(candidate, world_size=8, rank_documents=8)
         rate = candidate["tokens_per_second_per_gpu"]  # 64 documents of 2,048 tokens over 8 GPUs
         assert rate * candidate["step_seconds"]["total"] == pytest.approx(64 * 2048 / 8)
     for name, values in {
@@ -126,13 +131,12 @@ def test_the_json_of_8_h100_is_one_object_with_the_contracts_fields_of_every_can
         "fits": {True, False},
     }.items():
         assert {candidate[name] for candidate in plan["candidates"]} == values
-    keys = [tuple(candidate[name] for name in sorted(CANDIDATE_KEYS - {"memory_gib", "step_seconds", "reason"}))
-            for candidate in plan["candidates"]]  # fmt: skip
+    keys = [tuple(candidate[name] for name in sorted(PLAN_KEYS)) for candidate in plan["candidates"]]
     assert len(set(keys)) == len(keys), "a candidate is weighed twice"
 
 
-def test_where_nothing_fits_chosen_is_null_and_one_line_tells_the_nearest_miss_and_the_levers(capsys):
-    """13.0 G parameters * 16 bytes = 193.9 GiB on one GPU of 79.1. Only a config.json is there to be read."""
+def test_where_nothing_fits_one_line_names_nearest_miss_and_levers(capsys):
+    """13.02 billion parameters of 16 bytes are 193.9 GiB, and the one GPU has 79.1."""
     assert train_llama2.command_line(["--plan", "1xH100-80GB", "--plan-format", "json"]) == 2
     printed = capsys.readouterr()
     plan = json.loads(printed.out)
@@ -146,11 +150,11 @@ def test_where_nothing_fits_chosen_is_null_and_one_line_tells_the_nearest_miss_a
     assert line.endswith(plan["lever"]) and "it would fit with" in line and "GPUs" in line
 
 
-def test_plan_needs_config_json_alone_and_under_3_seconds_and_starts_nothing(tmp_path, capsys, monkeypatch):
+def test_planning_needs_config_json_alone_and_under_three_seconds(tmp_path, capsys, monkeypatch):
     shape = LlamaConfig(**train_llama2.LLAMA_2["70b"], max_position_embeddings=4096)
     shape.save_pretrained(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
-    began = time.process_time()  # a busy machine is not the plan's fault
+    began = time.process_time()  # not the wall clock, because the machine may be busy
     words = ["--plan", "4x8xH100-80GB,ib=200", "--plan-format", "json", "--model-name-or-path", str(tmp_path)]
     assert train_llama2.command_line(words) == 0
     assert time.process_time() - began < 3
@@ -159,7 +163,7 @@ def test_plan_needs_config_json_alone_and_under_3_seconds_and_starts_nothing(tmp
     assert {candidate["strategy"] for candidate in plan["candidates"]} == {"ddp", "fsdp", "hsdp"}
     assert not torch.distributed.is_initialized()
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
-    monkeypatch.setenv("RANK", "1")  # under torchrun, rank 0 speaks
+    monkeypatch.setenv("RANK", "1")  # under torchrun rank 0 alone prints
     assert train_llama2.command_line(words) == 0
     assert capsys.readouterr().out == ""
 
@@ -173,18 +177,18 @@ def test_plan_of_this_machine_is_one_cpu_process_in_fp32(capsys):
     assert (plan.strategy, plan.precision, plan.cpu_offload) == ("none", "fp32", False)
     matrices = 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64) + 1024 * 64
     flops = 64 * 2048 * (6 * matrices + 2 * 4 * 64 * 2048 * 3.5)  # at half of what bare fp32 matmuls reached
-    assert chosen.seconds["compute"] == pytest.approx(flops / (0.5 * machine.gpu.peak_tflops * 1e12))
+    assert chosen.step_seconds["compute"] == pytest.approx(flops / (0.5 * machine.gpu.peak_tflops * 1e12))
 
 
-def test_plan_refuses_a_block_longer_than_the_models_positions_as_a_run_does():
+def test_a_block_longer_than_the_models_positions_is_refused():
     with pytest.raises(UserError, match=r"--block-size 8192 is longer than the 4096 positions of .*; use at most 4096"):
         choose_plan(LLAMA_13B, parse_cluster("8xH100-80GB"), Config(block_size=8192))
 
 
-def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
-    """The tiny model has 300,000 parameters: 5 MB of states, and the machine is said to have 4 MiB."""
+def test_a_run_too_large_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    """The tiny model has 300,000 parameters, so 5 MB of states, and the machine pretends to have 4 MiB."""
     small = dataclasses.replace(LAPTOP.gpu, memory_gib=4 / 1024)
-    monkeypatch.setattr(train_llama2, "find_device", lambda ranks_per_node: ("abacus", small, {}))
+    monkeypatch.setattr(train_llama2, "find_device", lambda ranks_per_node: ("abacus", small))
     for name in ("load_tokenizer", "load_documents", "load_model"):
         monkeypatch.setattr(train_llama2, name, None)
     assert train_llama2.command_line(small_run(tmp_path / "run")) == 2
@@ -207,9 +211,6 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, 
         ("2x8xH100-80GB,ib=3200", 2, 8, 79.1, 989, 3200),
         ("2 x 4 x RTX 4090, ib=12.5", 2, 4, 23.5, 165.2, 12.5),
         ("1xNVIDIA A100-SXM4-80GB", 1, 1, 79.1, 312, 200),
-        ("8x(48GB,181TFLOPS,pcie4)", 1, 8, 48e9 / GIB, 181, 12.5),
-        ("3x8x(48GB,181.5TFLOPS),ib=100", 3, 8, 48e9 / GIB, 181.5, 100),
-        ("8x( 180 tflops, 24 gb, 50 GB/s )", 1, 8, 24e9 / GIB, 180, 12.5),
     ],
 )
 def test_a_cluster_is_read(text, nodes, ranks, memory, peak, network):
@@ -218,20 +219,15 @@ def test_a_cluster_is_read(text, nodes, ranks, memory, peak, network):
     assert cluster.has_gpu
     assert (cluster.memory_gib, cluster.gpu.peak_tflops) == (pytest.approx(memory), peak)
     assert cluster.gpu.network_gbit_per_second == network
-    assert set(cluster.sources) == {"memory", "peak", "efficiency", "node link", "network"}
-    assert cluster.sources["network"] == ("given" if "ib=" in text else "guess")
-    assert cluster.sources["memory"] == ("given" if "(" in text else "table")
-
-
-@pytest.mark.parametrize(("word", "link"), [("pcie3", 10), ("pcie4", 20), ("nvlink4", 345), ("50GB/s", 50)])
-def test_the_link_of_a_described_gpu_is_the_one_given(word, link):
-    assert parse_cluster(f"8x(80GB,989TFLOPS,{word})").gpu.link_gb_per_second == link
+    assert set(cluster.gpu.sources) == {"memory", "peak", "efficiency", "node link", "network"}
+    assert cluster.gpu.sources["network"] == ("given" if "ib=" in text else "guess")
+    assert cluster.gpu.sources["memory"] == "table"
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "H100", "8x", "x8xH100", "0x8xH100", "0xH100", "8*H100", "8xH100-80GB,ib=", "8xH100-80GB,ib=-3",
-     "2x8xH100-80GB,ib=0", "8xH100-80GB,nvlink=3", "8x(48GB,181TFLOPS", "9" * 5000 + "xH100"],
+     "2x8xH100-80GB,ib=0", "8xH100-80GB,nvlink=3", "8x(48GB,181TFLOPS)", "9" * 5000 + "xH100"],
 )  # fmt: skip
 def test_nonsense_is_refused_with_how_a_cluster_is_written(text):
     with pytest.raises(UserError, match=r"is no cluster; write .* 8xH100-80GB or 2x8xA100-40GB,ib=200"):
@@ -243,12 +239,11 @@ def test_nonsense_is_refused_with_how_a_cluster_is_written(text):
     [
         ("1xNVIDIA A100-SXM4-80GB", {"memory": "table", "efficiency": "table", "node link": "table"}),
         ("8xRTX4090", {"memory": "table", "peak": "table", "efficiency": "guess", "node link": "guess"}),
-        ("8x(48GB,181TFLOPS)", {"memory": "given", "peak": "given", "node link": "guess"}),
-        ("8x(48GB,181TFLOPS,pcie4),ib=100", {"node link": "given", "efficiency": "guess", "network": "given"}),
+        ("2x8xRTX4090,ib=100", {"efficiency": "guess", "node link": "guess", "network": "given"}),
     ],
 )
 def test_every_figure_says_where_it_is_from(text, sources):
-    assert sources.items() <= parse_cluster(text).sources.items()
+    assert sources.items() <= parse_cluster(text).gpu.sources.items()
 
 
 def test_a_name_of_two_gpus_lists_them():
@@ -256,9 +251,10 @@ def test_a_name_of_two_gpus_lists_them():
         parse_cluster("8xA100")
 
 
-def test_a_plan_with_offload_tells_the_host_memory_it_takes(capsys):
-    """Moments: 8 bytes for each of 13,015,864,320 parameters. Weights and gradients, pinned, in powers of two for the
-    half of each matrix: 4 of 64 MiB and 3 of 256 a layer, 2 of 512 beside them: 42 GiB, four times. On one node or two.
+def test_a_plan_with_offload_states_the_host_memory_it_takes(capsys):
+    """The moments take 8 bytes for each of 13,015,864,320 parameters. Weights and gradients are pinned, and torch pins
+    powers of two. Half of each matrix takes 64 MiB four times and 256 three times a layer, and 512 twice beside them.
+    These 42 GiB are needed four times: weights and gradients, on two ranks.
     """
     pinned_mib = 40 * (4 * 64 + 3 * 256) + 2 * 512
     assert round(4 * pinned_mib / 1024 + 8 * PARAMETERS / GIB, 1) == 261.0
@@ -275,22 +271,6 @@ def test_an_unknown_name_lists_the_known_ones(text):
     with pytest.raises(UserError) as refused:
         parse_cluster(text)
     assert all(name in str(refused.value) for name in GPUS)
-    assert "(48GB,181TFLOPS)" in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("8x(48GB)", "needs memory and peak"),
-        ("8x(181TFLOPS)", "needs memory and peak"),
-        ("8x(48GB,181TFLOPS,token-ring)", "token-ring is no memory .* or link .*pcie4"),
-        ("8x(48GB,181TFLOPS,0GB/s)", "0gb/s is no memory"),
-        ("8x(0GB,181TFLOPS)", "0gb is no memory"),
-    ],
-)
-def test_a_description_that_lacks_something_is_refused_with_what(text, reason):
-    with pytest.raises(UserError, match=reason):
-        parse_cluster(text)
 
 
 @pytest.mark.parametrize(
@@ -332,17 +312,18 @@ HEAD = 32000 * 5120 + 5120  # and the final norm
 PARAMETERS = 13_015_864_320
 
 
-def test_sizes_by_hand():
+def test_model_sizes_equal_those_by_hand():
     assert LLAMA_13B.parameters == PARAMETERS == 40 * PER_LAYER + HEAD + 32000 * 5120
-    assert (LLAMA_13B.layer_parameters, LLAMA_13B.head_parameters) == (PER_LAYER, HEAD)
-    assert LLAMA_70B.kv_width == 8 * 128 and LLAMA_70B.parameters == 68_976_648_192
+    assert (LLAMA_13B.layer_parameters, LLAMA_13B.head_and_norm_parameters) == (PER_LAYER, HEAD)
+    assert LLAMA_70B.kv_size == 8 * 128 and LLAMA_70B.parameters == 68_976_648_192
     assert TIED.embedding_parameters == pytest.approx(0, abs=1e5), "tied embeddings are counted once, with the head"
 
 
 def test_memory_of_fsdp_with_checkpointing_by_hand():
-    """13B on 8 ranks, 16,384 tokens, all layers recomputed. The peak is the backward of the last layer but one:
-    two layers are gathered in bf16, and the gradients of the last are being reduced in fp32 (8 bytes a parameter)."""
-    memory = train_llama2.predict_memory(LLAMA_13B, plan_of("fsdp", 1, 8), 8 * 2048)
+    """13B on 8 ranks, 16,384 tokens, all layers recomputed. The peak is the backward pass of the last layer but one.
+    Then two layers are gathered in bf16 and the gradients of the last are being reduced in fp32: 8 bytes a parameter.
+    """
+    memory = train_llama2.predict_memory(LLAMA_13B, plan_of(shards=8), 8 * 2048)
     tokens = 16_384
     by_hand = {
         "weights": 4 * PARAMETERS / 8,
@@ -359,36 +340,36 @@ def test_memory_of_fsdp_with_checkpointing_by_hand():
     assert memory.active == pytest.approx(sum(by_hand.values()) / GIB)
 
 
-def test_states_take_16_bytes_a_parameter_over_the_shards_and_ddp_does_not_shard():
-    alone = train_llama2.predict_memory(LLAMA_13B, plan_of("ddp", 8, 1, micro_batch_size=1), 64)
+def test_states_take_16_bytes_a_parameter_divided_by_shards():
+    alone = train_llama2.predict_memory(LLAMA_13B, plan_of(8, micro_batch_size=1), 64)
     # 193.9 GiB of states, and at the end of the forward pass autocast's bf16 copies of all but the embedding
     assert alone.active == pytest.approx((16 * PARAMETERS + 2 * (PARAMETERS - 32000 * 5120)) / GIB, rel=0.002)
     plan = dict(gradient_accumulation_steps=2)
     on_8, on_16 = (
-        train_llama2.predict_memory(LLAMA_13B, plan_of("fsdp", 1, ranks, **plan), 2048).active for ranks in (8, 16)
+        train_llama2.predict_memory(LLAMA_13B, plan_of(shards=ranks, **plan), 2048).active for ranks in (8, 16)
     )
     assert on_8 - on_16 == pytest.approx(16 * PARAMETERS / GIB * (1 / 8 - 1 / 16))
-    hsdp = train_llama2.predict_memory(LLAMA_13B, plan_of("hsdp", 2, 8, **plan), 2048)
+    hsdp = train_llama2.predict_memory(LLAMA_13B, plan_of(2, 8, **plan), 2048)
     assert hsdp.active == pytest.approx(on_8)
 
 
-def test_offload_loads_through_the_device_and_hsdp_keeps_gradients_there_until_the_last_micro_batch():
+def test_offload_loads_through_device_and_hsdp_keeps_gradients_there():
     """70B: 4 bytes of 68,976,648,192 parameters over 8 ranks are 32.1 GiB."""
     share = 4 * LLAMA_70B.parameters / 8
     offload = dict(cpu_offload=True, micro_batch_size=1)
-    moments = train_llama2.memory_moments(LLAMA_70B, plan_of("fsdp", 1, 8, **offload), 2048)
+    moments = train_llama2.memory_moments(LLAMA_70B, plan_of(shards=8, **offload), 2048)
     assert moments["loading"] == {"weights": share}
-    several = plan_of("hsdp", 2, 8, **offload, gradient_accumulation_steps=2)
+    several = plan_of(2, 8, **offload, gradient_accumulation_steps=2)
     moments = train_llama2.memory_moments(LLAMA_70B, several, 2048)
     assert moments["backward of layer 3"]["gradients"] == share
     states = dataclasses.replace(several, precision="bf16-states", cpu_offload=False)
     assert train_llama2.memory_moments(LLAMA_70B, states, 2048)["loss"]["gradients"] == share, "in fp32 all the same"
 
 
-def test_heads_that_torchs_variable_length_kernel_does_not_take_are_padded():
+def test_heads_the_packing_kernel_cannot_take_are_padded():
     """3,200 over 32 heads are 100 elements, which are no multiple of 8."""
     shape = llama("7b", hidden_size=3200, intermediate_size=8640, num_hidden_layers=2)
-    assert shape.head_width == 100
+    assert shape.head_dim == 100
     cluster = parse_cluster("1xH100")
     assert not train_llama2.packs(shape, cluster, Config()) and train_llama2.packs(LLAMA_7B, cluster, Config())
     with pytest.raises(UserError, match=r"--packing yes needs flash attention: .* in eights"):
@@ -397,10 +378,10 @@ def test_heads_that_torchs_variable_length_kernel_does_not_take_are_padded():
 
 def test_offload_keeping_gathered_and_reducing_once_cost_what_they_hold():
     def active(tokens: int = 2048, **changes: object) -> float:
-        return train_llama2.predict_memory(LLAMA_13B, plan_of("fsdp", 1, 8, **changes), tokens).active
+        return train_llama2.predict_memory(LLAMA_13B, plan_of(shards=8, **changes), tokens).active
 
     several = dict(gradient_accumulation_steps=2)
-    # weights, moments and gradients leave; the shards of two layers are on their way
+    # weights, moments and gradients leave the GPU, except for the shards of two layers that are being copied
     saved = (16 * PARAMETERS - 2 * 4 * PER_LAYER) / 8 / GIB
     assert active(16_384, **several) - active(16_384, **several, cpu_offload=True) == pytest.approx(saved)
     # 52 GB of gradients, less the 4/8 of them that would be resident anyway
@@ -408,7 +389,7 @@ def test_offload_keeping_gathered_and_reducing_once_cost_what_they_hold():
     assert once == pytest.approx(4 * PARAMETERS * 7 / 8 / GIB, rel=0.1)
     # bf16 weights of all but the head, which is gathered between the passes in any case
     freed, kept = (
-        train_llama2.memory_moments(LLAMA_13B, plan_of("fsdp", 1, 8, reshard_after_forward=reshard), 2048)["loss"]
+        train_llama2.memory_moments(LLAMA_13B, plan_of(shards=8, reshard_after_forward=reshard), 2048)["loss"]
         for reshard in (True, False)
     )
     assert kept["gathered"] - freed["gathered"] == 2 * (PARAMETERS - HEAD)
@@ -418,12 +399,12 @@ def test_offload_keeping_gathered_and_reducing_once_cost_what_they_hold():
 def test_time_of_fsdp_by_hand():
     """13B on 8 H100 (989 TFLOP/s, 345 GB/s, 3,350 GB/s of HBM), 8 documents of 2,048 tokens a rank, recomputed."""
     cluster = parse_cluster("8xH100-80GB")
-    seconds = train_llama2.predict(LLAMA_13B, cluster, plan_of("fsdp", 1, 8), Config()).seconds
+    seconds = train_llama2.predict(LLAMA_13B, cluster, plan_of(shards=8), Config()).step_seconds
     matrices = 40 * PER_LAYER + 32000 * 5120
     matmuls = (6 * matrices + 2 * 40 * PER_LAYER) * (1 + 800 / 16_384)
     attention = 2 * 40 * 5120 * 2048 * 4.5 / 0.58
     compute = 16_384 * (matmuls + attention) / (989e12 * 0.60 * 5762 / 6667)
-    # 7/8 of: gathered twice in bf16, reduced once in fp32
+    # 7/8 of the bytes are moved: weights are gathered twice in bf16, gradients reduced once in fp32
     communication = 7 / 8 * (2 * 2 + 4) * PARAMETERS / 345e9
     optimizer = 8 * 4 * PARAMETERS / 8 / 3350e9
     assert seconds["compute"] == pytest.approx(compute)
@@ -436,21 +417,21 @@ def test_time_of_fsdp_by_hand():
 def test_communication_of_ddp_and_hsdp_by_hand():
     cluster = parse_cluster("2x8xH100-80GB,ib=400")
     node = 400 / 8 * 0.8 * 1e9  # bytes a second of a GPU over the network
-    ddp = train_llama2.predict_seconds(LLAMA_13B, cluster, plan_of("ddp", 16), 2048, 2048)
+    ddp = train_llama2.predict_seconds(LLAMA_13B, cluster, plan_of(16), 2048, 2048)
     assert ddp["communication"] == pytest.approx(2 * 15 / 16 * 4 * PARAMETERS / min(345e9, 8 * node))
-    hsdp = train_llama2.predict_seconds(LLAMA_13B, cluster, plan_of("hsdp", 2, 8), 2048, 2048)
+    hsdp = train_llama2.predict_seconds(LLAMA_13B, cluster, plan_of(2, 8), 2048, 2048)
     inside = 7 / 8 * 8 * PARAMETERS / 345e9
     assert hsdp["gather_reduce"] == pytest.approx(inside)
     assert hsdp["all_reduce"] == pytest.approx(2 * 1 / 2 * 4 * PARAMETERS / 8 / node)
     four = dict(gradient_accumulation_steps=4)
     once, each = (
-        train_llama2.predict_seconds(LLAMA_13B, cluster, plan_of("fsdp", 1, 16, **four, gradient_sync=sync), 2048, 2048)
+        train_llama2.predict_seconds(LLAMA_13B, cluster, plan_of(shards=16, **four, gradient_sync=sync), 2048, 2048)
         for sync in ("step", "micro-batch")
     )
     network = min(345e9, 8 * node)  # 16 ranks span both nodes
     assert each["communication"] == pytest.approx(15 / 16 * 4 * 8 * PARAMETERS / network)
     assert once["communication"] == pytest.approx(15 / 16 * (4 * 4 + 4) * PARAMETERS / network)
-    kept = plan_of("fsdp", 1, 16, reshard_after_forward=False)
+    kept = plan_of(shards=16, reshard_after_forward=False)
     assert train_llama2.predict_seconds(LLAMA_13B, cluster, kept, 2048, 2048)["communication"] == pytest.approx(
         15 / 16 * (2 + 4) * PARAMETERS / network
     )
@@ -479,7 +460,7 @@ def test_model_flops_utilisation_counts_no_recomputation():
         pytest.param(LLAMA_7B, "3xA100-80GB", "fsdp", id="7B on three GPUs"),
     ],
 )
-def test_the_strategy_is_the_one_for_the_model_and_the_machines(shape, cluster, strategy):
+def test_the_strategy_suits_the_model_and_the_machines(shape, cluster, strategy):
     chosen = choose_plan(shape, parse_cluster(cluster), Config()).chosen
     assert chosen.plan.strategy == strategy
     assert chosen.plan.precision == "bf16"
@@ -496,7 +477,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("shape", [TINY, TIED, LLAMA_70B], ids=["tiny", "tied", "70B"])
-def test_whatever_the_cluster_the_choice_keeps_its_rules_and_the_table_100_columns(shape):
+def test_on_any_cluster_choice_and_table_keep_their_rules(shape):
     planned = 0
     texts = ("1xH200", "3xA100-80GB", "8xA10G", "2x8xA100-40GB", "64x8xH100", "2x1xB200")
     for text in texts:
@@ -508,10 +489,12 @@ def test_whatever_the_cluster_the_choice_keeps_its_rules_and_the_table_100_colum
                 assert re.search("--parallelism hsdp needs at least|--cpu-offload yes needs FSDP", str(refused))
                 continue
             planned += 1
-            share = math.ceil(config.batch_size / cluster.world_size)
-            for candidate in choice.candidates:
-                check_candidate(train_llama2.candidate_json(candidate), cluster.world_size, share)
-                assert candidate.fits is (candidate.memory.reserved[1] <= 0.95 * cluster.memory_gib)
+            rank_documents = math.ceil(config.batch_size / cluster.world_size)
+            written = json.loads(json.dumps(train_llama2.choice_as_json(choice, cluster), allow_nan=False))
+            for candidate in written["candidates"]:
+                check_candidate(candidate, cluster.world_size, rank_documents)
+                assert candidate["fits"] is (candidate["memory_gib"]["reserved"] <= 0.95 * cluster.memory_gib)
+            assert [candidate["fits"] for candidate in written["candidates"]] == [c.fits for c in choice.candidates]
             fitting = [each.total_seconds for each in choice.candidates if each.fits]
             assert (choice.chosen is None) is (not fitting)
             if choice.chosen is not None:
@@ -524,16 +507,15 @@ def test_whatever_the_cluster_the_choice_keeps_its_rules_and_the_table_100_colum
                     assert chosen.reason == "the fastest that fits"
             table = train_llama2.describe_choice(choice, shape, cluster, config)
             assert max(map(len, table.splitlines())) <= 100, table
-            assert json.loads(json.dumps(train_llama2.choice_json(choice, cluster), allow_nan=False))
     assert planned >= 30
 
 
 def weigh(monkeypatch: pytest.MonkeyPatch, table: dict[str, tuple[float, bool]], cluster: str = "8xH100-80GB"):
-    """Returns the choice where a plan's seconds, and whether it fits, are predicted as `table` has it by strategy."""
+    """Returns the choice when `table` says, for each strategy, how many seconds its plans take and whether they fit."""
 
     def predict(shape, cluster, plan, config):
         seconds, fits = table[plan.strategy]
-        memory = train_llama2.Memory(1.0, (1.0, 1.0, 1.0), {"weights": 1.0}, "loss")
+        memory = train_llama2.Memory(1.0, 1.0, 1.0, 1.0, {"weights": 1.0}, "loss")
         reason = "" if fits else "needs too much"
         return train_llama2.Candidate(plan, memory, {"total": seconds}, 1 / seconds, 0.5, fits, reason)
 
@@ -542,26 +524,26 @@ def weigh(monkeypatch: pytest.MonkeyPatch, table: dict[str, tuple[float, bool]],
     return choose_plan(LLAMA_7B, parse_cluster(cluster), Config(batch_size=64, gradient_sync="micro-batch", **flags))
 
 
-def test_of_plans_too_close_to_call_one_whose_whole_band_fits_is_preferred():
+def test_between_close_plans_one_whose_band_fits_is_chosen():
     """13B in bf16 states on one H200: larger micro-batches are as fast, but might reserve more than the card has."""
     cluster = parse_cluster("1xH200")
     choice = choose_plan(LLAMA_13B, cluster, Config(precision="bf16-states"))
     close = [
         each for each in choice.candidates if each.fits and each.total_seconds <= 1.07 * choice.chosen.total_seconds
     ]
-    assert any(each.memory.reserved[2] > cluster.memory_gib for each in close)
-    assert choice.chosen.memory.reserved[2] <= cluster.memory_gib
+    assert any(each.memory_gib.reserved_high > cluster.memory_gib for each in close)
+    assert choice.chosen.memory_gib.reserved_high <= cluster.memory_gib
 
 
 def test_fp32_on_a_gpu_is_timed_at_its_fp32_peak():
     """H100: 67 TFLOP/s of fp32 beside 989 of bf16."""
-    cluster, plan = parse_cluster("8xH100"), plan_of("fsdp", 1, 8)
+    cluster, plan = parse_cluster("8xH100"), plan_of(shards=8)
     fp32 = dataclasses.replace(plan, precision="fp32")
     slow, fast = (train_llama2.predict_seconds(LLAMA_13B, cluster, each, 4096, 2048) for each in (fp32, plan))
     assert slow["compute"] / fast["compute"] == pytest.approx(989 / 67)
 
 
-def test_the_fastest_that_fits_is_chosen_and_a_simpler_one_inside_the_band(monkeypatch):
+def test_fastest_is_chosen_or_a_simpler_one_too_close_to_call(monkeypatch):
     choice = weigh(monkeypatch, {"ddp": (1.0, False), "fsdp": (2.0, True)})
     assert (choice.chosen.plan.strategy, choice.chosen.reason) == ("fsdp", "the fastest that fits")
     choice = weigh(monkeypatch, {"ddp": (1.08, True), "fsdp": (1.0, True)})
@@ -602,7 +584,7 @@ def test_the_fastest_that_fits_is_chosen_and_a_simpler_one_inside_the_band(monke
     ],
     ids=str,
 )
-def test_a_fixed_flag_restricts_the_candidates_and_nothing_else_does(flags, kept):
+def test_a_given_flag_restricts_candidates_and_nothing_else_does(flags, kept):
     """64 documents on 2 x 8 GPUs: 4 a rank. Every candidate that the flag allows is still there."""
     cluster = parse_cluster("2x8xH100-80GB")
     candidates = [each.plan for each in choose_plan(LLAMA_7B, cluster, Config(**flags)).candidates]
@@ -618,8 +600,8 @@ def test_hsdp_inside_one_node_makes_two_groups():
     assert (plan.dp_replicate_size, plan.dp_shard_size) == (2, 4)
 
 
-def test_micro_batches_are_no_larger_than_they_get():
-    """Five documents a rank: at most four at a time are three and two. Two steps take as long as five documents."""
+def test_micro_batch_size_is_what_the_documents_divide_into():
+    """Five documents a rank, at most four at a time, are dealt as three and two, and take as long as five."""
     cluster = parse_cluster("8xH100-80GB")
     candidates = choose_plan(LLAMA_7B, cluster, Config(batch_size=40, packing="no")).candidates
     sizes = {(each.plan.micro_batch_size, each.plan.gradient_accumulation_steps) for each in candidates}
@@ -627,10 +609,10 @@ def test_micro_batches_are_no_larger_than_they_get():
     config = Config(batch_size=40, micro_batch_size=4, parallelism="fsdp", packing="no")
     asked = choose_plan(LLAMA_7B, cluster, config).chosen
     even = train_llama2.predict(LLAMA_7B, cluster, dataclasses.replace(asked.plan, micro_batch_size=3), config)
-    assert (asked.seconds, asked.memory) == (even.seconds, even.memory)
+    assert (asked.step_seconds, asked.memory_gib) == (even.step_seconds, even.memory_gib)
 
 
-def test_a_batch_smaller_than_the_world_gives_each_rank_one_document_at_most():
+def test_a_batch_smaller_than_the_world_gives_one_document_each():
     for candidate in choose_plan(LLAMA_7B, parse_cluster("64x8xH100"), Config(batch_size=3)).candidates:
         assert (candidate.plan.micro_batch_size, candidate.plan.gradient_accumulation_steps) == (1, 1)
 
@@ -654,7 +636,7 @@ def test_an_override_that_cannot_work_is_refused_with_the_reason(cluster, flags,
         choose_plan(LLAMA_1B, parse_cluster(cluster) if cluster else LAPTOP, Config(**flags))
 
 
-def test_13b_on_8_gpus_of_24_gb_offloads_and_is_refused_where_that_is_forbidden():
+def test_13b_on_8_gpus_of_24_gb_needs_offload():
     # 13,015,864,320 * 12 bytes / 8 = 18.2 GiB of weights and moments on each, and 6.1 of gradients beside them
     cluster = parse_cluster("8xRTX4090-24GB")
     assert choose_plan(LLAMA_13B, cluster, Config()).chosen.plan.cpu_offload
@@ -665,7 +647,7 @@ def test_13b_on_8_gpus_of_24_gb_offloads_and_is_refused_where_that_is_forbidden(
 def apply_lever(words: str, cluster: Cluster, config: Config) -> tuple[Cluster, Config]:
     """Returns cluster and configuration after the change that `words` ask for."""
     if words.startswith("--"):
-        flags = words.partition(" (")[0].split()  # a remark may follow
+        flags = words.partition(" (")[0].split()  # without the remark in parentheses
         given = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
         return cluster, dataclasses.replace(config, **{name: getattr(parse_config(flags), name) for name in given})
     number, unit = int(words.split()[0]), words.split(maxsplit=1)[1]
@@ -713,10 +695,11 @@ def test_every_lever_makes_it_fit_when_it_is_pulled(shape, cluster, config, kind
 
 
 def test_no_lever_is_said_to_help_where_none_does():
-    choice = choose_plan(LLAMA_70B, parse_cluster("1x(1GB,1TFLOPS)"), Config())
+    too_small = Cluster(1, 1, "abacus", True, dataclasses.replace(GPUS["A10-24GB"], memory_gib=1.0))
+    choice = choose_plan(LLAMA_70B, too_small, Config())
     assert choice.chosen is None and choice.lever == "no change of a flag makes it fit"
     with pytest.raises(UserError, match=r"; no change of a flag makes it fit$"):
-        train_llama2.refuse_what_does_not_fit(choice, parse_cluster("1x(1GB,1TFLOPS)"))
+        train_llama2.refuse_what_does_not_fit(choice, too_small)
 
 
 def test_the_lever_for_speed_gives_the_speed_it_promises():
@@ -728,7 +711,7 @@ def test_the_lever_for_speed_gives_the_speed_it_promises():
     assert best / choice.chosen.tokens_per_second_per_gpu - 1 == pytest.approx(int(gain) / 100, abs=0.006)
 
 
-def test_the_table_says_what_was_chosen_why_not_the_others_and_where_the_numbers_are_from():
+def test_the_table_gives_choice_reasons_and_sources_of_figures():
     cluster, config = parse_cluster("8xH100-80GB"), Config()
     choice = choose_plan(LLAMA_13B, cluster, config)
     table = train_llama2.describe_choice(choice, LLAMA_13B, cluster, config)
@@ -737,17 +720,17 @@ def test_the_table_says_what_was_chosen_why_not_the_others_and_where_the_numbers
     assert rows[0].startswith("  chosen  fsdp, micro-batch") and len(rows) >= 4
     assert "13.02B parameters; 64 documents a step, of up to 2048" in lines[0]
     assert re.search(r"needs 2\d\d\.\d GiB, 75\.1 of 79\.1 are usable", table), "DDP of 13B"
-    for name, size in choice.chosen.memory.terms.items():
+    for name, size in choice.chosen.memory_gib.terms.items():
         assert size < 0.05 or f"{name} {size:.1f}" in " ".join(table.split())
     for words in ("peak table", "network guess", "reserved guess", "node link 345 GB/s", "lever"):
         assert words in " ".join(table.split())
-    for line in rows:  # nothing of a plan is cut off
+    for line in rows:  # no plan is cut off in its column
         assert not line[10:54].rstrip().endswith(("kee", "off", "recompute every"))
 
 
 def test_a_laptop_is_not_charged_for_cuda():
-    """Four ranks on a machine with 2 GiB to spare train the tiny model, of 5 MB of states."""
-    cluster = Cluster(1, 4, "x86_64", False, dataclasses.replace(LAPTOP.gpu, memory_gib=0.5), {})
+    """Four ranks on a machine with 2 GiB free can train the tiny model, whose states take 5 MB."""
+    cluster = Cluster(1, 4, "x86_64", False, dataclasses.replace(LAPTOP.gpu, memory_gib=0.5))
     assert choose_plan(TINY, cluster, Config(batch_size=4, block_size=512)).chosen is not None
 
 
@@ -755,6 +738,7 @@ def test_a_laptop_is_not_charged_for_cuda():
 # The plan is what runs
 # ----------------------------------------------------------------------------------------------------------------
 
+EXECUTED_PLAN = Path(__file__).parent / "ranks" / "executed_plan.py"
 # 34 documents in batches of 8: 4 a rank, in two micro-batches of 2.
 RUN = {"batch_size": 8, "max_steps": 3, "max_eval_samples": 2, "micro_batch_size": 2, "parallelism": "fsdp"}
 PLANS = {
@@ -763,49 +747,13 @@ PLANS = {
     "none": {"activation_checkpointing": "none", "reshard_after_forward": "yes"},
 }
 
-# Tells, of the last training step, the rows of each micro-batch, which layers ran twice, and whose weights are whole
-# between forward and backward.
-TELL_EXECUTION = """
-import torch
-from torch.distributed.tensor import DTensor
-load, loss_sum, step = train_llama2.load_model, train_llama2.token_loss_sum, train_llama2.training_step
-calls, rows, gathered, unreduced = [], [], [], []
-
-def load_model(config, parallel):
-    model = load(config, parallel)
-    for index, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
-    return model
-
-def token_loss_sum(model, micro_batch, parallel):
-    if model.training:
-        unreduced.append(sum(w.grad is None for w in model.parameters()) > 0)
-    loss = loss_sum(model, micro_batch, parallel)
-    if model.training:
-        rows.append(len(micro_batch["input_ids"]))
-        gathered.append([not isinstance(layer.mlp.up_proj.weight, DTensor) for layer in model.model.layers])
-    return loss
-
-def training_step(model, *arguments):
-    for noted in (calls, rows, gathered, unreduced):
-        noted.clear()
-    result = step(model, *arguments)
-    parallel = arguments[5]
-    counts = [calls.count(index) for index in range(4)]
-    parallel.say("TOLD", json.dumps(dict(rows=rows, calls=counts, gathered=gathered, unreduced=unreduced)))
-    return result
-
-train_llama2.load_model, train_llama2.token_loss_sum = load_model, token_loss_sum
-train_llama2.training_step = training_step
-"""
-
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory) -> dict[str, tuple[Path, str]]:
-    """Returns folder and console of each of PLANS on 2 ranks, and of one process that no plan restricts."""
+    """Returns folder and console of each of PLANS on 2 ranks, and those of one process with all flags at auto."""
     base = tmp_path_factory.mktemp("executed")
     flags = [small_run(base / name, **RUN, **plan) for name, plan in PLANS.items()]
-    runs = dict(zip(PLANS, run_script_several_times(flags, 2, TELL_EXECUTION), strict=True))
+    runs = dict(zip(PLANS, run_script_several_times(flags, 2, EXECUTED_PLAN.read_text()), strict=True))
     assert all(run.returncode == 0 for run in runs.values()), [run.stderr for run in runs.values()]
     AcceleratorState._reset_state(reset_partial_state=True)
     train_llama2.main(small_run(base / "one process", **{**RUN, "micro_batch_size": "auto", "parallelism": "auto"}))
@@ -814,6 +762,12 @@ def executed(tmp_path_factory) -> dict[str, tuple[Path, str]]:
 
 def written(folder: Path) -> dict:
     return json.loads((folder / "train_config.json").read_text())
+
+
+def written_plan(folder: Path) -> Plan:
+    plan = written(folder)["plan"]
+    assert plan.pop("strategy") == Plan(**plan).strategy
+    return Plan(**plan)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -840,15 +794,16 @@ def test_the_plan_that_was_printed_is_the_one_that_runs(executed, name, recomput
     assert {field: plan[field] for field in expected} == expected
     chosen = written(folder)["choice"]["chosen"]
     assert {field: chosen[field] for field in plan} == plan
-    printed = train_llama2.Plan(**plan).describe()
+    printed = written_plan(folder).describe()
     assert printed.split(",")[0] == "fsdp" and ("keep gathered" in printed) is kept
     assert f"  chosen  {printed[:30]}" in console
-    told = json.loads(re.findall(r"TOLD (.*)", console)[-1])
-    assert told["rows"] == [2, 2]
-    assert told["calls"] == [4 if layer in recomputed else 2 for layer in range(4)]  # once for each micro-batch
-    assert told["gathered"] == [[kept] * 4] * 2
+    executed_step = json.loads(re.findall(r"EXECUTED (.*)", console)[-1])
+    assert executed_step["rows"] == [2, 2]
+    once = 2  # micro-batches
+    assert executed_step["calls"] == [2 * once if layer in recomputed else once for layer in range(4)]
+    assert executed_step["gathered"] == [[kept] * 4] * 2
     reduced_late = plan["gradient_sync"] == "step"
-    assert told["unreduced"] == [True, reduced_late], "gradients of the first micro-batch"
+    assert executed_step["unreduced"] == [True, reduced_late], "gradients of the first micro-batch"
 
 
 def test_every_auto_is_resolved_and_written_down(executed):
@@ -859,10 +814,10 @@ def test_every_auto_is_resolved_and_written_down(executed):
     assert set(choice) == {"cluster", "chosen", "candidates", "lever"}
     assert {candidate["micro_batch_size"] for candidate in choice["candidates"]} == {1, 2, 4, 8}
     for candidate in choice["candidates"]:
-        check_candidate(candidate, world_size=1, share=8)
+        check_candidate(candidate, world_size=1, rank_documents=8)
 
 
-def test_after_the_second_step_the_plan_is_checked_once_and_the_check_is_written(executed):
+def test_the_plan_is_checked_once_after_the_second_step(executed):
     folder, console = executed["every-2"]
     lines = console.splitlines()
     (check,) = [index for index, line in enumerate(lines) if line.startswith("check     predicted / measured, step 2")]
@@ -876,13 +831,20 @@ def test_after_the_second_step_the_plan_is_checked_once_and_the_check_is_written
     assert found["step_seconds"]["measured"] > 0 and found["active_gib"]["measured"] is None
 
 
-def test_a_miss_is_said_plainly_and_what_is_inside_its_band_is_not():
+def lines_of_check(quantities: dict) -> list[str]:
+    check = train_llama2.PlanCheck(parallel=None, compiled=False)
+    assert check.lines() == [], "before the second step has ended"
+    check.quantities = quantities
+    return check.lines()
+
+
+def test_only_what_lies_outside_its_band_is_reported_missed():
     check = {
         "active_gib": dict(predicted=20.0, measured=21.5, band=[19.0, 21.0]),
         "reserved_gib": dict(predicted=23.0, measured=24.0, band=[20.5, 25.6]),
         "step_seconds": dict(predicted=3.0, measured=9.0, band=[2.22, 4.05]),
     }
-    first, *misses = train_llama2.describe_check(check).splitlines()
+    first, *misses = lines_of_check(check)
     assert first == (
         "check     predicted / measured, step 2: active 20.00 / 21.50 GiB, reserved 23.00 / 24.00 GiB, "
         "step 3.00 / 9.00 s"
@@ -893,7 +855,7 @@ def test_a_miss_is_said_plainly_and_what_is_inside_its_band_is_not():
     ]
     for value in check.values():
         value["measured"] = value["predicted"]
-    assert "WARNING" not in train_llama2.describe_check(check)
+    assert lines_of_check(check) == [first.replace("21.50", "20.00").replace("24.00", "23.00").replace("9.00", "3.00")]
 
 
 def checked_step(parallel: SimpleNamespace, micro_batch_tokens: list[int], compiled: bool) -> dict:
@@ -902,12 +864,12 @@ def checked_step(parallel: SimpleNamespace, micro_batch_tokens: list[int], compi
         squared_lengths=2048 * sum(micro_batch_tokens),
         tokens=sum(micro_batch_tokens),
     )
-    return train_llama2.check_of_plan(parallel, result, 1.0, compiled)
+    return train_llama2.PlanCheck(parallel, compiled).compare(result, 1.0)
 
 
-def test_the_check_predicts_the_step_that_was_taken_not_the_one_that_was_planned():
-    """Two micro-batches planned; the packed rows of this step needed one, and its layers were not compiled."""
-    plan = plan_of("fsdp", 1, 8, gradient_accumulation_steps=2, packing=True, compiled=True)
+def test_the_check_predicts_the_step_that_was_taken():
+    """The plan had two micro-batches and compiled layers. The packed rows of this step needed one, not compiled."""
+    plan = plan_of(shards=8, gradient_accumulation_steps=2, packing=True, compiled=True)
     cluster = parse_cluster("8xH100")
     parallel = SimpleNamespace(shape=LLAMA_13B, plan=plan, cluster=cluster, device=torch.device("cpu"))
     once = checked_step(parallel, [16_384], compiled=False)
@@ -920,25 +882,25 @@ def test_the_check_predicts_the_step_that_was_taken_not_the_one_that_was_planned
     assert compiled["step_seconds"]["predicted"] < 0.9 * once["step_seconds"]["predicted"]
 
 
-def test_an_evaluation_is_not_counted_into_the_step_that_is_checked(tmp_path, monkeypatch):
-    """Each of them is made to take 2 s; a step of the tiny model takes a small part of a second."""
-    assess = train_llama2.assess
+def test_the_checked_step_does_not_include_an_evaluation(tmp_path, monkeypatch):
+    """Each evaluation is made to take 2 s. A step of the tiny model takes a small part of a second."""
+    evaluate = train_llama2.evaluate
 
-    def slow_assess(*arguments):
+    def slow_evaluate(*arguments):
         time.sleep(2)
-        return assess(*arguments)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(train_llama2, "assess", slow_assess)
+    monkeypatch.setattr(train_llama2, "evaluate", slow_evaluate)
     train_llama2.main(small_run(tmp_path, max_steps=2, eval_interval=1, max_eval_samples=2))
     assert written(tmp_path)["plan_check"]["step_seconds"]["measured"] < 2
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Out of memory all the same
+# Out of memory in spite of the plan
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_is_told_with_the_plan_and_a_flag_and_the_run_goes_on_with_it(tmp_path, monkeypatch, capsys):
+def test_out_of_memory_names_flags_with_which_the_run_continues(tmp_path, monkeypatch, capsys):
     healthy, micro_batches = train_llama2.token_loss_sum, iter(range(1000))
 
     def token_loss_sum(model, micro_batch, parallel):
@@ -951,7 +913,7 @@ def test_out_of_memory_is_told_with_the_plan_and_a_flag_and_the_run_goes_on_with
     assert train_llama2.command_line(flags) == 1
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
     plan = written(tmp_path)["choice"]["chosen"]
-    assert f"rank 0 ran out of memory. It ran {Plan(**written(tmp_path)['plan']).describe()}." in line
+    assert f"rank 0 ran out of memory. It ran {written_plan(tmp_path).describe()}." in line
     memory = plan["memory_gib"]
     assert f"expected {memory['active']:.1f} GiB active and {memory['reserved']:.1f} reserved" in line
     assert f"at {memory['peak_moment']}" in line
@@ -969,10 +931,10 @@ def test_out_of_memory_is_told_with_the_plan_and_a_flag_and_the_run_goes_on_with
     ("shape", "cluster", "config"),
     [
         (LLAMA_13B, "8xH100", Config()),  # 4 x 2 with all recomputed would keep gradients, and take more than 8 x 1
-        (LLAMA_7B, "4xRTX4090", Config()),  # the room of smaller micro-batches would go to gathered weights
+        (LLAMA_7B, "4xRTX4090", Config()),  # smaller micro-batches alone would leave room for gathered weights
         (LLAMA_7B, "2x8xA100-40GB", Config(cpu_offload="yes")),
         (LLAMA_1B, "8xH100", Config(micro_batch_size=1, activation_checkpointing="full", parallelism="ddp")),
-        (LLAMA_70B, "4x8xA10G", Config(batch_size=4000, block_size=4096)),  # nothing is left but shorter blocks
+        (LLAMA_70B, "4x8xA10G", Config(batch_size=4000, block_size=4096)),  # shorter blocks alone help here
         (LLAMA_1B, "1xA100-40GB", Config()),
         (TINY, None, Config(batch_size=8)),
     ],
@@ -981,11 +943,11 @@ def test_out_of_memory_is_told_with_the_plan_and_a_flag_and_the_run_goes_on_with
 def test_the_flags_advised_are_predicted_to_take_a_tenth_less(shape, cluster, config):
     here = parse_cluster(cluster) if cluster else LAPTOP
     chosen = choose_plan(shape, here, config).chosen
-    flags = train_llama2.flags_for_less_memory(shape, here, chosen.plan, chosen.memory.active, config.block_size)
+    flags = train_llama2.flags_for_less_memory(shape, here, chosen.plan, chosen.memory_gib, config)
     words = ["--batch-size", str(config.batch_size), "--block-size", str(config.block_size), *flags.split()]
     assert ("--block-size" in flags) is ("--resume-anyway" in flags), "another block is another curve"
     less = choose_plan(shape, here, parse_config(words)).chosen
-    assert less.memory.active <= 0.9001 * chosen.memory.active, flags
+    assert less.memory_gib.active <= 0.9001 * chosen.memory_gib.active, flags
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -994,17 +956,17 @@ def test_the_flags_advised_are_predicted_to_take_a_tenth_less(shape, cluster, co
 
 ONCE = dict(gradient_accumulation_steps=2, activation_checkpointing="full")
 TRACKED = {
-    "fsdp": (plan_of("fsdp", 1, 8, activation_checkpointing="none"), 4096),
-    "fsdp, recompute all": (plan_of("fsdp", 1, 8), 4096),
-    "fsdp, recompute every-2": (plan_of("fsdp", 1, 8, activation_checkpointing="every-2"), 4096),
-    "fsdp, keep gathered": (plan_of("fsdp", 1, 8, reshard_after_forward=False), 2048),
-    "fsdp, two micro-batches": (plan_of("fsdp", 1, 8, **ONCE), 2048),
-    "fsdp, two micro-batches, reduce once": (plan_of("fsdp", 1, 8, **ONCE, gradient_sync="step"), 2048),
-    "hsdp": (plan_of("hsdp", 2, 4), 2048),
-    "none": (plan_of("none", activation_checkpointing="none"), 4096),
-    "none, recompute all": (plan_of("none", gradient_accumulation_steps=2, gradient_sync="step"), 4096),
-    "fsdp, fp32": (plan_of("fsdp", 1, 8, **ONCE, precision="fp32"), 2048),
-    "none, bf16-states": (plan_of("none", precision="bf16-states"), 4096),
+    "fsdp": (plan_of(shards=8, activation_checkpointing="none"), 4096),
+    "fsdp, recompute all": (plan_of(shards=8), 4096),
+    "fsdp, recompute every-2": (plan_of(shards=8, activation_checkpointing="every-2"), 4096),
+    "fsdp, keep gathered": (plan_of(shards=8, reshard_after_forward=False), 2048),
+    "fsdp, two micro-batches": (plan_of(shards=8, **ONCE), 2048),
+    "fsdp, two micro-batches, reduce once": (plan_of(shards=8, **ONCE, gradient_sync="step"), 2048),
+    "hsdp": (plan_of(2, 4), 2048),
+    "none": (plan_of(activation_checkpointing="none"), 4096),
+    "none, recompute all": (plan_of(gradient_accumulation_steps=2, gradient_sync="step"), 4096),
+    "fsdp, fp32": (plan_of(shards=8, **ONCE, precision="fp32"), 2048),
+    "none, bf16-states": (plan_of(precision="bf16-states"), 4096),
 }
 
 
@@ -1015,8 +977,8 @@ TRACKED = {
 def test_active_memory_is_within_half_a_percent_of_pytorchs_tracker(name):
     plan, tokens = TRACKED[name]
     model_config = check_plan.llama("13b", layers=3)
-    predicted = check_plan.predicted_memory(train_llama2.model_shape(model_config), plan, tokens)
-    assert predicted.active == pytest.approx(check_plan.tracked_gib(model_config, plan, 1, tokens), rel=0.005)
+    predicted, _ = check_plan.predicted_peak(train_llama2.model_shape(model_config), plan, tokens)
+    assert predicted == pytest.approx(check_plan.tracked_gib(model_config, plan, 1, tokens), rel=0.005)
 
 
 def test_published_runs_are_predicted_within_15_percent_and_ranked_right(capsys):

@@ -1,4 +1,4 @@
-"""README.md: its flag table is the parser's, and its commands and examples run."""
+"""README.md and tests/README.md: the flag table is the parser's, and commands and examples run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from conftest import ROOT, TINY_LLAMA, read_metrics
 import train_llama2
 
 README = (ROOT / "README.md").read_text()
+TESTS_README = (ROOT / "tests" / "README.md").read_text()
 
 
 def block(marker: str) -> str:
@@ -26,19 +27,19 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_the_flag_table_is_the_parsers_both_ways_with_its_defaults():
+def test_the_flag_table_is_the_parsers_with_its_defaults():
     table = dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| `?(.*?)`? \|", README, re.M))
     flags = {train_llama2.flag_name(field.name): field for field in dataclasses.fields(train_llama2.Config)}
     assert table.keys() == flags.keys()
     for name, field in flags.items():
-        if name != "--num-proc":  # depends on the machine: told in words
+        if name != "--num-proc":  # depends on the machine, so the table describes it in words
             assert table[name] == str(train_llama2.shown_default(field)), name
     shown_by_help = set(re.findall(r"(--[a-z0-9-]+)", train_llama2.build_parser().format_help())) - {"--help"}
     assert shown_by_help == flags.keys()
 
 
 def test_the_command_to_try_it_trains_and_the_loss_falls(tmp_path):
-    """The command as it stands, but for the installation and the folder it writes to."""
+    """Runs the command as it stands, except for the installation and the folder it writes to."""
     command = block("command: try").replace("\\\n", " ").partition("-r requirements.txt &&")[2]
     words = [word for word in shlex.split(command) if "=" not in word or word.startswith("--")]
     assert words[0] == ".venv/bin/torchrun"
@@ -54,7 +55,7 @@ def test_the_command_to_try_it_trains_and_the_loss_falls(tmp_path):
 
 
 def test_the_hook_example_runs_on_two_processes(tmp_path):
-    """As it stands, but for a model that is at hand without a network."""
+    """Runs the example as it stands, except for a model that needs no network."""
     example = block("example: hook")
     assert '"Qwen/Qwen2.5-0.5B"' in example
     (tmp_path / "mine.py").write_text(example.replace('"Qwen/Qwen2.5-0.5B"', repr(str(TINY_LLAMA))))
@@ -64,13 +65,13 @@ def test_the_hook_example_runs_on_two_processes(tmp_path):
     assert re.findall(r"^step (\d) loss \d", finished.stdout, re.M) == ["0", "1", "2"]
 
 
-def commands(start: str) -> list[list[str]]:
-    """Returns the words of every command in the README's code that holds `start`."""
-    text = re.sub(r"\\\n\s*", "", README)
+def commands(start: str, page: str = README) -> list[list[str]]:
+    """Returns the words of every command in the page's code that holds `start`."""
+    text = re.sub(r"\\\n\s*", "", page)
     code = re.findall(r"`([^`\n]+)`", text) + [
         line for part in re.findall(r"```\w*\n(.*?)```", text, re.S) for line in part.splitlines()
     ]
-    return [shlex.split(words) for words in code if start in words and "`" not in words]
+    return [shlex.split(words, comments=True) for words in code if start in words and "`" not in words]
 
 
 def test_the_plan_on_the_first_screen_is_what_the_script_prints(capsys):
@@ -101,14 +102,21 @@ def test_every_command_of_a_run_is_understood():
         assert config.plan or "--lr" in words or "--dataset-name-or-path" in words
 
 
-def test_every_command_of_a_measurement_names_a_file_and_flags_that_exist():
-    found = [words for words in commands("python tests/") if words[:1] == ["python"]]
-    assert {words[1] for words in found} >= {
-        f"tests/{name}.py" for name in ("benchmark", "benchmark_checkpoints", "check_plan", "measure_loading", "soak")
-    }
+def test_commands_of_measurements_name_files_and_flags_that_exist():
+    found = [words for page in (README, TESTS_README) for words in commands("python tests/", page)]
+    found = [words for words in found if words[:1] == ["python"]]
+    assert {words[1] for words in found} == {f"tests/{name}.py" for name in ("benchmark", "check_plan", "soak")}
     for _, path, *flags in found:
         source = (ROOT / path).read_text()
         assert [flag for flag in flags if flag.startswith("--") and f'"{flag}"' not in source] == [], path
+
+
+def test_figures_name_tests_that_exist():
+    found = [words for words in commands("pytest tests/", TESTS_README) if words[0] == "pytest"]
+    assert len(found) >= 4
+    for _, path, *chosen in found:
+        names = re.findall(r"^def (test_\w+)", (ROOT / path).read_text(), re.M)
+        assert not chosen or any(chosen[1] in name for name in names), f"{path} -k {chosen[1]}"
 
 
 def test_ci_runs_the_readmes_test_command():

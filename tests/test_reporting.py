@@ -1,31 +1,44 @@
-"""What a run tells: metrics.jsonl, train_config.json, the console, and the arithmetic of throughput."""
+"""What a run reports: console and bars, metrics.jsonl, train_config.json, trackers, samples and curves.png."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import math
+import os
+import pty
+import re
+import shutil
+import signal
 import struct
 import subprocess
 import sys
+import termios
 import warnings
 import zlib
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import accelerate
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from conftest import NEWS, TINY_LLAMA, read_metrics, small_run
-from test_checkpoints import start, stop_after
+from conftest import NEWS, SCRIPT, TINY_LLAMA, read_metrics, small_run
 from transformers import AutoTokenizer, LlamaConfig
 
 import train_llama2
-from train_llama2 import Cluster, Config
+from train_llama2 import Cluster, Config, Parallel, RunLog
+
+# 34 documents in batches of 13 are 3 steps an epoch, so 9 steps in all.
+NINE_STEPS = dict(
+    batch_size=13, num_train_epochs=3, eval_interval=4, save_interval=2, block_size=64, max_eval_samples=3
+)
 
 TRAINING_FIELDS = {
     "step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu", "data_wait_share",
@@ -34,7 +47,7 @@ TRAINING_FIELDS = {
 
 
 def token_counts(block_size: int) -> list[int]:
-    """Returns the tokens of each training story in its prompt, with its end; a "</s>" inside a story is text."""
+    """Returns the tokens of each training story in its prompt, with its end. A "</s>" inside a story is text."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
     rows = map(json.loads, (NEWS / "train.jsonl").read_text().splitlines())
     texts = [f"[SUMMARIZE] {row['article']} [/SUMMARIZE]\n{row['highlights']}" for row in rows]
@@ -51,7 +64,7 @@ def whole_set_run(tmp_path_factory):
     return folder
 
 
-def test_training_lines_have_the_contracts_fields(whole_set_run, three_rank_run):
+def test_training_lines_have_all_fields_and_sane_values(whole_set_run, three_rank_run):
     for line in read_metrics(whole_set_run)[0] + read_metrics(three_rank_run[1])[0]:
         assert set(line) - {"skipped_steps"} == TRAINING_FIELDS
         assert line["mfu"] is None
@@ -60,13 +73,13 @@ def test_training_lines_have_the_contracts_fields(whole_set_run, three_rank_run)
         assert 0 <= line["data_wait_share"] <= 1
 
 
-def test_training_lines_hold_steps_epochs_tokens_and_rates_counted_by_hand(whole_set_run):
+def test_steps_epochs_tokens_and_rates_equal_those_by_hand(whole_set_run):
     steps, evaluations = read_metrics(whole_set_run)
     tokens = sum(token_counts(256)[:8])
     assert [line["step"] for line in steps] == [2, 4, 5]
     assert [line["epoch"] for line in steps] == [2, 4, 5]
     assert [line["tokens"] for line in steps] == [2 * tokens, 4 * tokens, 5 * tokens]
-    assert [line["lr"] for line in steps] == pytest.approx([1e-3, 0.5e-3, 0.25e-3])  # 1 warms up; 4 go down from 1
+    assert [line["lr"] for line in steps] == pytest.approx([1e-3, 0.5e-3, 0.25e-3])  # one of 5 warms up
     assert [line["skipped_steps"] for line in steps] == [0, 0, 0]
     assert [line["step"] for line in evaluations] == [3, 5]
     for line in evaluations:
@@ -102,7 +115,7 @@ def test_train_config_holds_every_flag_the_versions_and_the_plan(three_rank_run)
     assert {name: written["plan"][name] for name in plan} == plan
 
 
-def test_the_console_has_plan_audit_steps_evaluations_and_a_summary(three_rank_run):
+def test_the_console_has_plan_audit_steps_evaluations_and_summary(three_rank_run):
     steps, evaluations = read_metrics(three_rank_run[1])
     (log,) = (three_rank_run[1].parent / "logs").rglob("0/stdout.log")
     lines = log.read_text().splitlines()
@@ -158,7 +171,7 @@ def test_training_flops_of_llama_2_13b_by_hand():
     ],
 )
 def test_the_peak_of_a_gpu_is_found_by_its_name(name, tflops, monkeypatch):
-    """One that is not known is measured, and as a measured peak is no data sheet's, no MFU is told of it."""
+    """The peak of an unknown GPU is measured. MFU refers to the data sheet's peak, so such a GPU gets none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
@@ -174,64 +187,81 @@ def test_the_peak_of_a_gpu_is_found_by_its_name(name, tflops, monkeypatch):
 
 def test_a_cpu_has_no_peak():
     gpu = train_llama2.GPUS["A100-80GB"]
-    assert train_llama2.peak_flops(Cluster(1, 1, "A100 in name only", False, gpu, {"peak": "table"}), "bf16") is None
+    assert train_llama2.peak_flops(Cluster(1, 1, "A100", True, gpu), "bf16") == 312e12
+    assert train_llama2.peak_flops(Cluster(1, 1, "A100 in name only", False, gpu), "bf16") is None
 
 
-PEAKS = """
-import numpy, torch
-from train_llama2 import peak_memory_gib
-
-cpu = torch.device("cpu")
-before = peak_memory_gib(cpu)
-numpy.ones(2**28, "uint8")
-print("GIB", before, peak_memory_gib(cpu))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells the peak in another way")
-def test_the_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count the peak in another way")
+def test_the_peak_memory_is_not_that_of_the_parent_process():
     held_here = np.ones(2**30, "uint8")
-    run = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, timeout=120, check=True)
+    program = [sys.executable, str(Path(__file__).parent / "ranks" / "peak_memory.py")]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=120, check=True)
     before, after = map(float, run.stdout.split("GIB")[1].split())
     assert 0.1 < before < held_here.nbytes / 2**30
     assert after - before == pytest.approx(0.25, abs=0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Trackers, samples and curves of a run that was stopped after step 5 and resumed from step 2
+# Trackers, samples and curves of a run that was stopped after step 5 and went on from step 2
 # ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def resumed_run(tmp_path_factory):
-    """Returns its folder, and what it had written before it was resumed. 9 steps, evaluated after 4, 8 and 9."""
+    """Returns its folder, and what it had written before it was resumed. It has 9 steps, evaluated after 4, 8 and 9."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     pytest.importorskip("rouge_score", reason="rouge-score is not installed")
     folder = tmp_path_factory.mktemp("resumed") / "run"
     flags = dict(report_to="tensorboard", keep_checkpoints=3, rouge_samples=2, max_summary_tokens=4)
     stop_after(folder, 5, **flags)
     before = SimpleNamespace(steps=read_metrics(folder)[0], samples=samples_of(folder), curves=curves_of(folder))
-    assert start(folder, **flags, resume=folder / "checkpoints" / "step-000002") == 0
+    for later in ("step-000004", "step-000005"):
+        shutil.rmtree(folder / "checkpoints" / later)
+    assert start(folder, **flags) == 0
     return folder, before
 
 
-def samples_of(folder) -> list[dict]:
+def start(folder: Path, **flags: object) -> int:
+    """Runs in this process and frees the folder, as the end of a process would. Returns the exit code."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return train_llama2.command_line(small_run(folder, **{**NINE_STEPS, **flags}))
+    finally:
+        (folder / ".lock").open().close()  # closing any descriptor of a file ends a process's locks on it
+
+
+def stop_after(folder: Path, step: int, **flags: object) -> None:
+    """Runs in this process until a SIGTERM at the end of step `step`."""
+    report = RunLog.step
+
+    def report_and_stop(self, state, result):
+        report(self, state, result)
+        if state.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "step", report_and_stop)
+        assert start(folder, **flags) == 0
+
+
+def samples_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def curves_of(folder) -> bytes | None:
+def curves_of(folder: Path) -> bytes | None:
     return (folder / "curves.png").read_bytes() if (folder / "curves.png").exists() else None
 
 
-def tracked(folder):
+def tracked(folder: Path):
+    """Returns what TensorBoard reads of the run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (run,) = {file.parent for file in folder.rglob("events.out.tfevents.*") if file.parent.name == "train_llama2"}
     return EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
 
 
-def test_a_resumed_run_goes_on_in_its_tensorboard_curves_without_the_steps_it_takes_again(resumed_run):
-    """Steps 3 to 5 were taken twice: they are there once, with the values of the second time."""
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(resumed_run):
+    """Steps 3 to 5 were taken twice. They appear once, with the values of the second time."""
     folder, before = resumed_run
     steps, evaluations = read_metrics(folder)
     assert [line["step"] for line in before.steps] == [1, 2, 3, 4, 5]
@@ -263,7 +293,7 @@ def test_samples_are_cut_back_with_the_metrics(resumed_run):
     assert [sample["step"] for sample in before.samples] == [4, 4]
     assert [sample["step"] for sample in samples_of(folder)] == [4, 4, 8, 8, 9, 9]
     highlights = [json.loads(line)["highlights"] for line in (NEWS / "validation.jsonl").open()]
-    for sample in samples_of(folder):  # --block-size 64 has cut some
+    for sample in samples_of(folder):  # --block-size 64 cuts some of them
         assert len(sample["reference"]) > 60
         assert any(each.strip().startswith(sample["reference"]) for each in highlights)
     assert {frozenset(sample) for sample in samples_of(folder)} == {frozenset({"step", "reference", "summary"})}
@@ -275,7 +305,7 @@ def test_a_run_without_rouge_samples_writes_no_samples_and_no_scores(whole_set_r
 
 
 def test_wandb_gets_one_id_for_a_run_and_its_resumption(tmp_path, monkeypatch):
-    """A stand-in for the package: what accelerate asks of it is written down."""
+    """A stand-in for the package records what accelerate asks of it."""
     calls = []
 
     class Run:
@@ -318,7 +348,7 @@ def test_wandb_gets_one_id_for_a_run_and_its_resumption(tmp_path, monkeypatch):
 
 
 def pixels(png: bytes) -> tuple[int, int]:
-    """Returns width and height of a PNG whose every byte is vouched for by its check sums."""
+    """Returns width and height of a PNG, having checked the sum of every part of it."""
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     at, kinds = 8, []
     while at < len(png):
@@ -331,13 +361,13 @@ def pixels(png: bytes) -> tuple[int, int]:
     return struct.unpack(">II", png[16:24])
 
 
-def test_curves_are_a_picture_drawn_anew_at_every_evaluation(resumed_run):
+def test_curves_are_drawn_anew_at_every_evaluation(resumed_run):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     folder, before = resumed_run
     now = curves_of(folder)
     assert min(*pixels(before.curves), *pixels(now)) > 600
     assert now != before.curves
-    assert not (folder / ".curves.png").exists()
+    assert not list(folder.glob(".curves*"))
 
 
 FULL = dict(step=1, loss=2.0, lr=1e-3, grad_norm=0.5, tokens=900, tokens_per_second=50.0)
@@ -360,6 +390,29 @@ def test_curves_can_be_drawn_of(tmp_path, lines):
     assert min(pixels(curves_of(tmp_path))) > 600
 
 
+def test_curves_show_training_beside_validation_with_gaps(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed").Figure
+    drawn = []
+    savefig = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k)))
+    steps = [{**FULL, "step": n, "loss": None if n == 3 else 9.0 - n, "lr": n * 1e-4} for n in range(1, 7)]
+    lines = [*steps[:4], dict(step=4, eval_loss=6.0), *steps[4:], dict(step=6, eval_loss=5.5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train_llama2.draw_curves(tmp_path)
+    (picture,) = drawn
+    loss, lr, grad_norm, rate = picture.axes
+    shown = {line.get_label(): np.asarray(line.get_xydata(), dtype=float).tolist() for line in loss.get_lines()}
+    assert shown.keys() == {"training", "validation"} and loss.get_legend() is not None
+    losses = [[1, 8], [2, 7], [3, math.nan], [4, 5], [5, 4], [6, 3]]
+    np.testing.assert_array_equal(shown["training"], losses)
+    assert shown["validation"] == [[4, 6.0], [6, 5.5]]
+    assert lr.get_lines()[0].get_ydata().tolist() == [n * 1e-4 for n in range(1, 7)]
+    for axes, value in ((grad_norm, 0.5), (rate, 50.0)):
+        (line,) = axes.get_lines()
+        assert line.get_ydata().tolist() == [value] * 6
+    assert rate.get_ylim()[0] == 0, "a rate that varies by a percent must not look as if it broke down"
+
+
 def test_without_a_step_or_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capfd):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(step=0, eval_loss=3.0)) + "\n")
     train_llama2.draw_curves(tmp_path)
@@ -378,3 +431,111 @@ def test_a_drawing_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_llama2, "draw_curves", fail)
     assert start(tmp_path, max_steps=1) == 0
     assert "WARNING   curves.png could not be drawn (no fonts)\n" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Terminals, files and --quiet
+# ----------------------------------------------------------------------------------------------------------------
+
+# Each test has a --block-size of its own, because what another has tokenised is in the cache and shows no bar.
+SHORT = dict(max_train_samples=8, max_eval_samples=2, batch_size=4, num_proc=1)
+LIBRARY_BARS = ("Loading weights", "Writing model shards", "tokenising", "it/s]", "\r")
+
+
+def run_on_a_terminal(*flags: object, **environment: str) -> tuple[int, str]:
+    """Runs the script with a terminal of 140 columns; returns the exit code and what came out of it."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+    command, terminal = (
+        [sys.executable, str(SCRIPT), *map(str, flags)],
+        dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+    )
+    process = subprocess.Popen(command, **terminal, env={**os.environ, **environment})
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 1 << 16)
+        except OSError:  # Linux says so when nobody holds the other end any more
+            part = b""
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    return process.wait(timeout=60), shown.decode()
+
+
+def test_a_terminal_shows_a_bar_for_everything_that_takes_long(tmp_path):
+    # By default tqdm draws a bar every 0.1 s at most, and these end sooner.
+    code, shown = run_on_a_terminal(*small_run(tmp_path, **SHORT, block_size=203), TQDM_MININTERVAL="0")
+    assert code == 0, shown
+    for bar in ("tokenising", "Loading weights", "evaluating", "training", "Writing model shards"):
+        assert re.search(rf"\r{bar}[^\r]*100%", shown), bar
+    assert re.search(r"training:[^\r]*\d\d:\d\d<[^\r]*loss=\d", shown), "time left, and the loss"
+    for line in ("plan      1 x ", "step 2/2  loss ", "done      2 steps, "):
+        assert re.search(rf"(^|[\r\n]){line}", shown), line
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_files_get_plain_lines_and_with_quiet_one(tmp_path, capfd, quiet):
+    flags = small_run(tmp_path, **SHORT, block_size=205 + quiet)
+    assert train_llama2.command_line([*flags, *["--quiet"][: int(quiet)]]) == 0
+    printed, complained = capfd.readouterr()
+    assert not [word for word in (*LIBRARY_BARS, "\x1b") if word in printed + complained]
+    assert complained == ""
+    if quiet:
+        assert re.fullmatch(r"done      2 steps, .*\n", printed)
+    else:
+        assert "step 2/2  loss" in printed
+
+
+def test_files_get_plain_lines_of_several_processes(three_rank_run):
+    run, folder = three_rank_run
+    logs = [log.read_text() for log in (folder.parent / "logs").rglob("std*.log")]
+    assert len(logs) == 6
+    for text in (run.stdout, run.stderr, *logs):
+        assert not [word for word in (*LIBRARY_BARS, "\x1b") if word in text]
+
+
+def test_quiet_keeps_warnings_and_the_closing_line(capsys):
+    for is_main in (True, False):
+        rank = SimpleNamespace(is_main=is_main, config=Config(quiet=True))
+        Parallel.say(rank, "step 1/2  loss 3.0")
+        Parallel.say(rank, "WARNING   the plan missed")
+        Parallel.say(rank, "done      2 steps", always=True)
+    assert capsys.readouterr().out == "WARNING   the plan missed\ndone      2 steps\n"
+
+
+@pytest.fixture
+def library_settings():
+    verbosity = transformers.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield
+    transformers.logging.set_verbosity(verbosity)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_warnings_that_matter_are_kept_even_when_quiet(library_settings, quiet):
+    transformers.logging.set_verbosity_warning()
+    train_llama2.quieten_libraries(speaks=True, quiet=quiet)
+    assert transformers.logging.get_verbosity() == transformers.logging.WARNING
+    with pytest.warns(UserWarning, match="lr_scheduler"):
+        warnings.warn("lr_scheduler before optimizer", stacklevel=1)
+    with pytest.warns(FutureWarning, match="soon gone"):
+        warnings.warn("soon gone", FutureWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize(("speaks", "quiet", "bars"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_libraries_show_bars_on_one_process_with_a_terminal(library_settings, monkeypatch, speaks, quiet, bars):
+    datasets.enable_progress_bars()
+    transformers.logging.enable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    try:
+        train_llama2.quieten_libraries(speaks, quiet)
+        assert transformers.logging.is_progress_bar_enabled() == bars
+        assert datasets.are_progress_bars_disabled() != bars
+        assert huggingface_hub.utils.are_progress_bars_disabled() != bars
+        assert Parallel.shows_bars.fget(SimpleNamespace(is_main=speaks, config=Config(quiet=quiet))) == bars
+    finally:
+        train_llama2.quieten_libraries(speaks=False, quiet=True)
