@@ -15,6 +15,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -26,14 +27,16 @@ from transformers import AutoTokenizer
 import train_llama2
 from train_llama2 import (
     Config,
-    GlobalBatches,
+    GlobalBatch,
+    Parallel,
     create_mask,
     deal,
     deal_documents,
     enable_advanced_parallelization,
     encode_batch,
+    epoch_batches,
     evaluation_batches,
-    label_counts,
+    global_batch,
     load_data,
     mask_pads,
     pack_documents,
@@ -91,6 +94,14 @@ def write(folder: Path, **files: list[dict]) -> Path:
 
 def pair(article: str | None, summary: str | None) -> dict:
     return {"article": article, "highlights": summary}
+
+
+def on_rank(parallel: Parallel, rank: int, ranks: int) -> Parallel:
+    """Returns `parallel` as one of several DDP ranks sees it."""
+    accelerator = SimpleNamespace(process_index=rank, device=parallel.device)
+    return dataclasses.replace(
+        parallel, accelerator=accelerator, plan=dataclasses.replace(parallel.plan, dp_replicate_size=ranks)
+    )
 
 
 def settings(data: Path | tuple[str, ...], **flags) -> Config:
@@ -237,12 +248,6 @@ def test_pairs_without_article_or_summary_are_dropped(tokenizer, nothing):
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def test_label_counts_leave_out_the_first_token_and_the_prompt():
-    lengths, prompts = np.array([13, 24]), np.array([11, 20])
-    assert label_counts(lengths, prompts, "all").tolist() == [12, 23]
-    assert label_counts(lengths, prompts, "summary").tolist() == [2, 4]
-
-
 @pytest.fixture(scope="module")
 def three_documents(tmp_path_factory):
     """13, 22 and 15 tokens."""
@@ -250,10 +255,17 @@ def three_documents(tmp_path_factory):
     return write(tmp_path_factory.mktemp("three") / "documents", train=rows, validation=rows)
 
 
-def batches_of(data: Path, batches: list[list[int]], tokenizer, parallel, **flags) -> GlobalBatches:
-    config = settings(data, **flags)
-    documents, _ = load_data(config, tokenizer, parallel)
-    return GlobalBatches(documents, [np.array(batch) for batch in batches], parallel)
+def load(config: Config, tokenizer, parallel: Parallel) -> tuple:
+    """Returns the training and the validation documents that these settings describe."""
+    return load_data(tokenizer, dataclasses.replace(parallel, config=config))
+
+
+def batches_of(data: Path, batches: list[list[int]], tokenizer, parallel, rank: int = 0, **flags) -> list[GlobalBatch]:
+    """Returns what a rank gets of these batches, each a list of positions in the training documents."""
+    documents, _ = load(settings(data, **flags), tokenizer, parallel)
+    if parallel.data_parallel_size > 1:
+        parallel = on_rank(parallel, rank, parallel.data_parallel_size)
+    return [global_batch(documents, np.array(batch), parallel) for batch in batches]
 
 
 def assert_head_sees_the_labels(micro: dict[str, torch.Tensor]) -> None:
@@ -297,12 +309,11 @@ def test_rows_are_never_padded_beyond_the_block(three_documents, tokenizer, para
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files as Linux does")
 def test_many_micro_batches_take_neither_open_files_nor_child_processes(three_documents, tokenizer, parallel):
     """4 global batches of 200 micro-batches, with 10 open files to spare. A usual limit is 1,024 in all."""
-    documents, _ = load_data(settings(three_documents), tokenizer, parallel)
-    loader = train_llama2.data_loader(documents, [np.zeros(400, int)] * 4, parallel)
+    documents, _ = load(settings(three_documents), tokenizer, parallel)
     in_use, limits = max(map(int, os.listdir("/proc/self/fd"))), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 10, limits[1]))
     try:
-        batches = list(loader)
+        batches = [global_batch(documents, np.zeros(400, int), parallel) for _ in range(4)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert [len(batch.micro_batches) for batch in batches] == [200] * 4
@@ -311,9 +322,7 @@ def test_many_micro_batches_take_neither_open_files_nor_child_processes(three_do
 
 def test_a_rank_without_documents_makes_a_row_that_trains_on_nothing(three_documents, tokenizer, parallel):
     two_ranks = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, dp_replicate_size=2))
-    batches = batches_of(three_documents, [[0]], tokenizer, two_ranks)
-    batches.rank = 1
-    batch = batches[0]
+    [batch] = batches_of(three_documents, [[0]], tokenizer, two_ranks, rank=1)
     [micro] = batch.micro_batches
     assert (micro["labels"] == -100).all() and (micro["attention_mask"] == 1).all()
     assert (micro["predict_at"].tolist(), micro["targets"].tolist()) == ([0], [-100])  # one, and it is ignored
@@ -336,7 +345,7 @@ def test_documents_are_dealt_once_each_and_evenly():
 
 
 def test_documents_of_like_length_share_a_micro_batch():
-    dealt = deal_documents(np.array([10, 80, 20, 70, 30, 60, 40, 50]), dp_size=2, micro_batch_size=2)
+    dealt = deal_documents(np.array([10, 80, 20, 70, 30, 60, 40, 50]), data_parallel_size=2, micro_batch_size=2)
     assert [[part.tolist() for part in step] for step in dealt] == [[[1, 5], [3, 7]], [[6, 2], [4, 0]]]
 
 
@@ -383,9 +392,10 @@ def test_a_row_is_closed_before_it_exceeds_its_budget(three_documents, tokenizer
 def test_a_rank_without_documents_packs_a_row_that_trains_on_nothing(three_documents, tokenizer, packing):
     """One document on three ranks."""
     three_ranks = dataclasses.replace(packing, plan=dataclasses.replace(packing.plan, dp_replicate_size=3))
-    batches, labels = batches_of(three_documents, [[1]], tokenizer, three_ranks), []
-    for batches.rank in range(3):
-        [micro] = batches[0].micro_batches
+    labels = []
+    for rank in range(3):
+        [batch] = batches_of(three_documents, [[1]], tokenizer, three_ranks, rank=rank)
+        [micro] = batch.micro_batches
         labels.append(int((micro["targets"] != -100).sum()))
         if not labels[-1]:
             assert (micro["labels"] == -100).all()
@@ -453,28 +463,28 @@ def test_packed_ranks_carry_even_loads_however_skewed_the_lengths(packing, ranks
 
 def test_all_ranks_of_a_packed_batch_agree_on_who_has_what(three_documents, tokenizer, packing):
     two_ranks = dataclasses.replace(packing, plan=dataclasses.replace(packing.plan, dp_replicate_size=2))
-    batches = batches_of(three_documents, [[0, 1, 2]], tokenizer, two_ranks, block_size=24)
     bounds = []
-    for batches.rank in range(2):
-        bounds.append([micro["cu_seq_lens"].tolist() for micro in batches[0].micro_batches])
+    for rank in range(2):
+        [batch] = batches_of(three_documents, [[0, 1, 2]], tokenizer, two_ranks, rank=rank, block_size=24)
+        bounds.append([micro["cu_seq_lens"].tolist() for micro in batch.micro_batches])
     assert bounds == [[[0, 15, 28]], [[0, 22]]]
 
 
 def test_a_packed_evaluation_has_each_document_once(packing):
     lengths = np.random.default_rng(0).integers(12, 64, 101)
-    batches = evaluation_batches(lengths, packing)
+    batches = evaluation_batches(SimpleNamespace(lengths=lengths), packing)
     assert sorted(np.concatenate(batches)) == list(range(101))
 
 
 def test_an_epoch_has_each_document_once_and_a_ragged_last_batch():
-    batches = training_batches(34, epoch=0, config=Config(batch_size=8))
+    batches = epoch_batches(range(34), epoch=0, config=Config(batch_size=8))
     assert [len(batch) for batch in batches] == [8, 8, 8, 8, 2]
     assert sorted(np.concatenate(batches)) == list(range(34))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
     def order(epoch, **flags):
-        return np.concatenate(training_batches(34, epoch, Config(batch_size=8, **flags))).tolist()
+        return np.concatenate(epoch_batches(range(34), epoch, Config(batch_size=8, **flags))).tolist()
 
     np.random.seed(1)
     first = order(0)
@@ -482,22 +492,20 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     torch.manual_seed(3)
     elsewhere = order(0, lr=1.0, block_size=77, parallelism="fsdp", micro_batch_size=3, num_train_epochs=9)
     assert elsewhere == first
-    assert np.concatenate(training_batches(34, 0, Config(batch_size=5))).tolist() == first
+    assert np.concatenate(epoch_batches(range(34), 0, Config(batch_size=5))).tolist() == first
     different = [first, order(1), order(2), order(0, seed=43), order(1, seed=41), list(range(34))]
     assert len({tuple(each) for each in different}) == 6
 
 
 def test_a_run_resumed_in_mid_epoch_reads_what_is_left_and_nothing_else(monkeypatch):
     """34 documents by 8 are 5 steps an epoch; from step 6 to 12 of 13: 4 of the second epoch and 3 of the third."""
-    read = []
-    monkeypatch.setattr(
-        train_llama2, "data_loader", lambda documents, batches, parallel: read.append(batches) or batches
-    )
-    config = Config(batch_size=8)
-    yielded = list(train_llama2.remaining_batches(range(34), 6, 13, config, parallel=None))
-    expected = training_batches(34, 1, config)[1:] + training_batches(34, 2, config)[:3]
-    assert [batch.tolist() for batch in yielded] == [batch.tolist() for batch in expected]
-    assert sum(map(len, read)) == len(expected) == 7
+    read, config = [], Config(batch_size=8)
+    monkeypatch.setattr(train_llama2, "global_batch", lambda documents, positions, parallel: read.append(positions))
+    steps = training_batches(range(34), 6, 13, SimpleNamespace(config=config))
+    assert not read, "a batch is made when its step asks for it"
+    assert len(list(steps)) == 7
+    expected = epoch_batches(range(34), 1, config)[1:] + epoch_batches(range(34), 2, config)[:3]
+    assert [positions.tolist() for positions in read] == [positions.tolist() for positions in expected]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -512,7 +520,7 @@ def test_the_audit_counts_what_encoding_did(tmp_path, tokenizer, parallel, capsy
     """
     rows = [(words(3), "d"), (words(20), "a b"), ("", "x"), (words(5), words(30)), ("x", None), ("a", "b"), (" ", "x")]
     data = write(tmp_path / "data", train=[pair(*row) for row in rows], validation=[pair("a", "b")])
-    train, validation = load_data(settings(data, block_size=24, batch_size=4), tokenizer, parallel)
+    train, validation = load(settings(data, block_size=24, batch_size=4), tokenizer, parallel)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data")]
     assert said[0] == (
         "data      train: 4 documents, 72 tokens (mean 18); 2 articles cut by 12 tokens; 1 summaries cut; "
@@ -526,7 +534,7 @@ def test_the_audit_of_packed_rows_has_no_padding_and_tells_the_balance(tmp_path,
     """13 and 22 tokens on two ranks: the longest has 22 of a mean of 17.5."""
     two_ranks = dataclasses.replace(packing, plan=dataclasses.replace(packing.plan, dp_replicate_size=2))
     rows = [pair(words(3), "d"), pair(words(11), "a b")]
-    load_data(settings(write(tmp_path / "data", train=rows, validation=rows)), tokenizer, two_ranks)
+    load(settings(write(tmp_path / "data", train=rows, validation=rows)), tokenizer, two_ranks)
     said = re.findall(r"([\d.]+)% padding; longest rank ([\d.]+) of the mean", capsys.readouterr().out)
     assert said == [("0.0", "1.257")] * 2
 
@@ -535,7 +543,7 @@ def test_the_audit_counts_padding_as_rows_are_padded(tmp_path, tokenizer, parall
     """A block of 22 holds rows of 22, not of 24: two documents that fill it have no padding."""
     rows = [pair(words(11), "a b")] * 2
     data = write(tmp_path / "data", train=rows, validation=rows)
-    load_data(settings(data, block_size=22), tokenizer, parallel)
+    load(settings(data, block_size=22), tokenizer, parallel)
     assert re.findall(r"([\d.]+)% padding", capsys.readouterr().out) == ["0.0", "0.0"]
 
 
@@ -572,7 +580,7 @@ def write_parquet(path, rows):
 
 
 def tokens_of(data: Path | tuple, tokenizer, parallel, **flags) -> list[list[list[int]]]:
-    return [list(part.rows["input_ids"]) for part in load_data(settings(data, **flags), tokenizer, parallel)]
+    return [list(part.rows["input_ids"]) for part in load(settings(data, **flags), tokenizer, parallel)]
 
 
 @pytest.mark.parametrize("as_files", [False, True], ids=["folder", "two files"])
@@ -638,7 +646,7 @@ def test_other_columns_and_fewer_samples(tmp_path, tokenizer, parallel):
 
 def cache_of(config: Config, tokenizer, parallel) -> tuple[str, int]:
     """Returns the file that holds the training documents, and the time it was written."""
-    train, _ = load_data(config, tokenizer, parallel)
+    train, _ = load(config, tokenizer, parallel)
     [file] = train.rows.cache_files
     return file["filename"], Path(file["filename"]).stat().st_mtime_ns
 
@@ -665,7 +673,7 @@ def test_another_end_of_sequence_token_encodes_anew(three_documents, parallel):
     other.eos_token = other.convert_ids_to_tokens(PAD)
     assert tokenizer.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     for each, end in ((tokenizer, EOS), (other, PAD), (tokenizer, EOS)):
-        train, _ = load_data(settings(three_documents), each, parallel)
+        train, _ = load(settings(three_documents), each, parallel)
         assert [ids[-1] for ids in train.rows["input_ids"]] == [end] * 3
 
 
