@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
+RANKS = ROOT / "tests" / "ranks"  # programs that ranks run
 SCRIPT = ROOT / "train_llama2.py"
 TINY_LLAMA = ROOT / "tests" / "data" / "tiny_llama"
 NEWS = ROOT / "tests" / "data" / "news"
@@ -38,59 +40,37 @@ def run_script(
     *flags: object, processes: int = 1, timeout: float = 180, **environment: str
 ) -> subprocess.CompletedProcess:
     """Runs the script for real, under torchrun where `processes` is more than one. Flags are those of a small run."""
-    launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*launcher, str(SCRIPT), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-        check=False,
-    )
+        return torchrun(SCRIPT, *flags, processes=processes, timeout=timeout, **environment)
+    return run([sys.executable, SCRIPT, *flags], timeout, **environment)
 
 
-# Each rank of one torchrun trains run after run; starting Python and its libraries is what takes the time.
-SEVERAL_RUNS = """
-import json, os, sys
-from accelerate.state import AcceleratorState
-import train_llama2
+def torchrun(
+    program: Path, *arguments: object, processes: int, timeout: float = 180, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs a program in the ranks of one torchrun on this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run([sys.executable, *launcher, program, *arguments], timeout, **environment)
 
-train_llama2.draw_curves = lambda folder: None  # half of the time of a small run
-for number, flags in enumerate(json.load(open(sys.argv[1]))):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # addresses of one run are not taken for another's
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        code = train_llama2.command_line(flags)
-    except SystemExit as leaving:
-        code = leaving.code
-    for stream in (sys.stdout, sys.stderr) if os.environ.get("RANK", "0") == "0" else ():
-        print(f"=== {code} ===", file=stream, flush=True)
-"""
+
+def run(words: Sequence[object], timeout: float, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **environment}
+    words = list(map(str, words))
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
 def run_script_several_times(
-    runs: Sequence[Sequence[object]], processes: int, before: str = "", timeout: float = 240
+    runs: Sequence[Sequence[object]], processes: int, before: Sequence[Path] = (), timeout: float = 240
 ) -> list[SimpleNamespace]:
     """Runs the script with each list of flags, in the ranks of one torchrun; returns what each run printed.
 
-    `before` is Python that every rank runs first, with `train_llama2` imported.
+    Starting Python and its libraries takes most of the time of a small run. `before` are programs that every rank
+    runs first.
     """
     with tempfile.TemporaryDirectory(prefix="several_runs_") as name:
-        folder = Path(name)
-        (folder / "runs.json").write_text(json.dumps([[str(flag) for flag in flags] for flags in runs]))
-        (folder / "driver.py").write_text(
-            SEVERAL_RUNS.replace("import train_llama2\n", f"import train_llama2\n{before}\n", 1)
-        )
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        launch = subprocess.run(
-            [sys.executable, *launcher, str(folder / "driver.py"), str(folder / "runs.json")],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        flags = Path(name) / "runs.json"
+        flags.write_text(json.dumps([[str(flag) for flag in flags] for flags in runs]))
+        launch = torchrun(RANKS / "several_runs.py", flags, *before, processes=processes, timeout=timeout)
     assert launch.returncode == 0, launch.stderr
     (*printed, _), (*complained, _) = (re.split(r"=== (\d+) ===\n", text) for text in (launch.stdout, launch.stderr))
     assert printed[1::2] == complained[1::2] and len(printed) == 2 * len(runs), launch.stderr
@@ -98,6 +78,41 @@ def run_script_several_times(
         SimpleNamespace(returncode=int(code), stdout=stdout, stderr=stderr)
         for stdout, code, stderr in zip(printed[::2], printed[1::2], complained[::2], strict=True)
     ]
+
+
+def start(folder: Path, *words: str, **flags: object) -> int:
+    """Runs the script in this process; returns the exit code. The folder is free again, as when a process ended."""
+    import train_llama2
+
+    fresh_accelerate()
+    try:
+        return train_llama2.command_line([*small_run(folder, **flags), *words])
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / ".lock").open().close()  # closing any descriptor of a file ends a process's locks on it
+
+
+def fresh_accelerate() -> None:
+    """Lets Accelerate forget the processes and the device of a former run in this process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def every_test_begins_anew() -> None:
+    fresh_accelerate()
+
+
+def tiny_model(folder: Path, **shape: object) -> Path:
+    """Writes a random Llama of the tiny Llama's shape, with changes, and its tokenizer of 1,024 pieces."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(TINY_LLAMA, **shape)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_LLAMA).save_pretrained(folder)
+    return folder
 
 
 def small_run(save_model_dir: Path, **flags: object) -> list[str]:

@@ -13,19 +13,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import NEWS, TINY_LLAMA, read_metrics, small_run
-from test_saving import Crash, small_llama
+from conftest import NEWS, RANKS, TINY_LLAMA, fresh_accelerate, read_metrics, small_run
+from test_final_model import Crash, small_llama
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import train_llama2
@@ -45,13 +44,8 @@ RUN = dict(
 
 
 def start(folder: Path, **flags: object) -> int:
-    """Runs in this process; returns the exit code. The folder is free again afterwards, as when a process ended."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return train_llama2.command_line(small_run(folder, **{**RUN, **flags}))
-    finally:
-        with contextlib.suppress(OSError):
-            (folder / ".lock").open().close()  # closing any descriptor of a file ends a process's locks on it
+    """Runs in this process; returns the exit code."""
+    return conftest.start(folder, **{**RUN, **flags})
 
 
 @contextlib.contextmanager
@@ -84,7 +78,7 @@ def saved(folder: Path) -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]  # says who holds it
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -126,97 +120,16 @@ def copy_of(tmp_path) -> Callable[[Path], Path]:
 # Two runs that go through strategies, numbers of processes and kinds of end, in real torchrun processes
 # ----------------------------------------------------------------------------------------------------------------
 
-PREAMBLE = """
-import os, signal, sys, time
-import psutil
-import train_llama2
-rank, received = int(os.environ["RANK"]), []
-receive, report = train_llama2.StopSignals.receive, train_llama2.RunLog.step
-def noticing(self, number, frame):
-    receive(self, number, frame)
-    received.append(number)
-def until_it_arrives():
-    began = time.monotonic()
-    while not received and time.monotonic() - began < 120:
-        time.sleep(0.01)
-def step(self, state, result):
-    report(self, state, result)
-    after_step(state.step)
-def after_step(step):
-    pass
-train_llama2.StopSignals.receive, train_llama2.RunLog.step = noticing, step
-train_llama2.draw_curves = lambda folder: None
-"""
 
-SIGTERM_TO_TORCHRUN = """
-def after_step(step):
-    if step == 2 and rank == 0:
-        os.kill(os.getppid(), signal.SIGTERM)
-        until_it_arrives()
-"""
-
-SIGUSR1_TO_RANK_1 = """
-def after_step(step):
-    if step == 4 and rank == 1:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        until_it_arrives()
-"""
-
-SIGUSR1_TO_TORCHRUN = """
-def after_step(step):
-    if step == 8 and rank == 0:
-        os.kill(os.getppid(), signal.SIGUSR1)
-        until_it_arrives()
-"""
-
-SIGKILL_OF_TORCHRUN = """
-def after_step(step):
-    if step == 6 and rank == 0:
-        torchrun = os.getppid()
-        os.kill(torchrun, signal.SIGKILL)
-        while os.getppid() == torchrun:
-            time.sleep(0.01)
-"""
-
-CTRL_C = """
-def after_step(step):
-    if step == 6 and rank == 0:
-        os.killpg(os.getpgid(os.getppid()), signal.SIGINT)
-        until_it_arrives()
-"""
-
-KILL_INSIDE_A_SAVE = """
-complete = train_llama2.Checkpoints.complete
-def kill_all(self, writing, final, facts, files):
-    if facts["step"] == 9:
-        torchrun = psutil.Process(os.getppid())
-        for process in [torchrun, *torchrun.children(recursive=True)]:
-            if process.pid != os.getpid():
-                process.kill()
-        os.kill(os.getpid(), signal.SIGKILL)
-    complete(self, writing, final, facts, files)
-train_llama2.Checkpoints.complete = kill_all
-"""
-
-
-LEAVE = """
-code = train_llama2.command_line()
-print(f"rank {rank} leaves with {code}", file=sys.stderr)
-sys.exit(code)
-"""
-
-
-def torchrun(
-    folder: Path, processes: int, act: str = "", options: tuple[str, ...] = (), **flags: object
+def interrupted(
+    folder: Path, processes: int, act: str, options: tuple[str, ...] = (), **flags: object
 ) -> subprocess.CompletedProcess:
-    """Runs the script under torchrun, in a session of its own; `act` is Python that runs in every rank before it.
+    """Runs the script under torchrun, in a session of its own; `act` of tests/ranks/interrupted_run.py interrupts it.
 
     Returns when all ranks have left, even where torchrun has died before them.
     """
-    script = folder.parent / "script.py"
-    script.write_text(PREAMBLE + textwrap.dedent(act) + LEAVE)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
-    words += [str(script), *small_run(folder, **{**RUN, **flags})]
+    words += [str(RANKS / "interrupted_run.py"), act, *small_run(folder, **{**RUN, **flags})]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -245,17 +158,17 @@ def stages(tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, Pat
     folder = base / "run"
 
     def part(name: str, *launch: object, **flags: object) -> None:
-        stages[name] = torchrun(folder, *launch, **flags), Path(shutil.copytree(folder, base / name))
+        stages[name] = interrupted(folder, *launch, **flags), Path(shutil.copytree(folder, base / name))
 
-    part("hsdp 4", 4, SIGTERM_TO_TORCHRUN, parallelism="hsdp")
-    part("fsdp 2", 2, SIGUSR1_TO_RANK_1, parallelism="fsdp")
-    part("ddp 2", 2, CTRL_C, parallelism="ddp")
-    part("fsdp 2 again", 2, SIGUSR1_TO_TORCHRUN, ("--signals-to-handle=SIGTERM,SIGUSR1",), parallelism="fsdp")
+    part("hsdp 4", 4, "sigterm_to_torchrun", parallelism="hsdp")
+    part("fsdp 2", 2, "sigusr1_to_rank_1", parallelism="fsdp")
+    part("ddp 2", 2, "ctrl_c", parallelism="ddp")
+    part("fsdp 2 again", 2, "sigusr1_to_torchrun", ("--signals-to-handle=SIGTERM,SIGUSR1",), parallelism="fsdp")
     shutil.rmtree(folder)
     shutil.copytree(stages["fsdp 2"][1], folder)
-    part("fsdp 2 orphaned", 2, SIGKILL_OF_TORCHRUN, parallelism="fsdp")
+    part("fsdp 2 orphaned", 2, "sigkill_of_torchrun", parallelism="fsdp")
     stop_after(folder, 7)
-    part("fsdp 4", 4, KILL_INSIDE_A_SAVE, parallelism="fsdp", save_interval=100)
+    part("fsdp 4", 4, "kill_inside_a_save", parallelism="fsdp", save_interval=100)
     with (folder / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 9, "epoch": 3.0, "lo')
     assert start(folder) == 0
@@ -570,19 +483,11 @@ def test_going_back_to_an_older_checkpoint_makes_its_successors_the_newest(tmp_p
 # Two runs in one folder
 # ----------------------------------------------------------------------------------------------------------------
 
-HOLD = """
-import fcntl, sys, time
-lock = open(sys.argv[1], "a")
-fcntl.lockf(lock, fcntl.LOCK_EX)
-print("held", flush=True)
-time.sleep(float(sys.argv[2]))
-"""
-
 
 @contextlib.contextmanager
 def another_run_in(folder: Path, seconds: float) -> Iterator[subprocess.Popen]:
     """Inside, a process holds the folder as a run does; it ends by itself after so many seconds."""
-    words = [sys.executable, "-c", HOLD, str(folder / ".lock"), str(seconds)]
+    words = [sys.executable, str(RANKS / "hold_a_lock.py"), str(folder / ".lock"), str(seconds)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
@@ -781,19 +686,8 @@ def test_a_stop_after_five_skipped_steps_in_a_row_saves_nothing_that_would_end_e
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
-SLOW_SAVE_AND_BROKEN_WEIGHTS = """
-save, evaluate = train_llama2.dcp.save, train_llama2.evaluate
-def slow(*arguments, **named):
-    time.sleep(3)
-    save(*arguments, **named)
-def broken(*arguments, stop=None, **named):
-    return float("nan") if stop else evaluate(*arguments, **named)
-train_llama2.dcp.save, train_llama2.evaluate = slow, broken
-"""
-
-
 def test_a_run_that_ends_with_an_error_finishes_the_save_under_way(tmp_path):
-    run = torchrun(tmp_path / "run", 2, SLOW_SAVE_AND_BROKEN_WEIGHTS, eval_interval=3, async_save="yes")
+    run = interrupted(tmp_path / "run", 2, "slow_save_and_broken_weights", eval_interval=3, async_save="yes")
     assert run.returncode == 1
     assert "error: the validation loss is nan" in run.stderr
     assert saved(tmp_path / "run") == ["step-000002"]
@@ -1002,7 +896,7 @@ def test_at_most_one_save_is_under_way(tmp_path, monkeypatch, choice):
 @pytest.fixture
 def small_checkpoints(tmp_path) -> Iterator[Callable[..., Checkpoints]]:
     """Returns a maker of Checkpoints in one process, without a run around them."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_accelerate()
     settings = dict(model_name_or_path=str(TINY_LLAMA), block_size=64, save_model_dir=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     with enable_advanced_parallelization(Config(**settings)) as parallel:

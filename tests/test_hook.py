@@ -1,87 +1,35 @@
-"""The hook: MoAI's own where it exists, what it refuses, and use from another script."""
+"""The hook: MoAI's own where it exists, what it refuses, use from another script, and runs on two nodes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import os
+import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
-from datetime import timedelta
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SCRIPT, TINY_LLAMA, read_metrics, small_run
+from conftest import RANKS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, run, small_run, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import train_llama2
 from train_llama2 import Config, UserError, enable_advanced_parallelization
 
-# A platform that does not exist here: torch.moreh, which notes when it is called.
-MOAI_WRAPPER = """
-import json, runpy, sys, types
-import torch
-from transformers import LlamaForCausalLM
-
-events, build = [], LlamaForCausalLM.__init__
-
-def noted_build(self, *arguments, **keywords):
-    events.append("model built")
-    build(self, *arguments, **keywords)
-
-LlamaForCausalLM.__init__ = noted_build
-hook = lambda: events.append("hook called")
-torch.moreh = types.SimpleNamespace(option=types.SimpleNamespace(enable_advanced_parallelization=hook))
-report, sys.argv = sys.argv[1], sys.argv[2:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    json.dump(events, open(report, "w"))
-"""
-
-# Another person's script, as the README shows it, with a data set of its own.
-USER_SCRIPT = """
-import json, sys
-import torch
-from train_llama2 import Config, enable_advanced_parallelization, load_model, load_tokenizer, save_model
-
-
-def main():
-    model_folder, save_folder = sys.argv[1:]
-    config = Config(
-        model_name_or_path=model_folder, save_model_dir=save_folder, batch_size=8, block_size=128, parallelism="fsdp"
-    )
-    with enable_advanced_parallelization(config) as parallel:
-        model = load_model(config, parallel)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        documents = torch.randint(1024, (8, 128), generator=torch.Generator().manual_seed(0))[parallel.rank :: 2]
-        losses = []
-        for step in range(3):
-            loss = model(input_ids=documents, labels=documents).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(parallel.sum_over_ranks(loss.detach()).item() / 2)
-        save_model(model, load_tokenizer(config, parallel), config, parallel)
-        parallel.say("LOSSES", json.dumps(losses))
-
-
-if __name__ == "__main__":
-    main()
-"""
-
 
 def test_on_moai_the_platforms_hook_is_called_once_before_the_model_and_the_run_is_a_plain_one(tmp_path):
     flags = {"max_train_samples": 4, "max_eval_samples": 2, "batch_size": 4, "num_train_epochs": 2, "precision": "fp32"}
-    (tmp_path / "wrapper.py").write_text(MOAI_WRAPPER)
-    moai = subprocess.run(
-        [sys.executable, tmp_path / "wrapper.py", tmp_path / "events.json", SCRIPT, *small_run(tmp_path, **flags)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    program = [RANKS / "on_moai.py", tmp_path / "events.json", SCRIPT]
+    moai = run([sys.executable, *program, *small_run(tmp_path, **flags)], timeout=120)
     assert moai.returncode == 0, moai.stderr
     events = json.loads((tmp_path / "events.json").read_text())
     assert events[0] == "hook called"
@@ -119,21 +67,14 @@ def test_more_ranks_than_gpus_on_a_node_are_refused_by_each_of_them(monkeypatch)
     "kinds", [("A100-80GB", "A100-40GB"), ("H100-80GB", "L40S-48GB"), ("RTX3090-24GB", None)], ids=str
 )
 def test_ranks_with_unlike_gpus_plan_with_the_same_figures(monkeypatch, kinds):
-    """The slower GPU's and the smaller memory, on either rank. None: an older one, without flash attention."""
+    """All hear the same of each other: the slower GPU, the smaller memory. None: an older one, without flash attention."""
     old = train_llama2.Gpu(14.6, 60, 300, 0.7, 0.75, 10, 12.5)
     gpus = [train_llama2.GPUS[kind] if kind else old for kind in kinds]
-    told, clusters = [], []
-    for everyones in (None, told):  # first each says what it has, then each hears it all
-        for rank, gpu in enumerate(gpus):
-            device = (f"GPU of rank {rank}", gpu, {"peak": f"rank {rank}"})
-            monkeypatch.setattr(train_llama2, "find_device", lambda ranks_per_node, device=device: device)
-            monkeypatch.setattr(train_llama2, "has_flash_attention", lambda gpu=gpu: gpu is not old)
-            monkeypatch.setattr(
-                train_llama2, "gather_object", lambda mine, heard=everyones: heard or told.extend(mine) or mine
-            )
-            clusters.append(train_llama2.find_cluster())
-    first, second = clusters[2:]
-    assert first == second
+    everyones = [(f"GPU of rank {rank}", gpu, gpu is not old, 1) for rank, gpu in enumerate(gpus)]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(train_llama2, "together", lambda act, gathered: everyones)
+    first = train_llama2.find_cluster()
     assert first.memory_gib == min(gpu.memory_gib for gpu in gpus)
     slower = min(gpus, key=lambda gpu: gpu.peak_tflops)
     assert dataclasses.replace(first.gpu, memory_gib=0) == dataclasses.replace(slower, memory_gib=0)
@@ -141,7 +82,7 @@ def test_ranks_with_unlike_gpus_plan_with_the_same_figures(monkeypatch, kinds):
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(train_llama2, "get_available_trackers", lambda: ["mlflow"])
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["mlflow"])
     monkeypatch.setattr(train_llama2, "read_model_shape", None)
     config = Config(model_name_or_path=str(TINY_LLAMA), block_size=64, report_to="wandb")
     with pytest.raises(UserError, match="--report-to wandb needs a package that is not installed"):
@@ -154,15 +95,7 @@ def test_another_script_trains_another_causal_lm_with_tied_embeddings_on_two_sha
     plain = Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=2, tie_word_embeddings=True))
     plain.save_pretrained(tmp_path / "qwen2")
     AutoTokenizer.from_pretrained(TINY_LLAMA).save_pretrained(tmp_path / "qwen2")
-    (tmp_path / "mine.py").write_text(USER_SCRIPT)
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(tmp_path / name) for name in ("mine.py", "qwen2", "trained")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    run = torchrun(RANKS / "another_script.py", tmp_path / "qwen2", tmp_path / "trained", processes=2)
     assert run.returncode == 0, run.stderr
 
     # The same three steps in one plain process.
@@ -200,8 +133,11 @@ def test_gradients_travel_no_more_often_than_the_plan_says(strategy, shards, syn
     """Three micro-batches. The all-reduce is HSDP's across replicas; FSDP has none, so what it is told is moot."""
     calls: dict[str, list] = {"reduce": [], "all-reduce": [], "no_sync": []}
     accelerator = SimpleNamespace(no_sync=lambda model: contextlib.nullcontext(calls["no_sync"].append(True)))
-    plan = train_llama2.Plan(strategy, 4 // shards, shards, 1, 3, "none", True, False, sync, "fp32")
-    parallel = train_llama2.Parallel(accelerator, None, None, None, plan, None, 64, timedelta(minutes=1))
+    plan = train_llama2.Plan(
+        dp_replicate_size=4 // shards, dp_shard_size=shards, gradient_accumulation_steps=3, gradient_sync=sync
+    )
+    assert plan.strategy == strategy
+    parallel = train_llama2.Parallel(None, accelerator, None, None, None, plan, None)
     model = SimpleNamespace(
         set_requires_gradient_sync=calls["reduce"].append, set_requires_all_reduce=calls["all-reduce"].append
     )
@@ -209,3 +145,203 @@ def test_gradients_travel_no_more_often_than_the_plan_says(strategy, shards, syn
         with parallel.gradient_sync(model, is_last=index == 2):
             pass
     assert calls == {"reduce": reduced, "all-reduce": all_reduced, "no_sync": [True] * 2 * (strategy == "ddp")}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Two nodes: network namespaces with an address and a host name each, joined by a cable that can be cut
+# ----------------------------------------------------------------------------------------------------------------
+
+HANG_SECONDS = 180  # nothing here takes as long unless it hangs
+STEPS = 24
+TIMEOUT_MINUTES = 0.25
+TRAINING = {
+    "batch_size": 4,
+    "block_size": 128,
+    "max_steps": STEPS,
+    "num_train_epochs": 9,
+    "save_interval": 4,
+    "parallelism": "fsdp",
+    "dist_timeout_minutes": TIMEOUT_MINUTES,
+}
+
+
+class Network:
+    """Hosts node-a and node-b, each in a network namespace of its own, which know each other by name."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.tag = folder, f"t{os.getpid()}"
+        self.addresses = {"a": "10.213.77.1", "b": "10.213.77.2"}
+        self.hosts = folder / "hosts"
+        names = "".join(f"{address} node-{node}\n" for node, address in self.addresses.items())
+        self.hosts.write_text("127.0.0.1 localhost\n" + names)
+
+    def ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    def build(self) -> None:
+        for node in self.addresses:
+            self.ip("netns", "add", self.tag + node)
+        a, b = (self.tag + node for node in self.addresses)
+        self.ip("link", "add", "cable", "netns", a, "type", "veth", "peer", "name", "cable", "netns", b)
+        for node, address in self.addresses.items():
+            self.ip("-n", self.tag + node, "addr", "add", f"{address}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                self.ip("-n", self.tag + node, "link", "set", device, "up")
+
+    def cable(self, state: str) -> None:
+        self.ip("-n", self.tag + "a", "link", "set", "cable", state)
+
+    def remove(self) -> None:
+        for node in self.addresses:
+            subprocess.run(["ip", "netns", "del", self.tag + node], capture_output=True, check=False)
+
+    def pids(self, node: str) -> list[int]:
+        listed = subprocess.run(["ip", "netns", "pids", self.tag + node], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in listed.stdout.split()]
+
+    def ranks(self) -> list[int]:
+        """Returns the living ranks of both nodes."""
+        found = []
+        for pid in self.pids("a") + self.pids("b"):
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_text()  # empty for one that has ended
+                if command and "torch.distributed.run" not in command:
+                    found.append(pid)
+        return found
+
+    @contextlib.contextmanager
+    def training(self, save_model_dir: Path) -> Iterator[dict[str, subprocess.Popen]]:
+        """Runs the same command on both nodes; yields their agents. Afterwards nothing of it is left."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        agents = {}
+        try:
+            for node in self.addresses:
+                enter = f'hostname node-{node}; mount --bind {self.hosts} /etc/hosts; exec "$@"'
+                launcher = ["ip", "netns", "exec", self.tag + node, "unshare", "--uts", "--mount", "sh", "-c", enter]
+                launcher += ["sh", sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+                launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=node-a:{port}", "--rdzv_id=summaries"]
+                with self.log_path(node).open("wb") as log:
+                    agents[node] = subprocess.Popen(
+                        [*launcher, str(SCRIPT), *small_run(save_model_dir, **TRAINING)],
+                        env={
+                            **os.environ,
+                            "HF_HOME": str(self.folder / f"cache-{node}"),
+                            "DATASETS_VERBOSITY": "info",
+                        },
+                        stdout=log,
+                        stderr=log,
+                    )
+            yield agents
+        finally:
+            for node, agent in agents.items():
+                for pid in self.pids(node):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                agent.wait()
+
+    def log_path(self, node: str) -> Path:
+        return self.folder / f"log-{node}"
+
+    def log(self, node: str) -> str:
+        return self.log_path(node).read_text(errors="replace")
+
+    def logs(self) -> str:
+        return "\n".join(f"--- node-{node}\n{self.log(node)[-3000:]}" for node in self.addresses)
+
+
+def until(condition: Callable[[], bool], seconds: float = HANG_SECONDS) -> bool:
+    """Waits for `condition`; returns whether it came true within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return met
+
+
+def steps_so_far(save_model_dir: Path) -> int:
+    path = save_model_dir / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+def left(agents: dict[str, subprocess.Popen]) -> bool:
+    return all(agent.poll() is not None for agent in agents.values())
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    if missing := [tool for tool in ("ip", "unshare", "mount", "hostname") if not shutil.which(tool)]:
+        pytest.skip(f"needs {', '.join(missing)} (Debian: iproute2, util-linux, hostname)")
+    network = Network(tmp_path_factory.mktemp("network"))
+    try:
+        try:
+            network.build()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
+        yield network
+    finally:
+        network.remove()
+
+
+def train_in_this_process(save_model_dir: Path) -> None:
+    fresh_accelerate()
+    train_llama2.main(small_run(save_model_dir, **{**TRAINING, "parallelism": "none"}))
+
+
+@pytest.fixture(scope="module")
+def one_node(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], list[dict]]:
+    folder = tmp_path_factory.mktemp("one_node")
+    train_in_this_process(folder)
+    return read_metrics(folder)
+
+
+def encoded_and_reused(network: Network, node: str) -> tuple[int, int]:
+    """Returns how many splits the ranks of a node encoded in its last training, and how many they found encoded."""
+    log = network.log(node)
+    return log.count("Caching processed dataset at"), log.count("Loading cached processed dataset at")
+
+
+def test_two_nodes_of_two_ranks_train_as_one_process_through_a_cut_cable_and_a_sigterm(tmp_path, network, one_node):
+    """Cut cable: no rank waits longer than --dist-timeout-minutes and what ending takes. The same commands go on. A
+    SIGTERM on one node then saves and ends both. One process goes on to the end, with the losses of a run of its own.
+
+    The agent beside the cut-off rendezvous store waits in torch for it, and after the SIGTERM that of the other node
+    for the one that was told, up to 5 minutes: no affairs of the script's, and they are killed, as a scheduler would.
+    Each node tokenises once, into its own cache: one of its ranks both splits, and the other finds them.
+    """
+    with network.training(tmp_path) as agents:
+        assert until(lambda: steps_so_far(tmp_path) >= 6 or left(agents)), network.logs()
+        assert not left(agents), network.logs()
+        assert len(network.ranks()) >= 4
+        network.cable("down")
+        try:
+            in_time = until(lambda: not network.ranks(), 90)
+        finally:
+            network.cable("up")
+        assert in_time, network.logs()
+        assert steps_so_far(tmp_path) < STEPS
+        waited = re.compile("Timed out waiting (15000|12000)ms")  # of the stop signals' group, 0.8 times as long
+        assert all(waited.search(network.log(node)) for node in agents), network.logs()
+        for node in agents:  # in a line of the script's own, and none of its tracebacks
+            assert re.search(r"error: rank \d has lost the others .*--dist-timeout-minutes", network.log(node)), (
+                network.logs()
+            )
+            assert 'train_llama2.py", line' not in network.log(node), network.logs()
+        assert [encoded_and_reused(network, node) for node in agents] == [(2, 2), (2, 2)], network.logs()
+
+    with network.training(tmp_path) as agents:
+        assert until(lambda: network.logs().count("\nstep ") >= 2 or left(agents)), network.logs()
+        agents["b"].send_signal(signal.SIGTERM)
+        assert until(lambda: not network.ranks()), network.logs()
+        assert [encoded_and_reused(network, node) for node in agents] == [(0, 4), (0, 4)], network.logs()
+        logs = network.log("a") + network.log("b")
+    assert "resume    from" in logs
+    steps = steps_so_far(tmp_path)
+    assert steps < STEPS
+    assert f"after step {steps}; the checkpoint is saved" in logs, logs
+    assert (tmp_path / "checkpoints" / f"step-{steps:06d}" / "manifest.json").is_file()
+
+    train_in_this_process(tmp_path)
+    for mine, expected, name in zip(read_metrics(tmp_path), one_node, ("loss", "eval_loss"), strict=True):
+        assert [line["step"] for line in mine] == [line["step"] for line in expected]
+        assert [line[name] for line in mine] == pytest.approx([line[name] for line in expected], rel=1e-5)

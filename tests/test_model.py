@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import TINY_LLAMA
+from conftest import RANKS, TINY_LLAMA, run, torchrun
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy, linear
 from transformers import (
@@ -29,75 +27,15 @@ from transformers import (
 import train_llama2
 from train_llama2 import (
     Config,
-    GlobalBatches,
     StochasticAdamW,
     enable_advanced_parallelization,
     learning_rate,
+    pack_rows,
     round_stochastically,
     summed_token_loss,
     use_token_loss,
     with_targets,
 )
-
-# Two sharded ranks load model after model; rank 0 writes what both found.
-WORKER = """
-import json, sys, threading, time
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from train_llama2 import Config, enable_advanced_parallelization, load_model
-
-tiny, big, report = sys.argv[1:]
-
-def memory_mib(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
-
-peaks, loaded = [], threading.Event()
-
-def watch_memory():
-    while not loaded.wait(0.001):
-        peaks.append(memory_mib("RssAnon"))
-
-def settings(folder=tiny, **flags):
-    return Config(model_name_or_path=folder, block_size=64, parallelism="fsdp", **flags)
-
-def local(parameter):
-    return parameter.to_local()
-
-facts = {}
-with enable_advanced_parallelization(settings()) as parallel:
-    model = load_model(settings(), parallel)  # the first load takes the library's own memory
-    facts["dtypes"] = sorted({str(local(p).dtype) for p in model.parameters()})
-    facts["held"] = sum(local(p).numel() for p in model.parameters())
-    facts["names"] = [type(p).__name__ for p in model.parameters()]
-    before = memory_mib("RssAnon")
-    watching = threading.Thread(target=watch_memory)
-    watching.start()
-    big_model = load_model(settings(big), parallel)
-    loaded.set()
-    watching.join()
-    facts["added_mib"] = memory_mib("RssAnon") - before
-    facts["peak_mib"], facts["watched"] = max(peaks) - before, len(peaks)
-    random = load_model(settings(random_init=True), parallel)
-    facts["random_held"] = sum(local(p).numel() for p in random.parameters())
-    facts["random_std"] = [p.full_tensor().std().item() for p in random.parameters() if p.ndim > 1]
-    facts["random_norms"] = [p.full_tensor().unique().tolist() for p in random.parameters() if p.ndim == 1]
-    weight = random.model.layers[0].mlp.up_proj.weight.full_tensor()
-    facts["random_shards_differ"] = not torch.equal(*weight.chunk(2))
-    loss = random(input_ids=torch.arange(64)[None], labels=torch.arange(64)[None]).loss
-    loss.backward()
-    facts["random_loss"] = loss.item()
-    everyones = [facts] * 2
-    dist.all_gather_object(everyones, facts)
-    if parallel.is_main:
-        Path(report).write_text(json.dumps(everyones))
-"""
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +55,7 @@ def big_llama(tmp_path_factory) -> tuple[Path, float]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, big_llama) -> tuple[list[dict], str]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    (folder / "worker.py").write_text(WORKER)
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(word) for word in (folder / "worker.py", TINY_LLAMA, big_llama[0], folder / "facts.json")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    run = torchrun(RANKS / "load_on_two.py", TINY_LLAMA, big_llama[0], folder / "facts.json", processes=2)
     assert run.returncode == 0, run.stderr
     return json.loads((folder / "facts.json").read_text()), run.stdout
 
@@ -137,7 +67,7 @@ TINY_PARAMETERS = 2 * 1024 * 64 + 4 * (4 * 64 * 64 + 3 * 64 * 172 + 2 * 64) + 64
 def load(**flags: object) -> torch.nn.Module:
     config = Config(**{"model_name_or_path": str(TINY_LLAMA), "block_size": 64, "parallelism": "none", **flags})
     with enable_advanced_parallelization(config) as parallel:
-        return train_llama2.load_model(config, parallel)
+        return train_llama2.load_model(parallel)
 
 
 def test_a_half_precision_checkpoint_becomes_fp32_weights():
@@ -260,7 +190,7 @@ SMALL = dict(
     max_position_embeddings=128,
 )  # fmt: skip
 ONE_PROCESS = SimpleNamespace(
-    device=torch.device("cpu"), block_size=48, plan=SimpleNamespace(packing=True, autocasts=False)
+    device=torch.device("cpu"), config=Config(block_size=48), plan=SimpleNamespace(packing=True, autocasts=False)
 )
 
 
@@ -283,7 +213,7 @@ def random_documents(*lengths: int) -> list[list[int]]:
 
 
 def pack(documents: list[list[int]], unlabelled: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
-    return with_targets(GlobalBatches.pack(None, documents, list(unlabelled or [0] * len(documents))))
+    return with_targets(pack_rows(documents, list(unlabelled or [0] * len(documents)), None))
 
 
 def losses_of_each(model: LlamaForCausalLM, documents: list[list[int]]) -> list[torch.Tensor]:
@@ -373,10 +303,10 @@ def test_the_flash_kernel_gets_what_its_twin_on_the_cpu_gets(monkeypatch, torch_
     _, ours = two_of_a_model(num_key_value_heads=kv_heads)
     documents = random_documents(17, 1, 48, 9)
     twin = train_llama2.token_loss_sum(ours, pack(documents), ONE_PROCESS)
-    monkeypatch.setattr(
-        train_llama2, "varlen_attn", varlen_attn_of_2_13 if torch_version == "2.13" else varlen_attn_of_2_11
-    )
+    kernel_of_torch = varlen_attn_of_2_13 if torch_version == "2.13" else varlen_attn_of_2_11
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel_of_torch)
     monkeypatch.setattr(train_llama2, "document_attention", train_llama2.varlen_flash_attention)
+    _, ours = two_of_a_model(num_key_value_heads=kv_heads)
     kernel = train_llama2.token_loss_sum(ours, pack(documents), ONE_PROCESS)
     assert kernel.item() == pytest.approx(twin.item(), rel=1e-5)
     told = kv_heads if torch_version == "2.13" else 4
@@ -393,7 +323,7 @@ def test_the_kernel_gets_half_precision_where_autocast_leaves_query_and_key_in_f
         seen.append({query.dtype, key.dtype, value.dtype})
         return query
 
-    monkeypatch.setattr(train_llama2, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     heads = [torch.randn(6, 2, 8, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
     train_llama2.varlen_flash_attention(*heads, torch.tensor([0, 6], dtype=torch.int32), 8, 1.0)
     assert seen == [{torch.bfloat16}]
@@ -406,7 +336,7 @@ def test_a_model_that_has_no_sdpa_gets_the_attention_transformers_would_choose(t
     Gemma2ForCausalLM(Gemma2Config(**shape)).save_pretrained(tmp_path)
     config, input_ids = Config(str(tmp_path), block_size=64), torch.randint(3, 1024, (2, 32))
     with enable_advanced_parallelization(config) as parallel:
-        model = train_llama2.load_model(config, parallel)
+        model = train_llama2.load_model(parallel)
         loss = model(input_ids=input_ids, labels=input_ids).loss.item()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
     assert loss == pytest.approx(plain(input_ids=input_ids, labels=input_ids).loss.item(), rel=1e-6)
@@ -543,34 +473,12 @@ def test_positions_without_a_label_never_reach_the_head(monkeypatch, packing):
 
 
 # The peak of a process, in MiB, after the loss and its backward pass of each: ours first, as a peak only grows.
-PEAK_OF_THE_HEAD = """
-import torch
-from transformers.loss.loss_utils import ForCausalLMLoss
-from train_llama2 import peak_memory_gib, summed_token_loss
-
-def peak():
-    return peak_memory_gib(torch.device("cpu")) * 1024
-
-hidden = torch.randn(1, 4096, 64, requires_grad=True)
-weight = torch.randn(32000, 64, requires_grad=True)
-labels = torch.randint(0, 32000, (1, 4096))
-summed_token_loss(hidden[0, :64], weight, labels[0, :64]).backward()
-start = peak()
-summed_token_loss(hidden[0], weight, labels[0]).backward()
-ours = peak()
-ForCausalLMLoss(torch.nn.functional.linear(hidden, weight), labels, 32000).backward()
-print("MIB", ours - start, peak() - start)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's memory accounts")
 def test_the_loss_of_4096_tokens_saves_more_than_a_gib_of_logits():
     """4,096 x 32,000 logits are 500 MiB in fp32; stock keeps three of them at once, ours chunks of 125 MiB."""
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK_OF_THE_HEAD], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    ours, stock = map(float, run.stdout.split("MIB")[1].split())
+    finished = run([sys.executable, RANKS / "peak_of_the_head.py"], timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    ours, stock = map(float, finished.stdout.split("MIB")[1].split())
     print(f"ours {ours:.0f} MiB, stock {stock:.0f} MiB")
     assert ours < 450 and stock - ours > 1000
 
@@ -606,12 +514,13 @@ def test_many_lengths_are_compiled_for_once(counting, monkeypatch, packing, reco
         "document_attention",
         lambda q, k, v, bounds, longest, scale: masked_attention(q, k, v, bounds, scale),
     )
+    monkeypatch.setattr(torch.compiler, "disable", lambda attention: attention)
     flags = dict(packing=packing, activation_checkpointing=recompute, block_size=200, compile="yes")
     config = Config(str(TINY_LLAMA), parallelism="none", **flags)
     draw, graphs = torch.Generator().manual_seed(0), []
     with enable_advanced_parallelization(config) as parallel:
-        model = train_llama2.load_model(config, parallel)
-        assert train_llama2.compile_layers(model, config, parallel, 10)
+        model = train_llama2.load_model(parallel)
+        assert train_llama2.compile_layers(model, parallel, 10)
         for _ in range(15):
             lengths = torch.randint(2, 200, (int(torch.randint(1, 6, (), generator=draw)),), generator=draw).tolist()
             rows = [torch.randint(10, 1000, (length,), generator=draw).tolist() for length in lengths]
@@ -664,7 +573,7 @@ def test_the_flash_kernel_is_one_graph_for_all_lengths(kv_heads):
 def test_compiling_is_decided_by_what_the_predicted_steps_gain(
     monkeypatch, asked, device, triton, step_seconds, steps, expected
 ):
-    monkeypatch.setattr(train_llama2, "has_triton", lambda: triton)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: triton)
     compiled = []
     layers = [SimpleNamespace(compile=lambda dynamic: compiled.append(dynamic)) for _ in range(3)]
     model = SimpleNamespace(model=SimpleNamespace(layers=layers))
@@ -674,12 +583,13 @@ def test_compiling_is_decided_by_what_the_predicted_steps_gain(
         shape, dataclasses.replace(cluster, has_gpu=device == "cuda"), Config(compile=asked)
     )
     parallel = SimpleNamespace(
-        choice=SimpleNamespace(chosen=SimpleNamespace(seconds={"compute": step_seconds})),
+        config=Config(compile=asked),
+        choice=SimpleNamespace(chosen=SimpleNamespace(step_seconds={"compute": step_seconds})),
         plan=plans[0],
         accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped),
         say=print,
     )
-    assert train_llama2.compile_layers(model, Config(compile=asked), parallel, steps) is expected
+    assert train_llama2.compile_layers(model, parallel, steps) is expected
     assert compiled == [True] * 3 * expected
 
 

@@ -1,4 +1,4 @@
-"""Flags and other input: what is accepted, the defaults, and how a user's mistake is told."""
+"""Flags and other input: what is accepted, the defaults, and how a user's mistake is reported."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import NEWS, TINY_LLAMA, run_script, run_script_several_times, small_run
+from conftest import NEWS, RANKS, TINY_LLAMA, run_script, run_script_several_times, small_run
 from safetensors.torch import load_file, save_file
 
-from train_llama2 import UserError, command_line, parse_config, usable_cores
+from train_llama2 import TRACKERS, UserError, command_line, parse_config, usable_cores
 
-# The table of the contract (DESIGN.md, section 4), copied by hand. None: the run decides, or there is no limit.
+# The defaults that people depend on, copied by hand. None: the run decides, or there is no limit.
 DEFAULTS = {
     "model_name_or_path": "meta-llama/Llama-2-13b-hf",
     "dataset_name_or_path": "abisee/cnn_dailymail",
@@ -173,6 +173,12 @@ def test_a_flag_without_its_value_does_not_hide_other_problems(capsys):
     lines = told(capsys, "--batch-size", "0", "--lr")
     assert len(lines) == 2
     assert any("--lr" in line for line in lines) and any("--batch-size 0" in line for line in lines)
+
+
+def test_the_trackers_named_are_those_accelerate_knows():
+    from accelerate.utils import LoggerType
+
+    assert sorted(set(LoggerType.list()) - {"all"}) == list(TRACKERS)
 
 
 def test_problems_can_be_caught_by_a_program():
@@ -441,28 +447,16 @@ def error_lines(run: subprocess.CompletedProcess | SimpleNamespace) -> list[str]
     return [line for line in run.stderr.splitlines() if line.startswith("error:")]
 
 
-# In the run of that seed each rank says it is of a node of another size.
-UNEQUAL_NODES = """
-find_cluster = train_llama2.find_cluster
-
-def of_unequal_nodes():
-    if sys.argv[1:] and "7" in json.load(open(sys.argv[1]))[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]:
-        os.environ["LOCAL_WORLD_SIZE"] = str(1 + int(os.environ["RANK"]))
-    return find_cluster()
-
-train_llama2.find_cluster = of_unequal_nodes
-"""
-
-
 def test_two_processes_show_help_once_and_tell_each_mistake_once_also_what_only_one_of_them_finds(tmp_path):
     """The data is read by rank 0 first, and the save folder by rank 0 alone."""
     mistakes = {
-        "--lr -1.0 must be above 0": small_run(tmp_path, lr=-1),
+        "--lr -1 must be above 0": small_run(tmp_path, lr=-1),
         "/nowhere/news does not exist": small_run(tmp_path, dataset_name_or_path="/nowhere/news"),
         "config.json cannot be written to": small_run(TINY_LLAMA / "config.json"),
         "nodes run 1 and 2 ranks; give all the same --nproc_per_node": small_run(tmp_path, seed=7),
     }
-    helped, *runs = run_script_several_times([["--help"], *mistakes.values()], processes=2, before=UNEQUAL_NODES)
+    unequal_nodes = RANKS / "unequal_nodes.py"
+    helped, *runs = run_script_several_times([["--help"], *mistakes.values()], processes=2, before=[unequal_nodes])
     assert (helped.returncode, helped.stdout.count("--model-name-or-path"), helped.stderr) == (0, 1, "")
     for run, words in zip(runs, mistakes, strict=True):
         assert run.returncode == 2

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
-from conftest import TINY_LLAMA, read_metrics, run_script_several_times, small_run
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-import train_llama2
+from conftest import RANKS, read_metrics, run_script_several_times, small_run, start, tiny_model
 
 # 18 documents of 93 to 512 tokens in batches of 7: two full batches and a ragged one of 4 an epoch; 9 steps over 3
 # epochs. max_grad_norm is far below the norms of this model (about 0.7), so every step clips.
@@ -53,60 +47,15 @@ RUNS = {
     ("4", "few, packed"): {**FEW, "parallelism": "fsdp", "packing": "yes"},
 }  # fmt: skip
 
-# Gives each rank a random state of its own, as after resuming; no result may depend on it. Tells how long the groups of
-# a sharded model's mesh wait, and thereby how many there are.
-TELL_TIMEOUTS = """
-load_model = train_llama2.load_model
-
-def telling(config, parallel):
-    torch.manual_seed(parallel.rank)
-    model = load_model(config, parallel)
-    if parallel.plan.dp_shard_size > 1:
-        mesh = next(model.parameters()).device_mesh
-        groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
-        backends = [group._get_backend(torch.device("cpu")) for group in groups]
-        parallel.say("TIMEOUTS", [backend.options._timeout.total_seconds() for backend in backends])
-    return model
-
-save_model = train_llama2.save_model
-
-def comparing(model, *arguments):
-    parallel = arguments[-1]
-    if parallel.plan.strategy == "ddp":
-        mine = torch.cat([parameter.detach().flatten().float() for parameter in model.parameters()])
-        everyones = [torch.empty_like(mine) for _ in range(parallel.dp_size)]
-        torch.distributed.all_gather(everyones, mine)
-        parallel.say("REPLICAS EQUAL", all(torch.equal(each, mine) for each in everyones))
-    save_model(model, *arguments)
-
-import torch
-train_llama2.load_model, train_llama2.save_model = telling, comparing
-"""
-
-# Traces and differentiates the layers as ever, and leaves out Inductor's C++, which takes a minute for these runs.
-WITHOUT_INDUCTOR = """
-import torch
-compile_module = torch.nn.Module.compile
-torch.nn.Module.compile = lambda module, **options: compile_module(module, backend="aot_eager", **options)
-"""
-
-
-def small_model(folder: Path) -> Path:
-    """Writes a Llama of two layers, which is enough for one to be recomputed, sharded and gathered beside another."""
-    torch.manual_seed(0)
-    shape = AutoConfig.from_pretrained(TINY_LLAMA)
-    shape.num_hidden_layers = 2
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TINY_LLAMA).save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[list[dict], list[dict], str]]:
     """Returns the training lines, the evaluations, and the console of each of RUNS."""
-    base, consoles, before = tmp_path_factory.mktemp("runs"), {}, TELL_TIMEOUTS + WITHOUT_INDUCTOR
+    base, consoles = tmp_path_factory.mktemp("runs"), {}
+    before = [RANKS / "report_groups_and_replicas.py", RANKS / "without_inductor.py"]
     folders = {key: base / f"run {number}" for number, key in enumerate(RUNS)}
-    model = small_model(base / "model")
+    # two layers are enough for one to be recomputed, sharded and gathered beside another
+    model = tiny_model(base / "model", num_hidden_layers=2)
     for processes in ("2", "4"):
         keys = [key for key in RUNS if key[0] == processes]
         flags = [small_run(folders[key], model_name_or_path=model, **RUNS[key]) for key in keys]
@@ -114,8 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tupl
             assert run.returncode == 0, run.stderr
             consoles[key] = run.stdout
     for key in [key for key in RUNS if key[0] == "1"]:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train_llama2.main(small_run(folders[key], model_name_or_path=model, **RUNS[key]))
+        assert start(folders[key], model_name_or_path=model, **RUNS[key]) == 0
     for key in (("1", "one process"), ("4", "hsdp")):
         consoles[key] = consoles.get(key, "") + (folders[key] / "samples.jsonl").read_text() * bool(SUMMARIES)
     return {key: (*read_metrics(folders[key]), consoles.get(key, "")) for key in RUNS}
