@@ -22,7 +22,7 @@ from conftest import NEWS, TINY_LLAMA, read_metrics, small_run
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
-from test_evaluation import mean_token_loss
+from test_training_and_evaluation import mean_token_loss
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 

@@ -67,7 +67,7 @@ def test_more_ranks_than_gpus_on_a_node_are_refused_by_each_of_them(monkeypatch)
     "kinds", [("A100-80GB", "A100-40GB"), ("H100-80GB", "L40S-48GB"), ("RTX3090-24GB", None)], ids=str
 )
 def test_ranks_with_unlike_gpus_plan_with_the_same_figures(monkeypatch, kinds):
-    """All hear the same of each other: the slower GPU, the smaller memory. None: an older one, without flash attention."""
+    """The slower GPU and the smaller memory count. None: an older GPU, without flash attention."""
     old = train_llama2.Gpu(14.6, 60, 300, 0.7, 0.75, 10, 12.5)
     gpus = [train_llama2.GPUS[kind] if kind else old for kind in kinds]
     everyones = [(f"GPU of rank {rank}", gpu, gpu is not old, 1) for rank, gpu in enumerate(gpus)]
