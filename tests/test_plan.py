@@ -543,7 +543,7 @@ def test_fp32_on_a_gpu_is_timed_at_its_fp32_peak():
     assert slow["compute"] / fast["compute"] == pytest.approx(989 / 67)
 
 
-def test_fastest_is_chosen_or_a_simpler_one_too_close_to_call(monkeypatch):
+def test_the_fastest_or_a_simpler_close_one_is_chosen(monkeypatch):
     choice = weigh(monkeypatch, {"ddp": (1.0, False), "fsdp": (2.0, True)})
     assert (choice.chosen.plan.strategy, choice.chosen.reason) == ("fsdp", "the fastest that fits")
     choice = weigh(monkeypatch, {"ddp": (1.08, True), "fsdp": (1.0, True)})

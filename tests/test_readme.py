@@ -74,7 +74,7 @@ def commands(start: str, page: str = README) -> list[list[str]]:
     return [shlex.split(words, comments=True) for words in code if start in words and "`" not in words]
 
 
-def test_the_plan_on_the_first_screen_is_what_the_script_prints(capsys):
+def test_the_plan_shown_is_what_the_script_prints(capsys):
     shown = README[README.index("plan      8 x H100") :].partition("```")[0]
     assert train_llama2.command_line(["--plan", "8xH100-80GB"]) == 0
     printed = capsys.readouterr().out.splitlines()

@@ -299,7 +299,7 @@ def test_samples_are_cut_back_with_the_metrics(resumed_run):
     assert {frozenset(sample) for sample in samples_of(folder)} == {frozenset({"step", "reference", "summary"})}
 
 
-def test_a_run_without_rouge_samples_writes_no_samples_and_no_scores(whole_set_run):
+def test_without_rouge_samples_there_are_no_samples_or_scores(whole_set_run):
     assert not (whole_set_run / "samples.jsonl").exists()
     assert not any("rouge" in name for line in read_metrics(whole_set_run)[1] for name in line)
 
