@@ -128,7 +128,7 @@ def first_line(error: BaseException) -> str:
 
 RECOMPUTATION_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # layers whose activations are recomputed
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-LARGEST_INTEGER = 2**32  # no flag has a meaning beyond it
+LARGEST_INTEGER = 2**31  # few flags have a meaning beyond it
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,14 @@ def one_of(*choices: str) -> Reader:
 
 
 def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset: str | None = None) -> Reader:
-    below = min(below, LARGEST_INTEGER) if kind is int else below
+    below = LARGEST_INTEGER if kind is int and below == math.inf else below
 
     def convert(word: str) -> float:
         try:
             value = kind(word)
         except ValueError:
             raise ValueError(f"is not {'a whole number' if kind is int else 'a number'}") from None
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("must be a finite number")
         if value < minimum:
             raise ValueError(f"must be at least {minimum}")

@@ -249,15 +249,6 @@ def test_a_kill_inside_a_save_leaves_a_half_written_folder_that_the_next_start_r
     assert saved(stages["end"][1]) == ["step-000008", "step-000009"]
 
 
-@pytest.mark.parametrize(("device", "made"), [("cpu", []), ("cpu:0", []), ("cuda", []), ("cuda:3", ["cuda:3"])])
-def test_the_writing_thread_uses_the_gpu_of_its_rank_and_a_lone_process_the_first(monkeypatch, device, made):
-    """torch refuses to make a "cuda" without a number the current one, which is what a lone process has."""
-    current = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
-    train_llama2.begin_thread_on(torch.device(device))
-    assert current == made
-
-
 def test_each_of_two_sharded_ranks_writes_half_of_the_bytes(stages):
     files = list((stages["fsdp 2"][1] / "checkpoints" / "step-000004").glob("*.safetensors"))
     by_rank = {rank: sum(f.stat().st_size for f in files if f.name.startswith(f"shard-0000{rank}-")) for rank in (1, 2)}
@@ -297,8 +288,12 @@ def test_the_manifest_tells_where_the_run_stood_and_vouches_for_every_file(stopp
 
 @pytest.mark.parametrize("checkpoint", ["step-000002", "step-000004", "auto"])
 def test_losses_after_resuming_from_any_step_equal_the_uninterrupted_run(stopped, copy_of, uninterrupted, checkpoint):
+    """To go back, delete the later checkpoints."""
     folder = copy_of(stopped)
-    assert start(folder, resume=checkpoint if checkpoint == "auto" else folder / "checkpoints" / checkpoint) == 0
+    for later in (folder / "checkpoints").iterdir() if checkpoint != "auto" else []:
+        if later.name > checkpoint:
+            shutil.rmtree(later)
+    assert start(folder) == 0
     assert_same_run(folder, uninterrupted)
     assert tree(folder)["config.json"] == tree(uninterrupted)["config.json"]
 
@@ -324,9 +319,9 @@ def test_a_folder_of_another_runs_checkpoints_is_refused_with_the_name_of_a_comp
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints"])
-def test_a_folder_of_checkpoints_is_refused_with_the_name_of_one(stopped, copy_of, capsys, place):
+def test_a_folder_of_checkpoints_is_refused_with_the_name_of_one(stopped, copy_of, tmp_path, capsys, place):
     folder = copy_of(stopped)
-    assert start(folder, resume=folder / place) == 2
+    assert start(tmp_path / "new", resume=folder / place) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     newest = folder / "checkpoints" / saved(folder)[-1]
     assert line.startswith(
@@ -334,15 +329,33 @@ def test_a_folder_of_checkpoints_is_refused_with_the_name_of_one(stopped, copy_o
     )
 
 
-def test_a_path_is_refused_where_the_folder_has_checkpoints_of_another_run_and_nothing_is_deleted(
-    stopped, uninterrupted, copy_of, capsys
-):
-    folder, path = copy_of(stopped), uninterrupted / "checkpoints" / "step-000008"
+def test_a_path_says_only_where_a_run_begins(stopped, uninterrupted, copy_of, capsys):
+    """A folder with checkpoints of its own goes on from the newest, and the run of the path stays as it is."""
+    folder, path, before = copy_of(stopped), uninterrupted / "checkpoints" / "step-000008", tree(uninterrupted)
+    assert start(folder, resume=path) == 0
+    newest = folder / "checkpoints" / "step-000005"
+    said = f"resume    from {newest}, saved by 1 rank(s) under none; --resume {path} says only where a new run begins"
+    assert said in capsys.readouterr().out
+    assert_same_run(folder, uninterrupted)
+    assert tree(uninterrupted) == before
+
+
+def test_a_path_that_the_run_has_left_behind_is_refused(stopped, copy_of, uninterrupted, capsys):
+    """The line names the folders to delete; without them the same command goes back and gives the same losses."""
+    folder = copy_of(stopped)
+    path, *later = (folder / "checkpoints" / f"step-00000{step}" for step in (2, 5, 4))
     before = tree(folder)
     assert start(folder, resume=path) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert line.startswith(f"error: --resume {path} would write over the checkpoints of another run in {folder}")
+    assert line == (
+        f"error: --resume {path} is not the newest checkpoint of {folder / 'checkpoints'}; to go back to it, delete "
+        f"{later[0]} and {later[1]}"
+    )
     assert tree(folder) == before
+    for each in later:
+        shutil.rmtree(each)
+    assert start(folder, resume=path) == 0
+    assert_same_run(folder, uninterrupted)
 
 
 def test_metrics_of_a_run_whose_checkpoints_are_gone_are_put_aside_each_time(tmp_path):
@@ -383,17 +396,6 @@ def test_more_steps_and_more_epochs_may_be_asked_for_later(tmp_path):
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in whole], rel=1e-5)
 
 
-def test_resume_never_beside_checkpoints_is_refused_and_deletes_nothing(stopped, copy_of, capsys):
-    folder = copy_of(stopped)
-    (folder / "checkpoints" / "step-000006.writing").mkdir()
-    (folder / "checkpoints" / "step-000006.writing" / "half").write_text("half")
-    before = tree(folder)
-    assert start(folder, resume="never") == 2
-    errors = capsys.readouterr().err
-    assert "error: --resume never would write over the checkpoints in" in errors
-    assert tree(folder) == before
-
-
 def test_an_evaluation_made_up_for_and_then_lost_with_a_kill_is_told_once(tmp_path, uninterrupted):
     """Stopped at step 4, which ends in an evaluation; the resumed run evaluates, and is killed before its next save."""
 
@@ -412,71 +414,45 @@ def test_an_evaluation_made_up_for_and_then_lost_with_a_kill_is_told_once(tmp_pa
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("where", ["never", "in the same folder", "in another folder"])
-def test_the_same_command_goes_on_whatever_it_said_of_resuming(stopped, copy_of, tmp_path, uninterrupted, where):
-    """A run that began with --resume never or PATH is stopped, as before a requeue; its command is started again."""
-    folder, resume, first = tmp_path / "run", "never", 1
-    if where != "never":
-        copy = copy_of(stopped)
-        folder = copy if where == "in the same folder" else folder
-        resume, first = copy / "checkpoints" / "step-000002", 1 if folder == copy else 3
+def test_the_same_command_goes_on_whatever_path_it_began_from(stopped, tmp_path, uninterrupted):
+    """A run that began with --resume PATH is stopped, as before a requeue; its command is started again."""
+    folder, resume = tmp_path / "run", stopped / "checkpoints" / "step-000002"
     stop_after(folder, 4, resume=resume)
     stop_after(folder, 6, resume=resume)
     assert start(folder, resume=resume) == 0
-    assert [line["step"] for line in read_metrics(folder)[0]] == list(range(first, 10))
-    losses, expected = ([line["loss"] for line in read_metrics(f)[0][first - 10 :]] for f in (folder, uninterrupted))
+    assert [line["step"] for line in read_metrics(folder)[0]] == list(range(3, 10))
+    losses, expected = ([line["loss"] for line in read_metrics(f)[0][-7:]] for f in (folder, uninterrupted))
     assert losses == pytest.approx(expected, rel=1e-5)
-    if where == "never":
-        assert start(folder, resume=resume) == 2, "a finished run is not written over"
 
 
-def test_a_run_that_goes_back_and_is_killed_before_its_first_save_goes_on_from_where_it_went_back_to(
-    stopped, copy_of, uninterrupted, capsys
-):
-    folder = copy_of(stopped)
-    path = folder / "checkpoints" / "step-000002"
-    with at_steps({3: lambda: (_ for _ in ()).throw(KeyboardInterrupt)}), pytest.raises(KeyboardInterrupt):
-        start(folder, resume=path)
-    (folder / ".lock").open().close()
-    assert saved(folder) == ["step-000002", "step-000004.aside", "step-000005.aside"]
-    assert "step-000005 is put aside as step-000005.aside; the next save deletes it" in capsys.readouterr().out
-    assert start(folder) == 0
-    assert f"resume    from {path}" in capsys.readouterr().out
-    assert saved(folder) == ["step-000008", "step-000009"]
-    assert_same_run(folder, uninterrupted)
-
-
-def test_resume_never_also_sees_what_a_kill_between_two_renames_left(stopped, copy_of, capsys):
-    """The same step was being saved again: the former checkpoint had lost its name, the new one had not got it."""
-    folder = copy_of(stopped)
-    for checkpoint in (folder / "checkpoints").iterdir():
-        checkpoint.rename(checkpoint.with_name(checkpoint.name + ".replaced"))
-    before = saved(folder)
-    assert start(folder, resume="never") == 2
-    assert "--resume never would write over the checkpoints" in capsys.readouterr().err
-    assert saved(folder) == before
-
-
-def test_resume_never_in_a_folder_without_checkpoints_starts_anew(tmp_path):
-    assert start(tmp_path, resume="never", max_steps=1) == 0
-    assert saved(tmp_path) == ["step-000001"]
-
-
-@pytest.mark.parametrize("why", ["asked for", "newest damaged"])
-def test_going_back_to_an_older_checkpoint_makes_its_successors_the_newest(tmp_path, uninterrupted, why):
-    """Checkpoints of steps 4, 8 and 9; back to 4, stop after 6 with one checkpoint kept: the one of step 6."""
+def test_the_one_before_a_damaged_checkpoint_makes_its_successors_the_newest(tmp_path, uninterrupted):
+    """Checkpoints of steps 4, 8 and 9, the last two damaged; a stop after 6 with one kept, that of step 6."""
     assert start(tmp_path, save_interval=4, keep_checkpoints=3) == 0
     assert saved(tmp_path) == ["step-000004", "step-000008", "step-000009"]
-    if why == "newest damaged":
-        for step in ("step-000008", "step-000009"):
-            next((tmp_path / "checkpoints" / step).glob("*.safetensors")).unlink()
-        stop_after(tmp_path, 6, save_interval=4, keep_checkpoints=1)
-    else:
-        path = tmp_path / "checkpoints" / "step-000004"
-        stop_after(tmp_path, 6, save_interval=4, keep_checkpoints=1, resume=path)
-    assert "step-000006" in saved(tmp_path)
+    for step in ("step-000008", "step-000009"):
+        next((tmp_path / "checkpoints" / step).glob("*.safetensors")).unlink()
+    stop_after(tmp_path, 6, save_interval=4, keep_checkpoints=1)
+    assert saved(tmp_path) == ["step-000006"]
     assert start(tmp_path, save_interval=4) == 0
     assert_same_run(tmp_path, uninterrupted)
+
+
+FORMER = Path(__file__).parent / "data" / "former_checkpoint"
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_its_losses(tmp_path):
+    """It holds step 2; that version's own run had these losses in steps 3 and 4 and this one at its end."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in [FORMER / "config.json", *TINY_LLAMA.glob("tokenizer*")]:
+        shutil.copy(file, model)
+    shutil.copytree(FORMER / "checkpoints", tmp_path / "run" / "checkpoints")
+    flags = dict(model_name_or_path=model, block_size=64, batch_size=8, lr=1e-2, lr_scheduler="constant")
+    flags |= dict(warmup_ratio=0, random_init=True, max_steps=4, resume_anyway=True)
+    assert conftest.start(tmp_path / "run", **flags) == 0
+    steps, evaluations = read_metrics(tmp_path / "run")
+    assert [line["loss"] for line in steps] == pytest.approx([6.886326313018799, 6.852049827575684], rel=1e-6)
+    assert evaluations[-1]["eval_loss"] == pytest.approx(6.811911446707589, rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -624,6 +600,7 @@ def poisoned(steps: set[int]) -> Iterator[None]:
 
     def training_step(model, optimizer, batch, lr, state, *rest):
         poison[:] = [1] * (state.step + 1 in steps)
+        torch.rand(1)  # moves the random state on, as dropout would
         try:
             return step(model, optimizer, batch, lr, state, *rest)
         finally:
@@ -729,7 +706,7 @@ def test_under_nohup_neither_the_end_of_the_terminal_nor_that_of_the_shell_stops
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("when", ["prepare_save_folder", "load_model", "check_setup"])
-def test_a_signal_before_training_stops_after_the_first_step_with_exit_0(tmp_path, monkeypatch, capsys, number, when):
+def test_a_signal_before_training_stops_before_the_first_step_with_exit_0(tmp_path, monkeypatch, capsys, number, when):
     act = getattr(train_llama2, when)
 
     def signalled(*all):
@@ -738,8 +715,9 @@ def test_a_signal_before_training_stops_after_the_first_step_with_exit_0(tmp_pat
 
     monkeypatch.setattr(train_llama2, when, signalled)
     assert start(tmp_path, async_save="no") == 0
-    assert f"stopped   by {number.name} after step 1; the checkpoint is saved" in capsys.readouterr().out
-    assert saved(tmp_path) == ["step-000001"]
+    said = f"stopped   by {number.name} after step 0; nothing was trained yet, and the same command begins again"
+    assert said in capsys.readouterr().out
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -761,14 +739,13 @@ def test_a_signal_after_the_last_look_at_signals_of_a_step_is_found_by_the_next_
 
 
 def test_a_signal_during_the_final_save_lets_the_model_be_finished(tmp_path, monkeypatch, capfd, uninterrupted):
-    finish = train_llama2.finish_interrupted_save
+    write = train_llama2.write_model
 
-    def signalled(folder):  # once the model is written, and is about to move in
-        if (folder / train_llama2.STAGED).exists():
-            signal_myself()
-        finish(folder)
+    def signalled(*arguments):  # once the model is written, and is about to move in
+        write(*arguments)
+        signal_myself()
 
-    monkeypatch.setattr(train_llama2, "finish_interrupted_save", signalled)
+    monkeypatch.setattr(train_llama2, "write_model", signalled)
     assert start(tmp_path) == 0
     said = capfd.readouterr()
     assert "stopping  at the end of the step" in said.err
@@ -871,7 +848,10 @@ def test_training_goes_on_during_a_save_and_what_is_saved_is_the_step_it_is_of(t
         patch.setattr(Checkpoints, "write", slow)
         assert start(tmp_path, async_save="yes", max_steps=9, keep_checkpoints=9) == 0
     assert waited == [True]
-    assert start(tmp_path, resume=tmp_path / "checkpoints" / "step-000002") == 0
+    for later in (tmp_path / "checkpoints").iterdir():
+        if later.name > "step-000002":
+            shutil.rmtree(later)
+    assert start(tmp_path) == 0
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -900,7 +880,14 @@ def small_checkpoints(tmp_path) -> Iterator[Callable[..., Checkpoints]]:
     settings = dict(model_name_or_path=str(TINY_LLAMA), block_size=64, save_model_dir=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     with enable_advanced_parallelization(Config(**settings)) as parallel:
-        yield lambda **flags: Checkpoints(Config(**settings, **flags), parallel, {"seed": 42}, total_steps=9)
+
+        def make(**flags: object) -> Checkpoints:
+            config = Config(**settings, **flags)
+            return Checkpoints(dataclasses.replace(parallel, config=config), None, total_steps=9)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_llama2, "loss_settings", lambda documents, parallel: {"seed": 42})
+            yield make
 
 
 def test_scarce_host_memory_makes_saving_hold_training_and_is_said(small_checkpoints, monkeypatch, capsys):
@@ -951,17 +938,17 @@ def test_too_little_host_memory_for_all_of_a_run_is_refused_before_training(
     embedding and head 256 each.
     """
     assert 4 * (4 * 16 + 3 * 64) + 2 * 256 == 1.5 * 1024
-    config, parallel = (getattr(small_checkpoints(), name) for name in ("config", "parallel"))
+    parallel = small_checkpoints().parallel
     plan = dataclasses.replace(parallel.plan, cpu_offload=offload, precision=precision)
     parallel = dataclasses.replace(parallel, plan=plan)
     monkeypatch.setattr(train_llama2.Parallel, "device", property(lambda self: torch.device(device)))
     monkeypatch.setattr(train_llama2, "GIB", 2**20)
     available = int(need[0] * 1.5 * 2**20) + need[1] * PARAMETERS
     monkeypatch.setattr(train_llama2.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    Checkpoints(config, parallel, {}, total_steps=9)
+    Checkpoints(parallel, None, total_steps=9)
     available -= 1
     with pytest.raises(train_llama2.UserError, match="GiB of host memory free, and the run will take") as refusal:
-        Checkpoints(config, parallel, {}, total_steps=9)
+        Checkpoints(parallel, None, total_steps=9)
     assert all(part in str(refusal.value) for part in words)
 
 
@@ -1033,10 +1020,14 @@ def state_at(step: int) -> TrainingState:
     return state
 
 
-@pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step again"])
-def test_a_kill_at_any_file_operation_leaves_the_former_checkpoint_or_the_new_one(tmp_path, small_checkpoints, step):
+@pytest.mark.parametrize("damaged", [False, True], ids=["the next step", "a damaged one of the same step"])
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, small_checkpoints, damaged):
+    """The former one, of step 1, or the new one, of step 2, which may take the place of a damaged one."""
     folder, former_folder, crashes, outcomes = tmp_path / "run", tmp_path / "former", [], set()
     small_checkpoints(async_save="no").save(*model_of(0.5), state_at(1))
+    if damaged:
+        small_checkpoints(async_save="no").save(*model_of(0.75), state_at(2))
+        flip_a_bit(folder / "checkpoints" / "step-000002")
     folder.rename(former_folder)
     for k in itertools.count():
         shutil.rmtree(folder, ignore_errors=True)
@@ -1045,7 +1036,7 @@ def test_a_kill_at_any_file_operation_leaves_the_former_checkpoint_or_the_new_on
         model, optimizer = model_of(0.25)
         death.come(k)
         try:
-            checkpoints.save(model, optimizer, state_at(step))
+            checkpoints.save(model, optimizer, state_at(2))
         except Crash as crash:
             crashes.append(crash)
         else:
@@ -1053,16 +1044,15 @@ def test_a_kill_at_any_file_operation_leaves_the_former_checkpoint_or_the_new_on
         finally:
             death.end()
         model, optimizer = model_of(0.0)
-        state = small_checkpoints().resume(model, optimizer, torch.device("cpu"))
+        state = small_checkpoints().resume(model, optimizer)
         values = {value for parameter in model.parameters() for value in parameter.unique().tolist()}
-        assert (state.step, values) in [(1, {0.5}), (step, {0.25})], crashes[-1]
-        assert saved(folder)[-1] == f"step-{state.step:06d}"
+        assert (state.step, values) in [(1, {0.5}), (2, {0.25})], crashes[-1]
         assert not [name for name in saved(folder) if "." in name]
         outcomes.add(state.step)
         death.end()
     assert len(crashes) >= 5
-    assert outcomes == {1, step}
-    assert saved(folder) == [f"step-{step:06d}"]
+    assert outcomes == {1, 2}
+    assert saved(folder) == ["step-000002"]
 
 
 def test_every_byte_is_flushed_before_the_checkpoint_gets_its_name(tmp_path, small_checkpoints, monkeypatch):
@@ -1113,9 +1103,20 @@ def test_a_step_that_is_saved_is_not_saved_again(tmp_path, small_checkpoints, mo
     assert len(writes) == 2
     checkpoints = small_checkpoints(async_save="no")
     model, optimizer = model_of(0.0)
-    checkpoints.save(model, optimizer, checkpoints.resume(model, optimizer, torch.device("cpu")))
+    checkpoints.save(model, optimizer, checkpoints.resume(model, optimizer))
     assert len(writes) == 2, "nothing was trained since"
     assert checkpoints.seconds_to_save() > 0, "what the former process's saves took is known from the start"
+
+
+@pytest.mark.parametrize(("device", "made"), [("cpu", []), ("cpu:0", []), ("cuda", []), ("cuda:3", ["cuda:3"])])
+def test_the_writing_thread_uses_the_gpu_of_its_rank(small_checkpoints, monkeypatch, device, made):
+    """torch refuses to make a "cuda" without a number the current one, which is what a lone process has."""
+    checkpoints, current = small_checkpoints(), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(train_llama2.Parallel, "device", property(lambda self: torch.device(device)))
+    checkpoints.write({"model.weight": torch.zeros(2)}, {"step": 1}, time.perf_counter())
+    assert current == made
+    assert checkpoints.saved_step == 1
 
 
 @pytest.mark.parametrize("choice", ["yes", "no"])
@@ -1131,7 +1132,7 @@ def test_tied_weights_are_saved_and_come_back_tied(small_checkpoints, choice):
     assert checkpoints.saved_step == 1
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    assert small_checkpoints().resume(model, optimizer, torch.device("cpu")).step == 1
+    assert small_checkpoints().resume(model, optimizer).step == 1
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.unique().tolist() == [0.5]
 
@@ -1142,7 +1143,7 @@ def test_large_states_are_spread_over_files(tmp_path, small_checkpoints, monkeyp
     files = list((tmp_path / "run" / "checkpoints" / "step-000001").glob("*.safetensors"))
     assert len(files) >= 3
     model, optimizer = model_of(0.0)
-    assert small_checkpoints().resume(model, optimizer, torch.device("cpu")).step == 1
+    assert small_checkpoints().resume(model, optimizer).step == 1
     assert {value for parameter in model.parameters() for value in parameter.unique().tolist()} == {0.5}
 
 
@@ -1210,11 +1211,13 @@ def remove_the_manifest(checkpoint: Path) -> str:
 @pytest.mark.parametrize(
     "damage", [truncate, flip_a_bit, remove_a_shard, edit_the_manifest, cut_the_manifest, remove_the_manifest]
 )
-def test_damage_is_named_refused_by_path_and_passed_over_by_auto(stopped, copy_of, capsys, uninterrupted, damage):
+def test_damage_is_named_refused_by_path_and_passed_over_by_auto(
+    stopped, copy_of, tmp_path, capsys, uninterrupted, damage
+):
     folder = copy_of(stopped)
     newest = folder / "checkpoints" / "step-000005"
     named = damage(newest)
-    assert start(folder, resume=newest) == 2
+    assert start(tmp_path / "new", resume=newest) == 2
     assert f"error: --resume {newest} is not a whole checkpoint: {named}" in capsys.readouterr().err
     assert start(folder) == 0
     said = capsys.readouterr().out
@@ -1237,7 +1240,7 @@ def test_auto_does_not_start_anew_where_every_checkpoint_is_damaged(stopped, cop
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path, capsys):
     assert start(tmp_path / "run", resume="/nope") == 2
-    assert "error: --resume /nope does not exist; give auto, never, or a checkpoint's folder" in capsys.readouterr().err
+    assert "error: --resume /nope does not exist; give auto, or a checkpoint's folder" in capsys.readouterr().err
 
 
 def test_a_path_without_a_checkpoint_is_refused(tmp_path, capsys):
