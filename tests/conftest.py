@@ -6,15 +6,21 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = ROOT / "tests" / "ranks"  # programs that ranks run
@@ -92,6 +98,80 @@ def start(folder: Path, *words: str, **flags: object) -> int:
             (folder / ".lock").open().close()  # closing any descriptor of a file ends a process's locks on it
 
 
+@contextlib.contextmanager
+def at_steps(acts: dict[int, Callable[[], object]]) -> Iterator[None]:
+    """Inside, the end of each of these steps calls its act."""
+    import train_llama2
+
+    report = train_llama2.RunLog.step
+
+    def step(self, state, result):
+        report(self, state, result)
+        acts.get(state.step, lambda: None)()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_llama2.RunLog, "step", step)
+        yield
+
+
+def signal_myself(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # the handler runs before the next line of Python
+
+
+def stop_after(folder: Path, step: int, **flags: object) -> None:
+    """Runs the script in this process until a SIGTERM at the end of step `step`."""
+    with at_steps({step: signal_myself}):
+        assert start(folder, **flags) == 0
+
+
+class Crash(BaseException):
+    """What a crash point raises. It is not an Exception, so nothing on the way catches it."""
+
+
+class CrashPoint:
+    """Between `arm(k)` and `disarm()` only the first k file operations succeed, as for a process that is killed.
+
+    Python announces every file that it opens for writing, renames, removes, makes, truncates or gives another mode.
+    """
+
+    OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")
+    left: int | None = None
+    listening = False
+
+    def arm(self, k: int) -> None:
+        if not self.listening:
+            sys.addaudithook(self.announced)
+        self.listening, self.left = True, k
+
+    def disarm(self) -> None:
+        self.left = None
+
+    def announced(self, event: str, details: tuple) -> None:
+        if self.left is None:
+            return
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in self.OPERATIONS:
+            self.left -= 1
+            if self.left < 0:
+                raise Crash(f"{event} {details}")
+
+
+crash_point = CrashPoint()
+
+
+def llama_of(value: float) -> torch.nn.Module:
+    """Returns a tiny Llama whose weights all have the same value, so that a mix of two models shows."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, value)
+    return model
+
+
 def fresh_accelerate() -> None:
     """Lets Accelerate forget the processes and the device of a former run in this process."""
     from accelerate.state import AcceleratorState
@@ -99,8 +179,9 @@ def fresh_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(autouse=True)
-def every_test_begins_anew() -> None:
+@pytest.fixture
+def own_processes() -> None:
+    """For tests that begin a run of their own in this process."""
     fresh_accelerate()
 
 

@@ -23,12 +23,23 @@ import conftest
 import psutil
 import pytest
 import torch
-from conftest import NEWS, RANKS, TINY_LLAMA, fresh_accelerate, read_metrics, small_run
-from test_final_model import Crash, small_llama
+from conftest import (
+    NEWS,
+    RANKS,
+    TINY_LLAMA,
+    Crash,
+    at_steps,
+    crash_point,
+    fresh_accelerate,
+    llama_of,
+    read_metrics,
+    signal_myself,
+    small_run,
+)
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import train_llama2
-from train_llama2 import Checkpoints, Config, RunLog, TrainingState, enable_advanced_parallelization
+from train_llama2 import Checkpoints, Config, TrainingState, enable_advanced_parallelization
 
 # 34 documents in batches of 13: 3 steps an epoch, the last of 8 documents; 9 steps. A stop after step 2, 4, 5, 7 or 8
 # is in the middle of an epoch.
@@ -48,29 +59,9 @@ def start(folder: Path, **flags: object) -> int:
     return conftest.start(folder, **{**RUN, **flags})
 
 
-@contextlib.contextmanager
-def at_steps(acts: dict[int, Callable[[], object]]) -> Iterator[None]:
-    """Inside, the end of each of these steps calls its act."""
-    report = RunLog.step
-
-    def step(self, state, result):
-        report(self, state, result)
-        acts.get(state.step, lambda: None)()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "step", step)
-        yield
-
-
-def signal_myself(number: int = signal.SIGTERM) -> None:
-    os.kill(os.getpid(), number)
-    time.sleep(0.01)  # the handler runs before the next line of Python
-
-
 def stop_after(folder: Path, step: int, **flags: object) -> None:
     """Runs in this process until a SIGTERM during step `step`."""
-    with at_steps({step: signal_myself}):
-        assert start(folder, **flags) == 0
+    conftest.stop_after(folder, step, **{**RUN, **flags})
 
 
 def saved(folder: Path) -> list[str]:
@@ -979,34 +970,9 @@ def test_host_memory_is_what_the_jobs_own_limits_leave(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------
 
 
-class Death:
-    """Between `come(k)` and `end()`, no file operation after the first k succeeds."""
-
-    left: int | None = None
-
-    def come(self, k: int) -> None:
-        self.left = k
-
-    def end(self) -> None:
-        self.left = None
-
-    def __call__(self, event: str, details: tuple) -> None:
-        if self.left is None:
-            return
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-        if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"):
-            self.left -= 1
-            if self.left < 0:
-                raise Crash(f"{event} {details}")
-
-
-death = Death()
-sys.addaudithook(death)
-
-
 def model_of(value: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """Returns a model of nothing but `value`, and an optimizer that has moments."""
-    model = small_llama(value)
+    model = llama_of(value)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, value)
@@ -1034,7 +1000,7 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, small_
         shutil.copytree(former_folder, folder)
         checkpoints = small_checkpoints(async_save="no", keep_checkpoints=1)
         model, optimizer = model_of(0.25)
-        death.come(k)
+        crash_point.arm(k)
         try:
             checkpoints.save(model, optimizer, state_at(2))
         except Crash as crash:
@@ -1042,14 +1008,14 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, small_
         else:
             break
         finally:
-            death.end()
+            crash_point.disarm()
         model, optimizer = model_of(0.0)
         state = small_checkpoints().resume(model, optimizer)
         values = {value for parameter in model.parameters() for value in parameter.unique().tolist()}
         assert (state.step, values) in [(1, {0.5}), (2, {0.25})], crashes[-1]
         assert not [name for name in saved(folder) if "." in name]
         outcomes.add(state.step)
-        death.end()
+        crash_point.disarm()
     assert len(crashes) >= 5
     assert outcomes == {1, 2}
     assert saved(folder) == ["step-000002"]

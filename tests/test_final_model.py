@@ -6,39 +6,35 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from conftest import NEWS, TINY_LLAMA, read_metrics, small_run
+from conftest import NEWS, TINY_LLAMA, Crash, crash_point, fresh_accelerate, llama_of, read_metrics, small_run
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from test_training_and_evaluation import mean_token_loss
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import train_llama2
 from train_llama2 import UNFINISHED_MODEL, Config, Parallel, enable_advanced_parallelization
+
+pytestmark = pytest.mark.usefixtures("own_processes")
 
 TWO_STEPS = dict(max_train_samples=4, max_eval_samples=2, batch_size=2, block_size=128)
 
 
 def start(folder: Path, **flags: object) -> int:
-    """Runs in this process and frees the folder, as the end of a process would. Returns the exit code."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return train_llama2.command_line(small_run(folder, **{**TWO_STEPS, **flags}))
-    finally:
-        (folder / ".lock").open().close()  # closing any descriptor of a file ends a process's locks on it
+    return conftest.start(folder, **{**TWO_STEPS, **flags})
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -135,7 +131,7 @@ def typed_run(tmp_path_factory) -> SimpleNamespace:
         patch.setattr(sys, "argv", ["/opt/train_llama2.py", *words, "--dataset-name-or-path", *files])
         for _ in range(2):
             consoles.append([])
-            AcceleratorState._reset_state(reset_partial_state=True)
+            fresh_accelerate()
             assert train_llama2.command_line() == 0
             (base / "the run" / ".lock").open().close()
             cards.append((base / "the run" / "README.md").read_text())
@@ -318,44 +314,7 @@ def test_a_card_that_fails_leaves_the_former_and_a_warning(tmp_path, monkeypatch
 # ----------------------------------------------------------------------------------------------------------------
 
 
-class Crash(BaseException):
-    """Not an Exception, so that nothing on the way catches it."""
-
-
-class CrashPoint:
-    """Between `arm(k)` and `disarm()`, the k-th file operation (from 0) raises Crash."""
-
-    left: int | None = None
-
-    def arm(self, k: int) -> None:
-        self.left = k
-
-    def disarm(self) -> None:
-        self.left = None
-
-    def __call__(self, event: str, details: tuple) -> None:
-        if self.left is None:
-            return
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-        if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"):
-            self.left -= 1
-            if self.left < 0:
-                self.disarm()
-                raise Crash(f"{event} {details}")
-
-
-crash_point = CrashPoint()
-sys.addaudithook(crash_point)
 FORMER, NEW = 0.5, 0.25
-
-
-def small_llama(value: float) -> LlamaForCausalLM:
-    """Returns a model whose weights all have the same value, so that a mix of two models shows."""
-    shape = dict(vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
-    model = LlamaForCausalLM(LlamaConfig(**shape))
-    for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, value)
-    return model
 
 
 def model_in(folder: Path) -> float | str | None:
@@ -390,7 +349,7 @@ def test_a_kill_leaves_former_model_none_or_the_new(tmp_path, monkeypatch, forme
     former_folder.mkdir()
     tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
     if former != "none":
-        small_llama(FORMER).save_pretrained(former_folder, max_shard_size="70KB" if former == "shards" else "1GB")
+        llama_of(FORMER).save_pretrained(former_folder, max_shard_size="70KB" if former == "shards" else "1GB")
         tokenizer.save_pretrained(former_folder)
         assert (former_folder / "model.safetensors.index.json").exists() == (former == "shards")
     if new_in_shards:
@@ -398,8 +357,8 @@ def test_a_kill_leaves_former_model_none_or_the_new(tmp_path, monkeypatch, forme
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", in_shards)
     before = None if former == "none" else FORMER
     config = Config(model_name_or_path=str(TINY_LLAMA), save_model_dir=str(folder), block_size=64, parallelism="none")
-    model, left_by_kills = small_llama(NEW), []
-    AcceleratorState._reset_state(reset_partial_state=True)
+    model, left_by_kills = llama_of(NEW), []
+    fresh_accelerate()
     with enable_advanced_parallelization(config) as parallel:
         (tmp_path / "warm").mkdir()  # libraries that are imported at the first save write files of their own
         warm_up = dataclasses.replace(parallel, config=Config(save_model_dir=str(tmp_path / "warm")))
@@ -448,15 +407,15 @@ def test_a_save_right_after_a_kill_gives_the_new_model(tmp_path):
     """No start of the script tidies the folder in between."""
     config = Config(model_name_or_path=str(TINY_LLAMA), save_model_dir=str(tmp_path), block_size=64)
     tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_accelerate()
     with enable_advanced_parallelization(config) as parallel:
         for k in itertools.count():
-            train_llama2.save_model(small_llama(FORMER), tokenizer, parallel)
-            if not crashes(lambda: train_llama2.save_model(small_llama(NEW), tokenizer, parallel), k):
+            train_llama2.save_model(llama_of(FORMER), tokenizer, parallel)
+            if not crashes(lambda: train_llama2.save_model(llama_of(NEW), tokenizer, parallel), k):
                 break
             (tmp_path / UNFINISHED_MODEL).mkdir(exist_ok=True)
             (tmp_path / UNFINISHED_MODEL / "tokenizer.model").write_bytes(b"of another model")
-            train_llama2.save_model(small_llama(NEW), tokenizer, parallel)
+            train_llama2.save_model(llama_of(NEW), tokenizer, parallel)
             assert model_in(tmp_path) == NEW
             assert not list(tmp_path.glob(".*")) and not (tmp_path / "tokenizer.model").exists()
     assert k > 15

@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 import train_llama2
 from train_llama2 import Config, UserError, enable_advanced_parallelization
 
+pytestmark = pytest.mark.usefixtures("own_processes")
+
 
 def test_on_moai_the_platforms_hook_is_called_once_before_the_model_and_the_run_is_a_plain_one(tmp_path):
     flags = {"max_train_samples": 4, "max_eval_samples": 2, "batch_size": 4, "num_train_epochs": 2, "precision": "fp32"}

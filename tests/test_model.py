@@ -37,6 +37,8 @@ from train_llama2 import (
     with_targets,
 )
 
+pytestmark = pytest.mark.usefixtures("own_processes")
+
 
 @pytest.fixture(scope="module")
 def big_llama(tmp_path_factory) -> tuple[Path, float]:

@@ -16,12 +16,13 @@ from types import SimpleNamespace
 import check_plan
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import SCRIPT, TINY_LLAMA, read_metrics, run_script_several_times, small_run
+from conftest import RANKS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, run_script_several_times, small_run
 from transformers import LlamaConfig, Qwen2Config
 
 import train_llama2
 from train_llama2 import GPUS, Cluster, Config, Plan, UserError, choose_plan, parse_cluster, parse_config
+
+pytestmark = pytest.mark.usefixtures("own_processes")
 
 GIB = 2**30
 
@@ -43,11 +44,6 @@ TIED = train_llama2.model_shape(  # Qwen2.5-0.5B: tied embeddings, grouped queri
 )  # fmt: skip
 LAPTOP_CPU = train_llama2.Gpu(8.0, 0.1, 10, 0.5, 1.0, 1, 1, sources={"peak": "measured"})
 LAPTOP = Cluster(1, 1, "x86_64", False, LAPTOP_CPU)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def plan_of(replicas: int = 1, shards: int = 1, **changes: object) -> Plan:
@@ -738,7 +734,6 @@ def test_a_laptop_is_not_charged_for_cuda():
 # The plan is what runs
 # ----------------------------------------------------------------------------------------------------------------
 
-EXECUTED_PLAN = Path(__file__).parent / "ranks" / "executed_plan.py"
 # 34 documents in batches of 8: 4 a rank, in two micro-batches of 2.
 RUN = {"batch_size": 8, "max_steps": 3, "max_eval_samples": 2, "micro_batch_size": 2, "parallelism": "fsdp"}
 PLANS = {
@@ -753,9 +748,9 @@ def executed(tmp_path_factory) -> dict[str, tuple[Path, str]]:
     """Returns folder and console of each of PLANS on 2 ranks, and those of one process with all flags at auto."""
     base = tmp_path_factory.mktemp("executed")
     flags = [small_run(base / name, **RUN, **plan) for name, plan in PLANS.items()]
-    runs = dict(zip(PLANS, run_script_several_times(flags, 2, EXECUTED_PLAN.read_text()), strict=True))
+    runs = dict(zip(PLANS, run_script_several_times(flags, 2, [RANKS / "executed_plan.py"]), strict=True))
     assert all(run.returncode == 0 for run in runs.values()), [run.stderr for run in runs.values()]
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_accelerate()
     train_llama2.main(small_run(base / "one process", **{**RUN, "micro_batch_size": "auto", "parallelism": "auto"}))
     return {name: (base / name, runs[name].stdout if name in runs else "") for name in [*PLANS, "one process"]}
 
@@ -921,7 +916,7 @@ def test_out_of_memory_names_flags_with_which_the_run_continues(tmp_path, monkey
     assert re.match(r"--micro-batch-size 4 --activation-checkpointing \w", remedy)
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_accelerate()
     assert train_llama2.command_line([*flags, *remedy.split()]) == 0
     assert [line["step"] for line in read_metrics(tmp_path)[0]] == [1, 2, 3, 4]
     assert written(tmp_path)["plan"]["micro_batch_size"] == 4

@@ -11,7 +11,6 @@ import os
 import pty
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -22,18 +21,20 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import accelerate
+import conftest
 import datasets
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
-from conftest import NEWS, SCRIPT, TINY_LLAMA, read_metrics, small_run
+from conftest import NEWS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, small_run
 from transformers import AutoTokenizer, LlamaConfig
 
 import train_llama2
-from train_llama2 import Cluster, Config, Parallel, RunLog
+from train_llama2 import Cluster, Config, Parallel
+
+pytestmark = pytest.mark.usefixtures("own_processes")
 
 # 34 documents in batches of 13 are 3 steps an epoch, so 9 steps in all.
 NINE_STEPS = dict(
@@ -57,7 +58,7 @@ def token_counts(block_size: int) -> list[int]:
 @pytest.fixture(scope="module")
 def whole_set_run(tmp_path_factory):
     """Returns the folder of a run whose 5 steps see the same 8 documents, every second one reported."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_accelerate()
     folder = tmp_path_factory.mktemp("whole_set")
     flags = dict(max_train_samples=8, num_train_epochs=5, log_interval=2, eval_interval=3, lr_scheduler="linear")
     train_llama2.main(small_run(folder, **flags, warmup_ratio=0.2, block_size=256))
@@ -222,26 +223,11 @@ def resumed_run(tmp_path_factory):
 
 
 def start(folder: Path, **flags: object) -> int:
-    """Runs in this process and frees the folder, as the end of a process would. Returns the exit code."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return train_llama2.command_line(small_run(folder, **{**NINE_STEPS, **flags}))
-    finally:
-        (folder / ".lock").open().close()  # closing any descriptor of a file ends a process's locks on it
+    return conftest.start(folder, **{**NINE_STEPS, **flags})
 
 
 def stop_after(folder: Path, step: int, **flags: object) -> None:
-    """Runs in this process until a SIGTERM at the end of step `step`."""
-    report = RunLog.step
-
-    def report_and_stop(self, state, result):
-        report(self, state, result)
-        if state.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "step", report_and_stop)
-        assert start(folder, **flags) == 0
+    conftest.stop_after(folder, step, **{**NINE_STEPS, **flags})
 
 
 def samples_of(folder: Path) -> list[dict]:

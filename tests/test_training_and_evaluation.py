@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import train_llama2
 from train_llama2 import rouge_scores
 
+pytestmark = pytest.mark.usefixtures("own_processes")
+
 STORY = "The mayor opened the new bridge on Monday and thanked the builders for their work. "
 # Six documents whose lengths differ by a factor of 14; the validation split is not the matter here.
 STORIES = [{"article": STORY * n, "highlights": "A bridge. " * (1 + n % 3)} for n in (1, 7, 2, 12, 1, 4)]
