@@ -6,6 +6,8 @@
     python tests/benchmark.py --sweep --model tiny --block-size 128 --batch-size 4   # the same code on a laptop
     python tests/benchmark.py --overhead                                       # against a bare loop, same math
     python tests/benchmark.py --profile profile.txt                            # top operations of one packed step
+    python tests/benchmark.py --checkpoints                                    # how long a checkpoint holds training
+    python tests/benchmark.py --loading                                        # memory of loading on 1, 2 and 4 ranks
 
 The ways, all from the same random weights (`--random-init`), on the same documents in the same steps:
     tutorial   the usual loop: the whole prompt tokenised, padded and truncated to the block, HF loss, plain AdamW
@@ -58,7 +60,14 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, Trainer, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import train_llama2 as script  # noqa: E402
 
@@ -172,9 +181,9 @@ def make_task(
 ) -> Task:
     """Returns one cell. Raises UserError where the model does not fit or the data are too few."""
     config, parallel = config_that_fits(options, folder, block_size, micro_batch_size)
-    tokenizer = script.load_tokenizer(config, parallel)
-    pairs = script.load_documents(config, parallel)["train"]
-    documents = script.encode_documents(pairs, tokenizer, config, parallel)
+    tokenizer = script.load_tokenizer(parallel)
+    pairs = script.load_documents(parallel)["train"]
+    documents = script.encode_documents(pairs, tokenizer, parallel)
     prompts = [
         script.PROMPT_OPEN + article + script.PROMPT_CLOSE + summary
         for article, summary in zip(pairs[config.article_column], pairs[config.summary_column], strict=True)
@@ -195,7 +204,7 @@ def make_task(
         lengths_whole=lengths_whole,
         tokens_cut_share=float(cut.sum() / lengths_whole.sum()),
         summaries_cut_share=float(summaries_cut.mean()),
-        batches=step_batches(len(documents), steps, config),
+        batches=step_batches(documents, steps, config),
     )
 
 
@@ -205,15 +214,15 @@ def encode(prompts: Sequence[str], tokenizer: transformers.PreTrainedTokenizerBa
     return [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
 
 
-def step_batches(documents: int, steps: int, config: script.Config) -> list[np.ndarray]:
+def step_batches(documents: script.Documents, steps: int, config: script.Config) -> list[np.ndarray]:
     """Returns the documents of each step: the script's global batches, epoch after epoch, the full ones."""
-    if documents < config.batch_size:
-        raise script.UserError(f"--batch-size {config.batch_size} is more than the {documents} training documents")
+    if len(documents) < config.batch_size:
+        raise script.UserError(f"--batch-size {config.batch_size} is more than the {len(documents)} training documents")
     batches: list[np.ndarray] = []
     epoch = 0
     while len(batches) < steps:
-        epoch_batches = script.training_batches(documents, epoch, config)
-        batches += [batch for batch in epoch_batches if len(batch) == config.batch_size]
+        of_epoch = script.epoch_batches(documents, epoch, config)
+        batches += [batch for batch in of_epoch if len(batch) == config.batch_size]
         epoch += 1
     return batches[:steps]
 
@@ -284,8 +293,7 @@ class Way:
 def stock_model(task: Task) -> transformers.PreTrainedModel:
     """Returns transformers' own model with its own attention and loss, the script's random weights in it."""
     set_seed(SEED)
-    model_config = script.read_model_shape(task.config)[0]
-    model = script.random_model(model_config, None, task.device, script.state_dtype(task.parallel.plan))
+    model = script.random_model(None, task.parallel)
     model.set_attn_implementation("sdpa")
     model.config.use_cache = False
     return model
@@ -295,7 +303,7 @@ def set_recomputation(model: transformers.PreTrainedModel, plan: script.Plan) ->
     """Sets which layers recompute, also from a task that recomputed more to one that does less."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for index, layer in enumerate(model.model.layers):
-        layer.gradient_checkpointing = plan.checkpoints_layer(index)
+        layer.gradient_checkpointing = plan.recomputes_layer(index)
 
 
 class TutorialLoop(Way):
@@ -491,8 +499,8 @@ class ThisScript(Way):
         self.parallel = hook(self.config)
         set_seed(SEED)
         with contextlib.redirect_stdout(io.StringIO()):
-            self.model = script.load_model(self.config, self.parallel)
-        script.compile_layers(self.model, self.config, self.parallel, steps=len(task.batches))
+            self.model = script.load_model(self.parallel)
+        script.compile_layers(self.model, self.parallel, steps=len(task.batches))
         self.optimizer = script.build_optimizer(self.model, self.config)
 
     def begin(self, task: Task) -> None:
@@ -500,13 +508,11 @@ class ThisScript(Way):
         self.parallel = hook(self.config)
         set_recomputation(self.model, self.parallel.plan)
         self.state = script.TrainingState.fresh(self.parallel.device)
-        self.loader = iter(script.data_loader(task.documents, task.batches, self.parallel))
+        self.loader = (script.global_batch(task.documents, positions, self.parallel) for positions in task.batches)
 
     def step(self) -> int:
         batch = next(self.loader)
-        result = script.training_step(
-            self.model, self.optimizer, batch, LEARNING_RATE, self.state, self.config, self.parallel
-        )
+        result = script.training_step(self.model, self.optimizer, batch, LEARNING_RATE, self.state, self.parallel)
         self.record_loss(result.loss)
         return sum(result.micro_batch_tokens)
 
@@ -897,18 +903,19 @@ def measure_overhead(options: argparse.Namespace, folder: Path, deadline: Deadli
     way.build(task)
     config = dataclasses.replace(way.config, num_train_epochs=1 + steps_of(options), max_steps=steps_of(options))
     Path(config.save_model_dir).mkdir(parents=True, exist_ok=True)
-    parallel, total_steps = way.parallel, steps_of(options)
+    parallel, total_steps = dataclasses.replace(way.parallel, config=config), steps_of(options)
     state = script.TrainingState.fresh(parallel.device)
-    prepared = script.GlobalBatches(task.documents, task.batches, parallel)
+    prepared = [script.global_batch(task.documents, positions, parallel) for positions in task.batches]
     steps_per_epoch = math.ceil(len(task.documents) / config.batch_size)
     with script.StopSignals(parallel) as stop, contextlib.redirect_stdout(io.StringIO()):
-        log = script.RunLog(config, parallel, state, total_steps, steps_per_epoch, {"compiled": way.compiled})
-        waited = log.timing_the_wait(iter(script.data_loader(task.documents, task.batches, parallel)))
+        log = script.RunLog(parallel, state, total_steps, steps_per_epoch, compiled=way.compiled, async_save=False)
+        making = (script.global_batch(task.documents, positions, parallel) for positions in task.batches)
+        waited = log.timing_the_wait(making)
         seconds: dict[str, list[tuple[float, float]]] = {"script": [], "bare": []}
         for index in range(total_steps):
             bare_batch = on_device(prepared[index], parallel.device)
             turns: list[tuple[str, Callable[[], None]]] = [
-                ("script", lambda: script_step(way, next(waited), config, parallel, state, total_steps, log, stop)),
+                ("script", lambda: script_step(way, next(waited), parallel, state, total_steps, log, stop)),
                 ("bare", lambda batch=bare_batch: bare_step(way.model, way.optimizer, batch, config, parallel)),
             ]
             for name, step in turns if index % 2 else turns[::-1]:
@@ -948,17 +955,14 @@ def timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def script_step(way, batch, config, parallel, state, total_steps, log, stop) -> None:
+def script_step(way, batch, parallel, state, total_steps, log, stop) -> None:
     """One turn of the loop in the script's main(), where nothing is evaluated or saved."""
-    lr = script.learning_rate(state.step, total_steps, config)
-    result = script.training_step(way.model, way.optimizer, batch, lr, state, config, parallel, stop)
-    if result is not None:
-        log.step(state, result)
-    if not stop.agreed():
-        log.evaluation_due(state)
     stop.agreed()
+    log.evaluation_due(state)
     script.stop_if_broken(state, saving=False)
-    stop.seconds_to_leave = log.step_seconds
+    stop.seconds_to_leave = log.seconds_per_step()
+    lr = script.learning_rate(state.step, total_steps, parallel.config)
+    log.step(state, script.training_step(way.model, way.optimizer, batch, lr, state, parallel, stop))
 
 
 def on_device(batch: script.GlobalBatch, device: torch.device) -> script.GlobalBatch:
@@ -972,7 +976,7 @@ def bare_step(model, optimizer, batch: script.GlobalBatch, config: script.Config
     for micro_batch in batch.micro_batches:
         inputs: dict[str, Any] = {name: tensor for name, tensor in micro_batch.items() if name != "labels"}
         if parallel.plan.packing:
-            inputs["max_length"] = parallel.block_size
+            inputs["max_length"] = parallel.config.block_size
         with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
             loss = model(**inputs, use_cache=False)
         (loss / batch.label_tokens).backward()
@@ -1099,6 +1103,84 @@ def overhead_words(overhead: dict[str, Any]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Checkpoints, and loading
+# ----------------------------------------------------------------------------------------------------------------
+
+HALF_A_BILLION = dict(hidden_size=1536, intermediate_size=4224, num_hidden_layers=14, num_attention_heads=24)
+A_QUARTER_OF_A_BILLION = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16)
+
+
+def measure_checkpoints(folder: Path, saves: int) -> dict[str, Any]:
+    """Returns how long a checkpoint of about 6 GB holds training, waited for and in the background, taking turns.
+
+    `pause` is the time the loop waits, `written` the time until the checkpoint has its final name.
+    """
+    LlamaConfig(**HALF_A_BILLION, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(ROOT / "tests" / "data" / "tiny_llama").save_pretrained(folder / "model")
+    config = script.Config(
+        model_name_or_path=str(folder / "model"), dataset_name_or_path=str(NEWS), random_init=True, block_size=64,
+        batch_size=1, keep_checkpoints=1, async_save="yes", save_model_dir=str(folder / "run"),
+    )  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in ("waited for", "in the background", "written", "meanwhile")}
+    with hook(config) as parallel, contextlib.redirect_stdout(io.StringIO()):
+        script.prepare_save_folder(parallel)
+        documents, _ = script.load_data(script.load_tokenizer(parallel), parallel)
+        model = script.load_model(parallel)
+        optimizer, state = script.build_optimizer(model, config), script.TrainingState.fresh(parallel.device)
+        batch = script.global_batch(documents, np.arange(1), parallel)
+
+        def step() -> float:
+            wall, _ = timed(
+                lambda: script.training_step(model, optimizer, batch, LEARNING_RATE, state, parallel), parallel.device
+            )
+            return wall
+
+        step()
+        alone = statistics.median(step() for _ in range(4))
+        with script.Checkpoints(parallel, documents, total_steps=1) as checkpoints:
+            for turn in range(2 * saves):
+                checkpoints.asynchronous = bool(turn % 2)
+                step()
+                checkpoints.save(model, optimizer, state)
+                seconds["in the background" if turn % 2 else "waited for"].append(checkpoints.pause_seconds)
+                while checkpoints.pending is not None and not checkpoints.pending.done():
+                    seconds["meanwhile"].append(step())
+                checkpoints.wait()
+                seconds["written"].append(checkpoints.seconds)
+        gib = sum(file.stat().st_size for file in (folder / "run" / "checkpoints").rglob("*")) / script.GIB
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    say(
+        f"checkpoint of {gib:.2f} GiB, medians of {saves} saves: training held {medians['in the background']:.1f} s "
+        f"in the background, {medians['waited for']:.1f} s when waited for; written after {medians['written']:.1f} s; "
+        f"a step takes {alone:.2f} s, and {medians['meanwhile']:.2f} s while a checkpoint is written"
+    )
+    return dict(gib=gib, saves=saves, step_seconds=alone, **medians)
+
+
+def measure_loading(folder: Path) -> list[dict[str, Any]]:
+    """Returns the memory that loading takes on the largest of 1, 2 and 4 ranks, for about 1 GB in fp32. Linux only.
+
+    `added_mib` are anonymous pages, `peak_mib` counts the mapped pages of the weight file too.
+    """
+    model = LlamaForCausalLM(LlamaConfig(**A_QUARTER_OF_A_BILLION, vocab_size=32_000))
+    whole_mib = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20
+    model.to(torch.float16).save_pretrained(folder)  # as Llama-2's own checkpoint is
+    AutoTokenizer.from_pretrained(ROOT / "tests" / "data" / "tiny_llama").save_pretrained(folder)
+    say(f"model of {whole_mib:,.0f} MiB in fp32; MiB of the largest rank")
+    results = []
+    for ranks in (1, 2, 4):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        program = [str(ROOT / "tests" / "ranks" / "load_and_measure.py"), str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run([*launcher, *program], env=environment, capture_output=True, text=True, check=True)
+        result = json.loads(next(line[6:] for line in run.stdout.splitlines() if line.startswith("RESULT")))
+        results.append(dict(ranks=ranks, **result))
+        say(f"{ranks} ranks: held {result['held_mib']:,.0f}, added {result['added_mib']:,.0f}, "
+            f"peak {result['peak_mib']:,.0f}")  # fmt: skip
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------------------
 
@@ -1121,11 +1203,13 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS)
     add("--compile", action="store_true", help="measure `compiled` too")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32", "bf16-states"))
-    add("--activation-checkpointing", default="auto", choices=("auto", *script.CHECKPOINTING_LEVELS))
+    add("--activation-checkpointing", default="auto", choices=("auto", *script.RECOMPUTATION_LEVELS))
     add("--sweep", action="store_true", help="the GPU programme: 7B, 13B, blocks, micro-batches")
     add("--budget-seconds", type=float, default=440, help="cells that do not fit into it are skipped")
     add("--overhead", action="store_true", help="the script's steps over a bare loop's")
     add("--profile", metavar="FILE", help="write the top operations of one step")
+    add("--checkpoints", type=int, nargs="?", const=4, metavar="SAVES", help="how long a checkpoint holds training")
+    add("--loading", action="store_true", help="the memory that loading takes on 1, 2 and 4 ranks")
     add("--json", metavar="FILE", help="write everything there")
     options = parser.parse_args(argv)
     options.models = options.models or list(SWEPT_MODELS if options.sweep else ["tiny"])
@@ -1168,6 +1252,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if options.overhead:
             report["overhead"] = measure_overhead(options, folder, deadline)
             say(overhead_words(report["overhead"]))
+        elif options.checkpoints:
+            report["checkpoints"] = measure_checkpoints(folder, options.checkpoints)
+        elif options.loading:
+            report["loading"] = measure_loading(folder)
         elif options.profile:
             report["profile"] = write_profile(options, folder)
             Path(options.profile).write_text(report["profile"])
