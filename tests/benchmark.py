@@ -1171,7 +1171,7 @@ def measure_loading(folder: Path) -> list[dict[str, Any]]:
     for ranks in (1, 2, 4):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         program = [str(ROOT / "tests" / "ranks" / "load_and_measure.py"), str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         run = subprocess.run([*launcher, *program], env=environment, capture_output=True, text=True, check=True)
         result = json.loads(next(line[6:] for line in run.stdout.splitlines() if line.startswith("RESULT")))
         results.append(dict(ranks=ranks, **result))
