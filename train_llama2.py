@@ -38,19 +38,25 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import bz2
 import concurrent.futures
 import contextlib
+import copy
+import csv
 import dataclasses
 import difflib
 import fcntl
 import functools
+import gzip
 import hashlib
 import heapq
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
 import json
 import logging
+import lzma
 import math
 import os
 import platform
@@ -70,6 +76,23 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+
+def check_versions() -> None:
+    """Ends the process with one line where a package is missing or too old, before an import fails in many."""
+    for package, oldest in (("torch", "2.11"), ("transformers", "5.23")):
+        try:
+            found = importlib.metadata.version(package)
+            if tuple(map(int, re.findall(r"\d+", found)[:2])) >= tuple(map(int, oldest.split("."))):
+                continue
+            problem = f"{package} {found} is too old: the script needs {oldest} or newer"
+        except importlib.metadata.PackageNotFoundError:
+            problem = f"{package} is not installed: the script needs {oldest} or newer"
+        print(f"error: {problem}; pip install -r requirements.txt", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+check_versions()  # the one thing done at import
 
 # What only a run needs (accelerate, datasets, checkpoints, DTensor) is imported where it is used: --help and a wrong
 # flag are then answered in half the time. transformers itself imports its parts when they are first named.
@@ -117,7 +140,8 @@ def root_cause(error: BaseException) -> BaseException:
 def first_line(error: BaseException) -> str:
     """Returns the first non-empty line of the root cause's message, or its type where the message is empty."""
     cause = root_cause(error)
-    return next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    return line if len(line) <= 300 else line[:297] + "..."  # a library's message may quote a whole article
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -148,6 +172,9 @@ class Reader:
 
 def text(unset: str | None = None) -> Reader:
     return Reader(str, "STR", unset)
+
+
+PATH = Reader(os.path.expanduser, "PATH")  # where a flag's = hides a ~ from the shell
 
 
 def one_of(*choices: str) -> Reader:
@@ -199,9 +226,9 @@ POSITIVE = number(int, minimum=1)
 class Config:
     """Every setting of a run. The field `batch_size` is the flag `--batch-size`."""
 
-    model_name_or_path: str = flag("meta-llama/Llama-2-13b-hf", "causal LM to fine-tune: Hub id or local folder")
+    model_name_or_path: str = flag("meta-llama/Llama-2-13b-hf", "causal LM to fine-tune: Hub id or local folder", PATH)
     dataset_name_or_path: str | tuple[str, ...] = flag(
-        "abisee/cnn_dailymail", "Hub id, a local folder, or local files in jsonl, json, csv or parquet")
+        "abisee/cnn_dailymail", "Hub id, a local folder, or local files in jsonl, json, csv or parquet", PATH)
     dataset_config: str = flag("3.0.0", "configuration of a Hub dataset; ignored for local data")
     article_column: str = flag("article", "column with the text to summarise")
     summary_column: str = flag("highlights", "column with the summary")
@@ -216,7 +243,7 @@ class Config:
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
         None, "documents per forward per device, at most", number(int, minimum=1, unset="auto"))
-    lr: float = flag(1e-5, "peak learning rate of AdamW", number(float, above=0))
+    lr: float = flag(1e-5, "peak learning rate of AdamW; 0 measures without training", number(float, minimum=0))
     lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
     warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", number(float, minimum=0, below=1))
     weight_decay: float = flag(
@@ -253,12 +280,12 @@ class Config:
     plan_format: str = flag("table", "how --plan prints it", one_of("table", "json"))
     save_dtype: str = flag(
         "auto", "weights of the final model; auto: those of the compute precision", one_of("auto", "bf16", "fp32"))
-    save_model_dir: str = flag("./llama2_summarization", "folder for everything the run writes")
+    save_model_dir: str = flag("./llama2_summarization", "folder for everything the run writes", PATH)
     log_interval: int = flag(10, "optimizer steps between two lines of metrics", POSITIVE)
     eval_interval: int = flag(500, "optimizer steps between two evaluations", POSITIVE)
     save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", POSITIVE)
-    resume: str = flag("auto", "auto, or the path of a checkpoint to begin from where the folder holds none yet")
+    resume: str = flag("auto", "auto, or the path of a checkpoint to begin from where the folder holds none yet", PATH)
     resume_anyway: bool = flag(False, "resume although flags or data that shape the losses have changed")
     async_save: str = flag(
         "auto", "write checkpoints while training goes on; auto: where host memory holds a copy", AUTO_YES_NO)
@@ -331,7 +358,8 @@ def unknown_flag(word: str) -> str:
 
 def launched_rank() -> int:
     """Returns this process's rank as torchrun set it. It is known before there is a process group."""
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "") if "MASTER_ADDR" in os.environ else ""
+    return int(rank) if rank.isdigit() else 0
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -377,6 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.manual_seed(config.seed)
         prepare_save_folder(parallel)
         tokenizer = load_tokenizer(parallel)
+        check_weights(parallel)
         train_set, eval_set = load_data(tokenizer, parallel)
         steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
         total_steps = min(config.max_steps or sys.maxsize, config.num_train_epochs * steps_per_epoch)
@@ -385,8 +414,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = load_model(parallel)
             optimizer = build_optimizer(model, config)
             state = checkpoints.resume(model, optimizer)
+            parallel = check_setup(model, eval_set, parallel)
             compiled = compile_layers(model, parallel, total_steps - state.step)
-            check_setup(model, eval_set, parallel)
             log = RunLog(parallel, state, total_steps, steps_per_epoch, compiled, checkpoints.asynchronous)
             batches = log.timing_the_wait(training_batches(train_set, state.step, total_steps, parallel))
 
@@ -590,11 +619,81 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
 # ---- Evaluation ----------------------------------------------------------------------------------------------
 
 
-def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> None:
-    """Computes the loss of the longest validation documents before training, so that a broken set-up fails early."""
+def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Parallel:
+    """Proves before training that the loaded model, in its parallel form, computes what is meant.
+
+    Its loss is finite, no token sees a later one, and no packed document sees another. A model that lets tokens see
+    later ones goes on with its own attention where that passes; one that lets packed documents see each other is
+    padded from here on, which the returned `Parallel` says. Raises RunError for broken weights, and UserError for a
+    model that cannot be trained rightly.
+    """
+    padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
+    if parallel.plan.packing and attention_leaks(model, parallel):
+        if parallel.config.packing == "yes":
+            raise UserError("--packing yes: the packed documents of this model see each other; use no")
+        parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
+        parallel = padded
+    if attention_leaks(model, padded):
+        # for a model that computes attention itself, and asks its config whether to make the mask
+        parallel.accelerator.unwrap_model(model).config._attn_implementation = "eager"
+        if attention_leaks(model, padded):
+            raise UserError(
+                f"--model-name-or-path {parallel.config.model_name_or_path}: tokens of this model see later ones, so "
+                "it would train on what it is to predict; use a causal language model"
+            )
+        parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
+        parallel = padded
     loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
+    return parallel
+
+
+@torch.no_grad()
+def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
+    """Returns whether a token's loss depends on what comes after it or, in packed rows, on the document before its own.
+
+    Compares the losses of the same labels in a few short rows. They differ by rounding too: by as much as they do
+    when the same row stands beside another one, or by what the precision explains. Ten times that is a leak. One host
+    sync.
+    """
+    model.eval()
+    tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=56)
+    document, changed_end, another, after = (
+        tokens[:16],
+        np.append(tokens[:15], tokens[55]),
+        tokens[16:32],
+        tokens[32:55],
+    )
+
+    def loss_of(*documents: np.ndarray, place: int = 0) -> Tensor:
+        """Returns the loss of one document's tokens, but for its last, in a row with others."""
+        lengths = torch.tensor([len(each) for each in documents])
+        start, end = int(lengths[:place].sum()), int(lengths[: place + 1].sum())
+        inputs = dict(input_ids=torch.from_numpy(np.concatenate(documents))[None])
+        inputs |= dict(predict_at=torch.arange(start, end - 2), targets=inputs["input_ids"][0, start + 1 : end - 1])
+        if parallel.plan.packing:
+            inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+            inputs["cu_seq_lens"] = F.pad(lengths.cumsum(0), (1, 0)).int()
+        else:  # what follows the document is padding
+            inputs["attention_mask"] = (torch.arange(int(lengths.sum())) < end).long()[None]
+        return token_loss_sum(model, inputs, parallel)
+
+    rows = torch.from_numpy(np.stack([document, another]))
+    beside = dict(
+        input_ids=rows, predict_at=torch.arange(14), targets=rows[0, 1:15], attention_mask=torch.ones_like(rows)
+    )
+    padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
+    try:
+        losses = [loss_of(document), loss_of(changed_end), loss_of(document, after)]
+        if parallel.plan.packing:
+            losses.append(loss_of(another, document, place=1))
+        losses.append(token_loss_sum(model, beside, padded))
+    except (AttributeError, TypeError):  # a model that cannot do without its mask
+        return True
+    alone, *changed, beside_another = parallel.sum_over_data_ranks(torch.stack(losses).double()).tolist()
+    rounding = max(abs(beside_another - alone), alone * (1e-6 if parallel.plan.compute_bytes == 4 else 5e-4))
+    return max(abs(loss - alone) for loss in changed) > 10 * rounding
 
 
 def evaluate(
@@ -714,13 +813,15 @@ def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
 def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
     """Inside, attention uses the padding mask, which prompts padded at the left need, and no layer is recompiled."""
     training_attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    if training_attention == "causal_attention":  # a model's own takes a mask as it is
+        model.set_attn_implementation("sdpa")
     autocast = torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts)
     try:
         with autocast, torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        model.set_attn_implementation(training_attention)
+        if training_attention == "causal_attention":
+            model.set_attn_implementation(training_attention)
 
 
 def rouge_scores(samples: Sequence[dict[str, str]]) -> dict[str, float]:
@@ -1037,10 +1138,8 @@ def start_process_group(config: Config) -> None:
     """
     if dist.is_initialized():
         return
+    check_launcher()
     if "LOCAL_RANK" not in os.environ:
-        tasks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-        if tasks > 1:
-            raise UserError(f"{tasks} processes were started without torchrun; start one torchrun per node")
         return
     if torch.cuda.is_available():
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -1054,6 +1153,26 @@ def start_process_group(config: Config) -> None:
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def check_launcher() -> None:
+    """Raises UserError where the environment is neither torchrun's nor that of a lone process."""
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise UserError(f"{name} is set, but the script shards by itself; start it with torchrun, or unset it")
+    of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    counts = (*of_torchrun[:4], "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    for name in counts:
+        if not (value := os.environ.get(name) or "0").isdigit():
+            raise UserError(f"{name}={value} in the environment is no whole number; start with torchrun, or unset it")
+    if "LOCAL_RANK" in os.environ or "RANK" in os.environ:
+        if missing := [name for name in of_torchrun if not os.environ.get(name)]:
+            given = "RANK" if "RANK" in os.environ else "LOCAL_RANK"
+            raise UserError(f"{given} is set, but not {', '.join(missing)}; use torchrun, which sets all of them")
+        return
+    for name in ("WORLD_SIZE", *counts[4:]):
+        if (tasks := int(os.environ.get(name) or 1)) > 1:
+            raise UserError(f"{tasks} processes were started without torchrun ({name}); start one torchrun per node")
 
 
 def unsharded(tensor: Tensor) -> Tensor:
@@ -1078,6 +1197,11 @@ PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the t
 HELD_OUT_SHARE = 0.05  # of the training split, held out where the data has no validation split
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".bz2", ".xz")  # what datasets opens by itself
+UNREAD_FORMATS = (".tsv", ".txt", ".arrow", ".ndjson", ".xlsx", ".pkl", ".zip", ".zst")  # look like data
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+SPLIT_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
@@ -1141,7 +1265,7 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
     Raises UserError where nothing is left to learn from.
     """
     encoded = []
-    for name, split in load_documents(parallel).items():
+    for name, (split, empty) in load_documents(parallel).items():
         documents = encode_documents(split, tokenizer, parallel)
         if not documents.label_counts.sum() > 0:
             raise UserError(
@@ -1152,64 +1276,130 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
             batches = (
                 epoch_batches(documents, 0, parallel.config) if is_train else evaluation_batches(documents, parallel)
             )
-            parallel.say(audit(name, len(split), documents, batches, parallel))
+            parallel.say(audit(name, len(split) + empty, documents, batches, parallel))
         encoded.append(documents)
     return encoded[0], encoded[1]
 
 
-def load_documents(parallel: Parallel) -> dict[str, Dataset]:
-    """Returns the splits `train` and `validation`, as datasets of text.
+def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
+    """Returns the splits `train` and `validation`, as datasets of text, and how many empty documents each has lost.
 
-    Each node's first process downloads and parses; the others read the cache it made. Without a validation split,
-    5% of the training split is held out, drawn by the seed. Raises UserError for data that cannot be used.
+    Each node's first process downloads and parses; the others read the cache it made. Without a validation split, 5%
+    of the training documents that are not empty are held out, drawn by the seed. Raises UserError for data that cannot
+    be used.
     """
+    from datasets.fingerprint import Hasher
+
     config = parallel.config
-    splits = parallel.node_main_first(lambda: read_splits(config))
-    train = splits["train"]
+    splits, lines = parallel.node_main_first(lambda: read_splits(config))
+    for line in lines:
+        parallel.say(f"data      {line}")
+    train, empty = splits["train"], 0
     if "validation" in splits:
         validation = splits["validation"]
     else:
+        columns = [config.article_column, config.summary_column]
+        cached_as = Hasher.hash((train._fingerprint, "the documents that hold text", columns))
+        full = parallel.node_main_first(
+            lambda: train.filter(has_text, input_columns=columns, new_fingerprint=cached_as, desc="looking for text")
+        )
+        train, empty = full, len(train) - len(full)
+        if len(train) < 2:
+            raise UserError(f"{shown_data(config)} has {len(train)} documents with text; that is too few to train on")
         held_out = max(1, round(HELD_OUT_SHARE * len(train)))
         parts = train.train_test_split(test_size=held_out, seed=config.seed)
         train, validation = parts["train"], parts["test"]
         parallel.say(f"data      no validation split: {held_out} of the training documents are held out, by the seed")
     train = train.select(range(min(len(train), config.max_train_samples or len(train))))
     validation = validation.select(range(min(len(validation), config.max_eval_samples or len(validation))))
-    return dict(train=train, validation=validation)
+    return dict(train=(train, empty), validation=(validation, 0))
 
 
-def read_splits(config: Config) -> dict[str, Dataset]:
+def has_text(article: str | None, summary: str | None) -> bool:
+    return bool(article and summary and article.strip() and summary.strip())
+
+
+def shown_data(config: Config) -> str:
+    return f"--dataset-name-or-path {' '.join(config.dataset_paths)}"
+
+
+def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
+    """Returns the splits by name, and a line for each that says what was read and what was not."""
     import datasets
 
-    paths = config.dataset_paths
-    shown = f"--dataset-name-or-path {' '.join(paths)}"
-    local = len(paths) > 1 or is_local(paths[0])
+    cache, paths, shown = Path(datasets.config.HF_DATASETS_CACHE), config.dataset_paths, shown_data(config)
     try:
-        if local:
-            file_format, files = find_data_files(paths, shown)
-            options = {"keep_default_na": False} if file_format == "csv" else {}  # or "None" would be missing
-            load = functools.partial(datasets.load_dataset, file_format, split="train", **options)
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / ".writable").touch()
+    except OSError as error:
+        raise UserError(
+            f"the Hugging Face cache {cache} cannot be written to ({error.strerror}); set HF_HOME to a folder that can"
+        ) from error
+    local, files, lines = len(paths) > 1 or is_local(paths[0]), {}, []
+    try:
+        if local and any((Path(paths[0]) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(paths[0])
+            splits = saved if isinstance(saved, dict) else {"train": saved}
+            splits = {split_of(str(name)): split for name, split in splits.items()}
+        elif local:
+            file_format, files, lines = find_data_files(paths, config)
             # one call a split: a single call would demand the same columns of all of them
-            splits = {name: load(data_files=those) for name, those in files.items()}
+            splits = {name: load_files(those, file_format, config) for name, those in files.items()}
         else:
             splits = datasets.load_dataset(paths[0], config.dataset_config)
     except UserError:
         raise
     except Exception as error:
-        if isinstance(root_cause(error), UnicodeDecodeError):
-            remedy = "it is not UTF-8: convert it"
-        elif local:
+        if problem := next(filter(None, (bad_value(file, config) for those in files.values() for file in those)), ""):
+            raise UserError(f"{shown}: {problem}") from error
+        remedy = "check the name, --dataset-config and the network, or name local files"
+        if local:
             remedy = "repair or leave out the malformed file: each needs the same columns, and at least one row"
-        else:
-            remedy = "check the name, --dataset-config and the network, or name local files"
         raise UserError(f"{shown} cannot be read ({first_line(error)}); {remedy}") from error
     if "train" not in splits:
         raise UserError(f"{shown} has no train split, only {', '.join(splits)}; name a file or split train")
     for name, split in splits.items():
-        check_columns(split, name, config)
+        check_columns(split, name, files.get(name, []), config)
     if len(splits["train"]) < (1 if "validation" in splits else 2):
         raise UserError(f"{shown} has {len(splits['train'])} training documents; that is too few to train on")
-    return splits
+    return splits, lines
+
+
+def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
+    """Returns the rows of all files. Where their columns differ, the files are read one by one for the two of texts."""
+    import datasets
+
+    # keep_default_na: or "None" would be missing
+    options = dict(keep_default_na=False, sep=separator_of(files[0], config)) if file_format == "csv" else {}
+    load = functools.partial(datasets.load_dataset, file_format, split="train", **options)
+    names = list(map(plain_name, files))
+    try:
+        return load(data_files=names)
+    except datasets.exceptions.DatasetGenerationError:
+        if len(names) == 1:
+            raise
+        columns = [config.article_column, config.summary_column]
+        return datasets.concatenate_datasets([load(data_files=name).select_columns(columns) for name in names])
+
+
+def plain_name(file: Path) -> str:
+    """Returns a path that means this file to `datasets`, which reads paths as patterns, and `::` as a chain.
+
+    A file whose name has such characters is read through a link in the cache.
+    """
+    import datasets
+
+    if not re.search(r"[*?\[\]{}]|::", str(file)):
+        return str(file)
+    link = (
+        Path(datasets.config.HF_DATASETS_CACHE)
+        / "links"
+        / (sum_of({"file": str(file.resolve())})[:16] + data_suffix(file))
+    )
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(file.resolve())
+    return str(link)
 
 
 def is_local(name: str) -> bool:
@@ -1218,54 +1408,159 @@ def is_local(name: str) -> bool:
 
 def looks_like_a_path(name: str) -> bool:
     """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in DATA_FORMATS
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or data_suffix(Path(name)) in DATA_FORMATS
 
 
-def find_data_files(paths: list[str], shown: str) -> tuple[str, dict[str, list[str]]]:
-    """Returns (format of `datasets`, files by split). A file's path names its split; the default is train."""
-    files: list[tuple[Path, str]] = []
+def data_suffix(file: Path) -> str:
+    """Returns the suffix that tells a file's format, in lower case, with that of its compression: `.jsonl.gz`."""
+    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
+    return "".join(suffixes if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else suffixes[-1:])
+
+
+def format_of(file: Path) -> str | None:
+    """Returns the format of `datasets` that a file is in, None for one that is not read."""
+    suffix = data_suffix(file)
+    for compression in COMPRESSIONS:
+        suffix = suffix.removesuffix(compression)
+    return None if file.name in NO_DATA else DATA_FORMATS.get(suffix)
+
+
+def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, list[Path]], list[str]]:
+    """Returns the format, the files by split, and lines that say what is read and what is not.
+
+    A file's name tells its split, or its folder's; the default is train. Hidden files are never data.
+    """
+    shown, files, lines = shown_data(config), {}, []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{shown}: {path} does not exist; give a Hub id, or an existing folder or file")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files += [(file, str(file.relative_to(path) if path.is_dir() else file.name)) for file in inside]
-    files = [(file, name) for file, name in files if file.is_file() and file.suffix.lower() in DATA_FORMATS]
-    formats = {DATA_FORMATS[file.suffix.lower()] for file, _ in files}
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            name = file.relative_to(path) if path.is_dir() else Path(file.name)
+            if path.is_dir() and any(part.startswith(".") for part in name.parts):
+                continue
+            if file.is_symlink() and (file.is_dir() or not file.exists()):
+                leads = "to a folder; name that folder to read it" if file.is_dir() else "nowhere"
+                lines.append(f"not read: {file}, a link {leads}")
+            elif file.is_file() and format_of(file):
+                files.setdefault(file.resolve(), (file, name))  # a file that is named twice counts once
+            elif file.is_file() and data_suffix(file).endswith(UNREAD_FORMATS):
+                lines.append(f"not read: {file}; save it as one of {', '.join(DATA_FORMATS)}")
+    formats = {format_of(file) for file, _ in files.values()}
     if not files or len(formats) > 1:
         found = f"holds {' and '.join(sorted(formats))} side by side" if files else "holds no data file"
         raise UserError(f"{shown} {found}; give files of one format: {', '.join(DATA_FORMATS)}")
-    if empty := [str(file) for file, _ in files if file.stat().st_size == 0]:
-        raise UserError(f"{shown}: {empty[0]} is empty; leave it out or fill it")
-    for file, _ in files:
-        if problem := json_problem(file):
+    by_split: dict[str, list[Path]] = {}
+    for file, name in files.values():
+        if file.stat().st_size == 0:
+            raise UserError(f"{shown}: {file} is empty; leave it out or fill it")
+        if problem := text_problem(file, config):
             raise UserError(f"{shown}: {file} {problem}")
-    by_split: dict[str, list[str]] = {}
-    for file, name in files:
-        by_split.setdefault(split_of(name), []).append(str(file))
-    return formats.pop(), by_split
+        by_split.setdefault(split_of(str(name)), []).append(file)
+    for split, those in by_split.items():
+        names = ", ".join(file.name for file in those[:3]) + (", ..." if len(those) > 3 else "")
+        lines.append(f"{split}: {len(those)} file{'s' * (len(those) > 1)} ({names})")
+    if formats == {"parquet"}:
+        by_split = {split: without_empty_shards(those) for split, those in by_split.items()}
+    return formats.pop(), by_split, lines
+
+
+def without_empty_shards(files: list[Path]) -> list[Path]:
+    """Returns the parquet files that hold a row, or all of them where none does: `datasets` fails on the others."""
+    import pyarrow.parquet
+
+    return [file for file in files if pyarrow.parquet.read_metadata(file).num_rows] or files
+
+
+def split_of(name: str) -> str:
+    """Returns the split that the last telling word of a file's name names, or that of the innermost folder."""
+    for part in reversed(Path(name).parts):
+        words = re.findall(r"[^\W\d_]+", part.lower())
+        if named := [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]:
+            return named[-1]
+    return "train"
+
+
+def text_problem(file: Path, config: Config) -> str:
+    """Returns what is wrong with a file of text; "" for one that can be read. Reads the whole file."""
+    file_format = format_of(file)
+    if file_format == "parquet":
+        return ""
+    with open_file(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"is not UTF-8 (line {number}: {error.reason}); convert it"
+    return json_problem(file) if file_format == "json" else csv_problem(file, config)
 
 
 def json_problem(file: Path) -> str:
     """Returns what is wrong with the beginning of a JSON file, on which pyarrow would end the process (a `null`)."""
-    if DATA_FORMATS[file.suffix.lower()] != "json":
-        return ""
-    with file.open("rb") as stream:
+    with open_file(file, "rb") as stream:
         beginning = stream.read(2**16)
     if beginning.startswith(b"\xef\xbb\xbf"):
         return "begins with a byte-order mark; save it as UTF-8 without one"
-    if re.match(rb"\s*\{" if file.suffix.lower() == ".jsonl" else rb"\s*(\[\s*)?\{", beginning):
+    if re.match(rb"\s*\{" if ".jsonl" in data_suffix(file) else rb"\s*(\[\s*)?\{", beginning):
         return ""
     return "does not begin with a JSON object; give one object a line, or in .json a list of objects"
 
 
-def split_of(name: str) -> str:
-    words = set(re.findall(r"[^\W\d_]+", name.lower()))
-    if words & {"validation", "valid", "val", "dev", "eval"}:
-        return "validation"
-    return "test" if "test" in words else "train"
+def csv_problem(file: Path, config: Config) -> str:
+    """Returns what is wrong with a csv file that pandas would read as other columns or fewer rows, without a word.
+
+    Reads the whole file by the rules of RFC 4180, so a quote that is not closed, or closed inside a text, is found.
+    """
+    separator = separator_of(file, config)
+    with open_file(file, newline="") as stream:
+        rows, number = csv.reader(stream, delimiter=separator, strict=True), 1
+        try:
+            header = next(rows, [])
+            if missing := [name for name in (config.article_column, config.summary_column) if name not in header]:
+                shown = ", ".join(textwrap.shorten(name, 40) for name in header[:5])
+                return f"has no column {missing[0]} in its first row, but {shown}; write the columns' names there"
+            for number, row in enumerate(rows, 2):
+                if row and len(row) != len(header):
+                    return (
+                        f"row {number} has {len(row)} fields, but the first row names {len(header)} columns; put texts "
+                        f"that hold a {separator!r} or a line break in double quotes, and double the quotes inside them"
+                    )
+        except csv.Error as error:
+            return f"row {number + 1}: a double quote opens or closes a text where none should ({error}); double it"
+    return ""
 
 
-def check_columns(split: Dataset, name: str, config: Config) -> None:
+def separator_of(file: Path, config: Config) -> str:
+    """Returns the separator with which the first row holds the columns that were asked for; else a comma."""
+    with open_file(file) as stream:
+        first_row = stream.readline()
+    wanted = {config.article_column, config.summary_column}
+    return next((each for each in ",;\t" if wanted <= set(next(csv.reader([first_row], delimiter=each), []))), ",")
+
+
+def open_file(file: Path, mode: str = "rt", **how: Any) -> Any:
+    """Opens a file, compressed or not; text is UTF-8, with or without a byte-order mark."""
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(file.suffix.lower(), open)
+    return opened(file, mode, **how, **({} if "b" in mode else {"encoding": "utf-8-sig"}))
+
+
+def bad_value(file: Path, config: Config) -> str:
+    """Returns the first row of a jsonl file that is no object, or holds no text where text belongs; "" if none does."""
+    if ".jsonl" not in data_suffix(file):
+        return ""
+    with open_file(file) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+                for column in (config.article_column, config.summary_column):
+                    if not isinstance(row.get(column, ""), str | None):
+                        shown = textwrap.shorten(json.dumps(row[column]), 60)
+                        return f"{file}, row {number}: {column} is {shown}, which is no text; repair it or leave it out"
+            except (ValueError, AttributeError) as error:
+                return f"{file}, row {number} is no JSON object ({first_line(error)}); repair it or leave it out"
+    return ""
+
+
+def check_columns(split: Dataset, name: str, files: list[Path], config: Config) -> None:
     for flag_field in ("article_column", "summary_column"):
         column = getattr(config, flag_field)
         if column not in split.column_names:
@@ -1273,8 +1568,13 @@ def check_columns(split: Dataset, name: str, config: Config) -> None:
                 f"{flag_name(flag_field)} {column} is not a column of the {name} split; "
                 f"it has {', '.join(split.column_names)}"
             )
-        if getattr(split.features[column], "dtype", None) not in ("string", "large_string"):
-            raise UserError(f"{flag_name(flag_field)} {column} of the {name} split holds no text; name a text column")
+        if getattr(split.features[column], "dtype", None) not in ("string", "large_string", "string_view"):
+            problem = next(filter(None, (bad_value(file, config) for file in files)), "")
+            if not problem:
+                row, value = next(((n, v) for n, v in enumerate(split[column], 1) if v is not None), (1, None))
+                problem = f"{flag_name(flag_field)} {column} of the {name} split holds no text: row {row} is "
+                problem += f"{textwrap.shorten(str(value), 60)}; name a text column"
+            raise UserError(f"{shown_data(config)}: {problem}")
 
 
 # ---- Data: tokens --------------------------------------------------------------------------------------------
@@ -1334,7 +1634,7 @@ def encode_batch(
     block_size: int,
 ) -> dict[str, list]:
     """Returns the columns of `encode_documents`, without the pairs whose article or summary is empty."""
-    pairs = [(a, s) for a, s in zip(articles, summaries, strict=True) if a and s and a.strip() and s.strip()]
+    pairs = [(a, s) for a, s in zip(articles, summaries, strict=True) if has_text(a, s)]
     columns: dict[str, list] = {n: [] for n in ("input_ids", "prompt_length", "length", "tokens_cut", "summary_cut")}
     if not pairs:
         return columns
@@ -1648,9 +1948,9 @@ def load_model(parallel: Parallel) -> nn.Module:
         )
     if config.random_init:
         parallel.say("model     RANDOM WEIGHTS from the config alone (--random-init): good for benchmarks only")
-        model = random_model(distributed_config, parallel)
-    else:
-        model = pretrained_model(distributed_config, parallel)
+    make_model = random_model if config.random_init else pretrained_model
+    with tied_weights_in_one_group():
+        model = make_model(distributed_config, parallel)
     if plan.recompute_every:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=plan.recompute_every)
     if not plan.reshard_after_forward:
@@ -1666,6 +1966,44 @@ def load_model(parallel: Parallel) -> nn.Module:
     return parallel.accelerator.prepare_model(model) if plan.strategy == "ddp" else model
 
 
+def check_weights(parallel: Parallel) -> None:
+    """Downloads the weights, once per node. Raises UserError where they are not those of the model's config.
+
+    transformers compares names and shapes on the meta device, so only the headers of the files are read.
+    """
+    name = parallel.config.model_name_or_path
+
+    def check() -> None:
+        folder = model_folder(name, [*WEIGHT_FILES, "*.json"])
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"--model-name-or-path {name} holds no safetensors weights; convert them, or use --random-init for a "
+                "benchmark"
+            )
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity(logging.CRITICAL)  # our line says what its report says
+        try:
+            _, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            if report["missing_keys"]:  # transformers would train on with these at random
+                raise OSError(f"they lack {', '.join(sorted(report['missing_keys'])[:3])}")
+            if report["mismatched_keys"]:
+                parameter, *shapes = min(report["mismatched_keys"])
+                stored, expected = (" x ".join(map(str, shape)) for shape in shapes)
+                raise OSError(f"{parameter} is {stored} in the files, and {expected} by config.json")
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"--model-name-or-path {name} holds weights that cannot be read, or are not those of its config.json "
+                f"({first_line(error)}); download the folder again"
+            ) from error
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+
+    if not parallel.config.random_init:
+        parallel.node_main_first(check)
+
+
 def pretrained_model(distributed_config: DistributedConfig | None, parallel: Parallel) -> PreTrainedModel:
     """Returns the model with its weights, each rank holding its share.
 
@@ -1673,48 +2011,60 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
     leaving no fp32 master weights.
     """
     name = parallel.config.model_name_or_path
-    folder = parallel.node_main_first(lambda: model_folder(name, [*WEIGHT_FILES, "*.json"]))
     placement = {} if distributed_config else {"device_map": {"": parallel.device}}
 
     def load() -> PreTrainedModel:
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(
-                f"--model-name-or-path {name} holds no safetensors weights; convert them, or use --random-init for a "
-                "benchmark"
-            )
+        folder = model_folder(name, [*WEIGHT_FILES, "*.json"])
         try:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            return transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=parallel.plan.state_dtype,
                 attn_implementation=attention_implementation(parallel.model_config),
                 distributed_config=distributed_config,
-                output_loading_info=True,
                 **placement,
             )
-            if report["missing_keys"]:  # transformers would train on with these at random
-                raise OSError(f"they lack {', '.join(sorted(report['missing_keys'])[:3])}")
         except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
             raise
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(
-                f"--model-name-or-path {name} holds weights that cannot be read, or are not those of its config.json "
-                f"({first_line(error)}); download the folder again"
+                f"--model-name-or-path {name} holds weights that cannot be read ({first_line(error)}); download the "
+                "folder again"
             ) from error
-        return model
 
     return together(load)
 
 
-def random_model(distributed_config: DistributedConfig | None, parallel: Parallel) -> PreTrainedModel:
-    """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere.
+@contextlib.contextmanager
+def tied_weights_in_one_group() -> Iterator[None]:
+    """Inside, FSDP shards tied embeddings as one parameter, in the group of what is left beside the layers.
 
-    Raises UserError for tied embeddings under FSDP, which wraps embedding and head apart before they are loaded.
+    transformers ties embedding and head after it has wrapped them. FSDP2 then pads the shared matrix in two groups,
+    and where the ranks do not divide the vocabulary it trains wrongly from the second step on
+    (https://github.com/pytorch/pytorch/issues/176076).
     """
+    resolve = transformers.PreTrainedModel._resolve_parallel_plans
+
+    def tie_and_resolve(model: PreTrainedModel, distributed_config: DistributedConfig) -> tuple[dict, dict, dict]:
+        tensor_plan, expert_plan, fsdp_plan = resolve(model, distributed_config)
+        if model.config.get_text_config().tie_word_embeddings:
+            model.tie_weights()
+            tied = (model.get_input_embeddings(), model.get_output_embeddings())
+            names = [name for name, module in model.named_modules() if module in tied]
+            fsdp_plan = {name: style for name, style in fsdp_plan.items() if name not in names}
+        return tensor_plan, expert_plan, fsdp_plan
+
+    transformers.PreTrainedModel._resolve_parallel_plans = tie_and_resolve
+    try:
+        yield
+    finally:
+        transformers.PreTrainedModel._resolve_parallel_plans = resolve
+
+
+def random_model(distributed_config: DistributedConfig | None, parallel: Parallel) -> PreTrainedModel:
+    """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere."""
     from transformers.distributed import initialize_distributed_mesh
 
     model_config = parallel.model_config
-    if distributed_config is not None and model_config.get_text_config().tie_word_embeddings:
-        raise UserError("--random-init under FSDP needs a model whose embeddings are not tied; use --parallelism ddp")
     with torch.device("meta"):
         attention = attention_implementation(model_config)
         model = transformers.AutoModelForCausalLM.from_config(
@@ -1776,7 +2126,7 @@ def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
         raise UserError(
             f"{shown} is not on the Hub, or is private; check the name, and log in with `hf auth login`"
         ) from error
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # the HTTP library under the client raises errors of its own
         raise UserError(
             f"{shown} is neither a folder nor within reach on the Hub ({first_line(error)}); check the name and the "
             "network, or download it elsewhere and give its folder"
@@ -1792,15 +2142,24 @@ def attention_implementation(model_config: PretrainedConfig) -> str | None:
     Rows are padded at their end, so no real token can see a pad under a causal mask anyway. An attention that is
     registered without a mask function gets no mask: no B x T x T tensor, SDPA takes its flash kernel, and
     transformers does not ask the device whether there is padding, a host sync in every forward. Models with sliding
-    windows need their masks and keep transformers' own choice (None).
+    windows need their masks and keep transformers' own choice (None), as do those that take no registered attention.
     """
-    if not attends_fully(model_config):
-        return None
+    return model_without_weights(model_config)[1]
+
+
+def model_without_weights(model_config: PretrainedConfig) -> tuple[PreTrainedModel, str | None]:
+    """Returns the model on the meta device, and the name of the attention to train it with."""
     # disabled here, not by a decorator, which would import the whole compiler for every --help
     attend_on_cpu = torch.compiler.disable(document_attention)
     attend = functools.partial(causal_attention, attend_on_cpu=attend_on_cpu)
     transformers.AttentionInterface.register("causal_attention", attend)
-    return "causal_attention"
+    build = transformers.AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        if not has_sliding_windows(model_config):
+            with contextlib.suppress(KeyError, ValueError):  # Falcon, for one, looks its attention up by name
+                # a copy, as the config keeps the name even where the model refuses it
+                return build(copy.deepcopy(model_config), attn_implementation="causal_attention"), "causal_attention"
+        return build(model_config), None
 
 
 def causal_attention(
@@ -1866,20 +2225,27 @@ def use_token_loss(model: PreTrainedModel) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
     Calls without targets (generation) stay as they were. The head is still called as a module, so FSDP gathers it.
-    Models that also scale, cap or bias their logits compute all of them.
+    Models that also scale, cap or bias their logits, or whose base cannot be called apart from its head, compute all
+    of them. Where the config asks for a router's auxiliary loss, it is added in training.
     """
     plain_forward, head = model.forward, model.get_output_embeddings()
     plain_head, text_config = head.forward, model.config.get_text_config()
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
-    projects_only = head.bias is None and not any(getattr(text_config, name, None) for name in names)
+    routes = getattr(text_config, "output_router_logits", False)
+    projects_only = head.bias is None and not routes and not any(getattr(text_config, name, None) for name in names)
+    projects_only = projects_only and model.base_model is not model
 
     @functools.wraps(plain_forward)
     def forward(*arguments: Any, predict_at=None, targets=None, **inputs: Any) -> Any:
         if targets is None:
             return plain_forward(*arguments, **inputs)
         if not projects_only:
-            logits = plain_forward(*arguments, **inputs).logits.flatten(0, 1).index_select(0, predict_at).float()
-            return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            output = plain_forward(*arguments, **inputs)
+            logits = output.logits.flatten(0, 1).index_select(0, predict_at).float()
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            if routes and model.training:  # a mean over the tokens, so it weighs as much as the labels do
+                loss = loss + text_config.router_aux_loss_coef * output.aux_loss * (targets != IGNORE_INDEX).sum()
+            return loss
         hidden = model.base_model(*arguments, **inputs).last_hidden_state
         return head(hidden.flatten(0, 1).index_select(0, predict_at), targets)
 
@@ -1937,6 +2303,7 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     as they were.
     """
     from torch.utils._triton import has_triton
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     if not parallel.plan.compiled:
         return False
@@ -1950,8 +2317,9 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # where nobody asked for it, a warning will do
-    for layer in parallel.accelerator.unwrap_model(model).model.layers:
-        layer.compile(dynamic=True)
+    for module in parallel.accelerator.unwrap_model(model).modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what transformers' decoder layers are
+            module.compile(dynamic=True)
     return True
 
 
@@ -3633,8 +4001,8 @@ def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
 
     torch's variable-length kernel takes heads of up to 256 elements, in eights (flash_api.cpp); SDPA alone pads them.
     """
-    if config.packing == "yes" and not shape.attends_fully:
-        raise UserError("--packing yes needs a model whose layers all attend fully, without sliding windows; use no")
+    if config.packing == "yes" and shape.unpackable:
+        raise UserError(f"--packing yes cannot be had with this model: {shape.unpackable}; use no")
     head_fits = shape.head_dim % 8 == 0 and shape.head_dim <= 256
     flash = cluster.has_gpu and cluster.has_flash_attention and config.precision != "fp32" and head_fits
     if config.packing == "yes" and cluster.has_gpu and not flash:
@@ -3642,7 +4010,7 @@ def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
             "--packing yes needs flash attention: an Ampere GPU or newer, heads of up to 256 elements in eights, and "
             "not --precision fp32; use no"
         )
-    return config.packing == "yes" or (config.packing == "auto" and flash and shape.attends_fully)
+    return config.packing == "yes" or (config.packing == "auto" and flash and not shape.unpackable)
 
 
 def even_sizes(documents: int) -> list[int]:
@@ -3670,7 +4038,7 @@ class ModelShape:
     vocabulary: int
     positions: int
     head_dim: int = 128
-    attends_fully: bool = True  # no sliding windows: each token attends to everything before it
+    unpackable: str = ""  # why packed rows cannot be had, where they cannot
 
     @property
     def head_and_norm_parameters(self) -> int:
@@ -3695,8 +4063,7 @@ class ModelShape:
 
 def model_shape(model_config: PretrainedConfig) -> ModelShape:
     """Returns the shape of the model that `model_config` describes; builds it on the meta device to count exactly."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(model_config)
+    model, attention = model_without_weights(model_config)
     text_config = model_config.get_text_config()
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
@@ -3710,14 +4077,24 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
         vocabulary=text_config.vocab_size,
         positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
         head_dim=head_dim,
-        attends_fully=attends_fully(model_config),
+        unpackable=why_unpackable(model_config, attention),
     )
 
 
-def attends_fully(model_config: PretrainedConfig) -> bool:
+def why_unpackable(model_config: PretrainedConfig, attention: str | None) -> str:
+    """Returns why the documents of a packed row could not be kept apart, or trained as padded ones; "" if they can."""
+    text_config = model_config.get_text_config()
+    if has_sliding_windows(model_config):
+        return "its layers attend through sliding windows"
+    if any(getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop", "attn_dropout")):
+        return "it drops out attention, which the kernel for packed rows cannot do"
+    return "" if attention else "it takes no attention but its own"
+
+
+def has_sliding_windows(model_config: PretrainedConfig) -> bool:
     text_config = model_config.get_text_config()
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not getattr(text_config, "sliding_window", None)
+    return kinds != {"full_attention"} or bool(getattr(text_config, "sliding_window", None))
 
 
 # ---- The plan: memory ----------------------------------------------------------------------------------------

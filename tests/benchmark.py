@@ -182,7 +182,7 @@ def make_task(
     """Returns one cell. Raises UserError where the model does not fit or the data are too few."""
     config, parallel = config_that_fits(options, folder, block_size, micro_batch_size)
     tokenizer = script.load_tokenizer(parallel)
-    pairs = script.load_documents(parallel)["train"]
+    pairs, _ = script.load_documents(parallel)["train"]
     documents = script.encode_documents(pairs, tokenizer, parallel)
     prompts = [
         script.PROMPT_OPEN + article + script.PROMPT_CLOSE + summary

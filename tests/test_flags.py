@@ -106,7 +106,7 @@ def test_a_dataset_is_one_name_or_several_files(words, expected):
     ("flag", "value", "rule"),
     [
         *(("--lr", value, "finite") for value in ("nan", "inf", "-inf")),
-        *(("--lr", value, "above 0") for value in ("0", "-1", "-1e-05")),
+        *(("--lr", value, "at least 0") for value in ("-1", "-1e-05")),
         ("--lr", "abc", "not a number"),
         *((flag, value, "at least 1")
           for flag in ("--batch-size", "--micro-batch-size", "--block-size", "--num-train-epochs", "--max-steps")
@@ -183,7 +183,7 @@ def test_the_trackers_named_are_those_accelerate_knows():
 
 def test_problems_can_be_caught_by_a_program():
     with pytest.raises(UserError) as caught:
-        parse_config(["--lr", "0", "--seed", "-1"])
+        parse_config(["--lr", "-3", "--seed", "-1"])
     assert len(caught.value.problems) == 2
 
 
@@ -324,7 +324,7 @@ STRANGE = {"text": "a b c", "title": "d"}
         pytest.param({}, ["no data file", ".jsonl"], id="empty folder"),
         pytest.param({"train.txt": "a"}, ["no data file", ".jsonl"], id="unknown format"),
         pytest.param({"train.jsonl": ""}, ["train.jsonl is empty"], id="empty file"),
-        pytest.param({"train.jsonl": lines_of(PAIR) + '{"article'}, ["JSON", "malformed"], id="malformed jsonl"),
+        pytest.param({"train.jsonl": lines_of(PAIR) + '{"article'}, ["row 2 is no JSON object"], id="malformed jsonl"),
         pytest.param(
             {"train.jsonl": "null\n" + lines_of(PAIR, PAIR)}, ["train.jsonl does not begin", "JSON object"], id="null"
         ),
@@ -340,11 +340,15 @@ STRANGE = {"text": "a b c", "title": "d"}
             {"train.jsonl": lines_of(PAIR) * 2 + '{"article": "\udcff", "highlights": "d"}'}, ["UTF-8"], id="no UTF-8"
         ),
         pytest.param(
-            {"train.csv": "article,highlights\na,caf\udce9\n"}, ["is not UTF-8: convert"], id="csv in Latin-1"
+            {"train.csv": "article,highlights\na,caf\udce9\n"},
+            ["train.csv is not UTF-8 (line 2:", "convert it"],
+            id="csv in Latin-1",
         ),
         pytest.param({"train.csv": "article,highlights\n"}, ["at least one row"], id="csv of a header alone"),
         pytest.param(
-            {"train.csv": "a b c,d\ne f g,h\n"}, ["--article-column article", "a b c, d"], id="csv without a header"
+            {"train.csv": "a b c,d\ne f g,h\n"},
+            ["no column article in its first row", "a b c, d"],
+            id="csv without a header",
         ),
         pytest.param({"train.parquet": "PAR0"}, ["Parquet", "malformed"], id="malformed parquet"),
         pytest.param({"train.jsonl": lines_of(PAIR)}, ["1 training documents", "too few"], id="one document"),
@@ -359,7 +363,7 @@ STRANGE = {"text": "a b c", "title": "d"}
         ),
         pytest.param(
             {"train.jsonl": lines_of(*[{**PAIR, "highlights": 3}] * 2)},
-            ["--summary-column highlights", "no text"],
+            ["train.jsonl, row 1: highlights is 3, which is no text"],
             id="numbers for text",
         ),
         pytest.param(
@@ -450,7 +454,7 @@ def error_lines(run: subprocess.CompletedProcess | SimpleNamespace) -> list[str]
 def test_two_processes_show_help_once_and_tell_each_mistake_once_also_what_only_one_of_them_finds(tmp_path):
     """The data is read by rank 0 first, and the save folder by rank 0 alone."""
     mistakes = {
-        "--lr -1 must be above 0": small_run(tmp_path, lr=-1),
+        "--lr -1 must be at least 0": small_run(tmp_path, lr=-1),
         "/nowhere/news does not exist": small_run(tmp_path, dataset_name_or_path="/nowhere/news"),
         "config.json cannot be written to": small_run(TINY_LLAMA / "config.json"),
         "nodes run 1 and 2 ranks; give all the same --nproc_per_node": small_run(tmp_path, seed=7),

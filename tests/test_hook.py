@@ -58,7 +58,9 @@ def test_more_ranks_than_gpus_on_a_node_are_refused_by_each_of_them(monkeypatch)
     """Rank 0 has a GPU of its own, and is the one that speaks."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    torchruns = dict(RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500")
+    for name, value in torchruns.items():
+        monkeypatch.setenv(name, value)
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(UserError, match="more processes than the 1 GPUs here; use gpu"):

@@ -23,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_llama2
 from train_llama2 import (
@@ -577,8 +578,12 @@ def test_compiling_is_decided_by_what_the_predicted_steps_gain(
 ):
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: triton)
     compiled = []
-    layers = [SimpleNamespace(compile=lambda dynamic: compiled.append(dynamic)) for _ in range(3)]
-    model = SimpleNamespace(model=SimpleNamespace(layers=layers))
+
+    class Layer(GradientCheckpointingLayer):
+        def compile(self, dynamic):
+            compiled.append(dynamic)
+
+    model = torch.nn.Sequential(*(Layer() for _ in range(3)), torch.nn.Linear(1, 1))
     cluster = train_llama2.parse_cluster("1xH100")
     shape = train_llama2.read_model_shape(Config(str(TINY_LLAMA)))[1]
     plans = train_llama2.candidate_plans(

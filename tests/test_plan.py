@@ -160,6 +160,7 @@ def test_planning_needs_config_json_alone_and_under_three_seconds(tmp_path, caps
     assert not torch.distributed.is_initialized()
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     monkeypatch.setenv("RANK", "1")  # under torchrun rank 0 alone prints
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert train_llama2.command_line(words) == 0
     assert capsys.readouterr().out == ""
 

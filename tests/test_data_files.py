@@ -1,0 +1,277 @@
+"""Local data files as people have them: read rightly, or refused with a line that names file, row and remedy."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from accelerate.state import AcceleratorState
+from conftest import small_run
+
+import train_llama2
+
+STORIES = [dict(article=f"Story number {n} tells of a town.", highlights=f"A town, number {n}.") for n in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def start(folder: Path, *paths: Path, **flags: object) -> int:
+    """Trains one step on the data; returns the exit code. The folder of the run is beside the data, not in it."""
+    words = small_run(folder.parent / "run", block_size=64, batch_size=2, max_steps=1, **flags)
+    return train_llama2.command_line([*words, "--dataset-name-or-path", *map(str, paths or [folder])])
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def write_jsonl(file: Path, rows: list[dict] = STORIES) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def csv_of(rows: list[dict], separator: str = ",") -> str:
+    quoted = [[f'"{row[name]}"' for name in ("article", "highlights")] for row in rows]
+    return "\n".join(separator.join(fields) for fields in [["article", "highlights"], *quoted]) + "\n"
+
+
+def said(capsys: pytest.CaptureFixture) -> tuple[list[str], str]:
+    """Returns what was said of data, and the error lines."""
+    captured = capsys.readouterr()
+    lines = [line.removeprefix("data      ") for line in captured.out.splitlines() if line.startswith("data")]
+    return lines, "\n".join(line for line in captured.err.splitlines() if line.startswith("error:"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Values and rows
+# ----------------------------------------------------------------------------------------------------------------
+
+BROKEN_CSV = {
+    "more fields than the header": (
+        "article,highlights\nFirst, and second,a summary\n",
+        "train.csv row 2 has 3 fields, but the first row names 2 columns; put texts that hold a ',' or a line break in",
+    ),
+    "fewer fields than the header": ("article,highlights\nA story,a summary\nNo summary\n", "row 3 has 1 fields, but"),
+    "a quote that is never closed": (
+        'article,highlights\nOne,a summary\n"Two,a summary\nThree,a summary\n',
+        "row 3: a double quote opens or closes a text where none should",
+    ),
+    "a quote closed inside a text": (
+        'article,highlights\n"A "big" story",a summary\n',
+        "row 2: a double quote opens or closes a text where none should",
+    ),
+    "no header": (f"{'A long story. ' * 20},a summary\n", "has no column article in its first row, but A long story."),
+}
+
+
+@pytest.mark.parametrize(("text", "problem"), BROKEN_CSV.values(), ids=BROKEN_CSV)
+def test_a_csv_that_would_be_misread_is_refused(data, capsys, text, problem):
+    (data / "train.csv").write_text(text)
+    assert start(data) == 2
+    _, error = said(capsys)
+    assert problem in error
+    assert len(error) < 600, "no message holds a whole article"
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
+def test_a_csv_is_read_by_the_separator_of_its_header(data, capsys, separator):
+    (data / "train.csv").write_text(csv_of(STORIES, separator))
+    assert start(data) == 0
+    lines, _ = said(capsys)
+    assert any(line.startswith("train: 5 documents") for line in lines)
+
+
+BROKEN_VALUES = {
+    "a number": ({"highlights": 42}, "row 3: highlights is 42, which is no text; repair it or leave it out"),
+    "a list": ({"highlights": ["a", "b"]}, 'row 3: highlights is ["a", "b"], which is no text'),
+    "not a number": ({"highlights": float("nan")}, "row 3: highlights is NaN, which is no text"),
+    "an object": ({"article": {"en": "text"}}, 'row 3: article is {"en": "text"}, which is no text'),
+}
+
+
+@pytest.mark.parametrize(("value", "problem"), BROKEN_VALUES.values(), ids=BROKEN_VALUES)
+def test_the_first_value_that_is_no_text_is_named(data, capsys, value, problem):
+    write_jsonl(data / "train.jsonl", [*STORIES[:2], {**STORIES[2], **value}, *STORIES[3:]])
+    assert start(data) == 2
+    assert f"{data / 'train.jsonl'}, {problem}" in said(capsys)[1]
+
+
+def test_a_line_that_is_no_json_is_named(data, capsys):
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + ",\n" for row in STORIES))
+    assert start(data) == 2
+    assert f"{data / 'train.jsonl'}, row 1 is no JSON object (Extra data" in said(capsys)[1]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+def test_a_text_that_is_not_utf_8_is_refused_with_its_line(data, capsys, name, encoding):
+    rows = [*STORIES, dict(article="A café opened.", highlights="A café.")]
+    text = csv_of(rows) if name.endswith("csv") else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    (data / name).write_bytes(text.encode(encoding))
+    assert start(data) == 2
+    line = 1 if encoding == "utf-16" else 8 if name.endswith("csv") else 7
+    assert f"{data / name} is not UTF-8 (line {line}: invalid" in said(capsys)[1]
+
+
+def test_a_column_of_numbers_is_named_by_its_first_row(data, capsys):
+    (data / "train.csv").write_text("article,highlights\nA story,7\nAnother,8\n")
+    assert start(data) == 2
+    assert "--summary-column highlights of the train split holds no text: row 1 is 7" in said(capsys)[1]
+
+
+def test_files_with_their_columns_in_another_order_are_read_together(data, capsys):
+    write_jsonl(data / "train_a.jsonl")
+    write_jsonl(data / "train_b.jsonl", [dict(reversed(row.items()), id=n) for n, row in enumerate(STORIES)])
+    assert start(data) == 0
+    assert any(line.startswith("train: 11 documents") for line in said(capsys)[0])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_every_kind_of_text_in_parquet_is_text(data, capsys, kind):
+    table = pa.Table.from_pylist(STORIES, schema=pa.schema([("article", kind), ("highlights", kind)]))
+    pyarrow.parquet.write_table(table, data / "train-0.parquet")
+    pyarrow.parquet.write_table(table.slice(0, 0), data / "train-1.parquet")  # a shard without rows
+    assert start(data) == 0
+    assert any(line.startswith("train: 5 documents") for line in said(capsys)[0])
+
+
+def test_the_held_out_documents_are_drawn_among_those_with_text(data, capsys):
+    """20 stories of which 14 are empty: 5% of the other 6 is one, and it is never an empty one."""
+    rows = [row if n % 3 == 0 else dict(row, highlights=" ") for n, row in enumerate(STORIES * 3)]
+    write_jsonl(data / "train.jsonl", rows)
+    assert start(data) == 0
+    lines, _ = said(capsys)
+    assert "no validation split: 1 of the training documents are held out, by the seed" in lines
+    assert any(line.startswith("train: 5 documents") and "12 empty documents dropped" in line for line in lines)
+    assert any(line.startswith("validation: 1 documents") for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Names and places
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train[1].jsonl", "train *?.jsonl", "train::a.jsonl", "trän {a,b}.jsonl"])
+def test_a_name_is_a_name_whatever_its_characters(data, capsys, name):
+    """The other file is what the name would match as a pattern; it is named here to be seen not to be read twice."""
+    write_jsonl(data / name)
+    write_jsonl(data.parent / "others" / "train1.jsonl", STORIES[:1])
+    assert start(data, data / name) == 0
+    lines, _ = said(capsys)
+    assert lines[0] == f"train: 1 file ({name})"
+    assert any(line.startswith("train: 5 documents") for line in lines)
+
+
+def test_hidden_files_and_folders_are_never_data(data, capsys):
+    for name in (
+        "train.jsonl",
+        ".ipynb_checkpoints/train-checkpoint.jsonl",
+        "._train.jsonl",
+        ".cache/validation.jsonl",
+    ):
+        write_jsonl(data / name)
+    assert start(data) == 0
+    assert said(capsys)[0][0] == "train: 1 file (train.jsonl)"
+
+
+def test_a_file_that_is_named_twice_counts_once(data, capsys):
+    write_jsonl(data / "train.jsonl")
+    (data / "train_link.jsonl").symlink_to(data / "train.jsonl")
+    assert start(data, data, data / "train.jsonl") == 0
+    assert any(line.startswith("train: 5 documents") for line in said(capsys)[0])
+
+
+def test_what_is_read_and_what_is_not_is_said(data, capsys):
+    for number in range(4):
+        write_jsonl(data / f"train-{number}.jsonl")
+    (data / "validation.tsv").write_text("article\thighlights\n")
+    (data / "gone.jsonl").symlink_to(data / "nowhere.jsonl")
+    (data / "elsewhere").symlink_to(data.parent)
+    (data / "dataset_info.json").write_text('{"description": "not data"}')
+    (data / "README.md").write_text("not data either")
+    assert start(data) == 0
+    assert said(capsys)[0][:4] == [
+        f"not read: {data / 'elsewhere'}, a link to a folder; name that folder to read it",
+        f"not read: {data / 'gone.jsonl'}, a link nowhere",
+        f"not read: {data / 'validation.tsv'}; save it as one of .jsonl, .json, .csv, .parquet",
+        "train: 4 files (train-0.jsonl, train-1.jsonl, train-2.jsonl, ...)",
+    ]
+
+
+def test_compressed_files_are_read(data, capsys):
+    write_jsonl(data / "train.jsonl")
+    with gzip.open(data / "train.jsonl.gz", "wb") as stream:
+        stream.write((data / "train.jsonl").read_bytes())
+    (data / "train.jsonl").unlink()
+    assert start(data) == 0
+    assert any(line.startswith("train: 5 documents") for line in said(capsys)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("evaluation.jsonl", "validation"),
+        ("testing.jsonl", "test"),
+        ("holdout.jsonl", "validation"),
+        ("dev-ops_train.jsonl", "train"),
+        ("news_dev.jsonl", "validation"),
+        ("validation/part-0.jsonl", "validation"),
+        ("train/validation.jsonl", "validation"),
+        ("latest.jsonl", "train"),
+        ("contest_evaluations.jsonl", "train"),
+    ],
+)
+def test_a_name_tells_its_split(name, split):
+    assert train_llama2.split_of(name) == split
+
+
+def saved_splits(folder: Path) -> None:
+    rows = datasets.Dataset.from_list(STORIES)
+    datasets.DatasetDict(train=rows, validation=rows.select([0])).save_to_disk(folder)
+
+
+def saved_rows(folder: Path) -> None:
+    datasets.Dataset.from_list(STORIES).save_to_disk(folder)
+
+
+@pytest.mark.parametrize("save", [saved_splits, saved_rows])
+def test_a_folder_of_save_to_disk_is_read(data, capsys, save: Callable[[Path], None]):
+    save(data)
+    assert start(data) == 0
+    trained = 6 if save is saved_splits else 5
+    assert any(line.startswith(f"train: {trained} documents") for line in said(capsys)[0])
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(data, monkeypatch, capsys):
+    write_jsonl(data / "train.jsonl")
+    monkeypatch.setenv("HOME", str(data.parent))
+    config = train_llama2.parse_config(
+        [
+            "--dataset-name-or-path=~/data",
+            "--save-model-dir=~/run",
+            "--resume=~/step-000001",
+            "--model-name-or-path=~/m",
+        ]
+    )
+    places = (config.dataset_name_or_path, config.save_model_dir, config.resume, config.model_name_or_path)
+    assert [os.path.relpath(place, data.parent) for place in places] == ["data", "run", "step-000001", "m"]
+
+
+def test_a_cache_that_cannot_be_written_is_blamed_on_the_cache(data, monkeypatch, capsys):
+    write_jsonl(data / "train.jsonl")
+    (data.parent / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", data.parent / "file" / "cache")
+    assert start(data) == 2
+    assert f"the Hugging Face cache {data.parent / 'file' / 'cache'} cannot be written to" in said(capsys)[1]
