@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +125,66 @@ def stop_after(folder: Path, step: int, **flags: object) -> None:
     """Runs the script in this process until a SIGTERM at the end of step `step`."""
     with at_steps({step: signal_myself}):
         assert start(folder, **flags) == 0
+
+
+# 34 documents in batches of 13: 3 steps an epoch, the last of 8 documents; 9 steps. A stop after step 2, 4, 5, 7 or 8
+# is in the middle of an epoch.
+NINE_STEPS = dict(
+    batch_size=13,
+    num_train_epochs=3,
+    max_grad_norm=0.1,
+    eval_interval=4,
+    block_size=64,
+    save_interval=2,
+    max_eval_samples=3,
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run from step 1 to step 9."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert start(folder, **NINE_STEPS) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run that SIGTERM stopped after step 5, with checkpoints of steps 2, 4 and 5."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    stop_after(folder, 5, **NINE_STEPS, keep_checkpoints=3)
+    return folder
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    return lambda folder: Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def saved(folder: Path) -> list[str]:
+    """Returns the names in a run's folder of checkpoints."""
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file below a folder, but for the lock, which says who holds it."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def error_of(capsys: pytest.CaptureFixture) -> str:
+    """Returns the only `error:` line since the last look."""
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return line
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """Every step once, every evaluation once, and the numbers of the uninterrupted run."""
+    for lines, expected_lines in zip(read_metrics(folder), read_metrics(expected), strict=True):
+        assert [line["step"] for line in lines] == [line["step"] for line in expected_lines]
+        for name in {"loss", "eval_loss", "grad_norm", "lr", "tokens", "epoch", "skipped_steps"} & set(lines[0]):
+            values, expected_values = ([line[name] for line in some] for some in (lines, expected_lines))
+            assert values == pytest.approx(expected_values, rel=1e-5), name
 
 
 class Crash(BaseException):
@@ -247,6 +309,6 @@ def no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     import train_llama2
 
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ not in ("test_reporting", "test_model_card"):
+        if request.module.__name__ not in ("test_reporting", "test_final_model"):
             patch.setattr(train_llama2, "draw_curves", lambda folder: None)
         yield
