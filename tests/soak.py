@@ -136,9 +136,10 @@ def kill_until_it_ends(
             wait_for_the_moment(training, aim_at_a_save, reference, dice)
             latest = kill(training, kind, dice)
         problems = [] if training.wait() else ["the run hung"]
-        problems += launch_problems(training, newest, orphans, latest) + training.problems(reference)
+        problems += launch_problems(training, newest, orphans, latest)
         if latest is None:
             break
+        problems += training.problems(reference)
         kills.append(latest)
         for each in kills[-2:] if problems else []:  # the kill before this launch, or the one that has ended it
             each.exact = False
