@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import bz2
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -67,6 +68,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import uuid
@@ -253,9 +255,11 @@ class Config:
     seed: int = flag(42, "order of the documents and the held-out split", number(int, minimum=0, below=2**32))
     parallelism: str = flag(
         "auto", "what the data-parallel ranks do", one_of("auto", "none", "ddp", "fsdp", "hsdp"))
+    pipeline_parallel_size: int | None = flag(
+        None, "pipeline stages that the layers are cut into; auto: 1", number(int, minimum=1, unset="auto"))
     hsdp_shard_size: int | None = flag(
         None, "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
-        number(int, minimum=2, unset="auto"))
+        number(int, minimum=1, unset="auto"))
     gradient_sync: str = flag(
         "auto", "FSDP: reduce gradients every micro-batch, or once a step (keeps an unsharded fp32 gradient)",
         one_of("auto", "micro-batch", "step"))
@@ -541,25 +545,28 @@ def training_step(
 ) -> StepResult | None:
     """Takes one optimizer step on a global batch. No host sync.
 
-    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete.
+    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete. With one pipeline
+    stage the schedule alternates forward and backward.
 
     DDP and FSDP average gradients over the data ranks, so each loss is multiplied by their number. A step whose loss
     or gradient norm is not finite changes nothing: AdamW leaves weights and moments alone where `found_inf` is 1, in
     the way torch.amp.GradScaler skips steps.
     """
     model.train()
+    pipeline, micro_batches = parallel.pipeline, batch.micro_batches
     loss_sum = torch.zeros((), device=parallel.device)
-    for index, micro_batch in enumerate(batch.micro_batches):
-        if stop and stop.agreed_to_leave_step():
+    for action, index in pipeline.schedule(len(micro_batches)):
+        if action == "forward" and stop and stop.agreed_to_leave_step():
             optimizer.zero_grad()
             return None
-        with parallel.gradient_sync(model, is_last=index == len(batch.micro_batches) - 1):
-            micro_loss = token_loss_sum(model, micro_batch, parallel)
-            (micro_loss * (parallel.data_parallel_size / batch.label_tokens)).backward()
-        loss_sum += micro_loss.detach()
+        with parallel.gradient_sync(model, is_last=index == len(micro_batches) - 1):
+            if action == "forward":
+                loss_sum += pipeline.forward(model, micro_batches[index], parallel)
+            else:
+                pipeline.backward(parallel.data_parallel_size / batch.label_tokens)
+    pipeline.finish_sending()
     loss = parallel.sum_over_data_ranks(loss_sum) / batch.label_tokens
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), parallel.config.max_grad_norm or math.inf)
-    grad_norm = unsharded(grad_norm).to(parallel.device)
+    grad_norm = clip_gradients(model, parallel)
 
     skip = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
     weight = optimizer.param_groups[0]["params"][0]
@@ -575,12 +582,24 @@ def training_step(
     state.skipped += skip
     state.skipped_in_a_row = (state.skipped_in_a_row + skip) * skip
     state.longest_skip = torch.maximum(state.longest_skip, state.skipped_in_a_row)
-    micro_batch_tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
+    micro_batch_tokens = [micro_batch["input_ids"].numel() for micro_batch in micro_batches]
     return StepResult(loss, grad_norm, lr, batch.tokens, batch.squared_lengths, micro_batch_tokens)
 
 
+def clip_gradients(model: nn.Module, parallel: Parallel) -> Tensor:
+    """Clips the global gradient norm, over the shards and stages of all ranks, and returns it as it was before."""
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = parallel.pipeline.norm_over_stages(unsharded(nn.utils.get_total_norm(gradients)))
+    nn.utils.clip_grads_with_norm_(parameters, parallel.config.max_grad_norm or math.inf, norm)
+    return norm.to(parallel.device)
+
+
 def token_loss_sum(model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
-    """Returns the sum of the token losses of a micro-batch, in fp32, on the device. It can be differentiated."""
+    """Returns the sum of the token losses of a micro-batch, in fp32, on the device. It can be differentiated.
+
+    A pipeline stage before the last has no losses and returns its hidden states (B, T, h).
+    """
     inputs: dict[str, Any] = {
         name: tensor.to(parallel.device, non_blocking=True)
         for name, tensor in micro_batch.items()
@@ -627,6 +646,16 @@ def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Pa
     padded from here on, which the returned `Parallel` says. Raises RunError for broken weights, and UserError for a
     model that cannot be trained rightly.
     """
+    with parallel.pipeline.watched():
+        parallel = check_attention(model, parallel)
+        loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
+    if not math.isfinite(loss):
+        raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
+    return parallel
+
+
+def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
+    """Returns the `Parallel` under which no token of the model sees what it must not. Raises UserError for none."""
     padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
     if parallel.plan.packing and attention_leaks(model, parallel):
         if parallel.config.packing == "yes":
@@ -643,9 +672,6 @@ def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Pa
             )
         parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
         parallel = padded
-    loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
-    if not math.isfinite(loss):
-        raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
     return parallel
 
 
@@ -677,7 +703,7 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
             inputs["cu_seq_lens"] = F.pad(lengths.cumsum(0), (1, 0)).int()
         else:  # what follows the document is padding
             inputs["attention_mask"] = (torch.arange(int(lengths.sum())) < end).long()[None]
-        return token_loss_sum(model, inputs, parallel)
+        return parallel.pipeline.forward(model, inputs, parallel)
 
     rows = torch.from_numpy(np.stack([document, another]))
     beside = dict(
@@ -688,9 +714,10 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
         losses = [loss_of(document), loss_of(changed_end), loss_of(document, after)]
         if parallel.plan.packing:
             losses.append(loss_of(another, document, place=1))
-        losses.append(token_loss_sum(model, beside, padded))
+        losses.append(parallel.pipeline.forward(model, beside, padded))
     except (AttributeError, TypeError):  # a model that cannot do without its mask
         return True
+    parallel.pipeline.finish_sending()
     alone, *changed, beside_another = parallel.sum_over_data_ranks(torch.stack(losses).double()).tolist()
     rounding = max(abs(beside_another - alone), alone * (1e-6 if parallel.plan.compute_bytes == 4 else 5e-4))
     return max(abs(loss - alone) for loss in changed) > 10 * rounding
@@ -740,8 +767,9 @@ def mean_token_loss(
             return None
         batch = global_batch(documents, positions, parallel)
         for micro_batch in batch.micro_batches:
-            loss_sum += token_loss_sum(model, micro_batch, parallel)
+            loss_sum += parallel.pipeline.forward(model, micro_batch, parallel)
         label_tokens += batch.label_tokens
+    parallel.pipeline.finish_sending()
     return (parallel.sum_over_data_ranks(loss_sum) / label_tokens).item()
 
 
@@ -884,7 +912,9 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
         choice = choose_plan(shape, cluster, config)
         refuse_what_does_not_fit(choice, cluster)
         plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
-    parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice)
+    timeout = timedelta(minutes=config.dist_timeout_minutes)
+    pipeline = Pipeline(plan, shape.hidden, accelerator.device, timeout)
+    parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline)
     parallel.say(words)
     if (gpus := torch.cuda.device_count()) > 1 and cluster.world_size == 1 and not on_moai:
         parallel.say(f"  note      1 of {gpus} GPUs; torchrun --nproc_per_node=gpu uses them all")
@@ -896,8 +926,8 @@ def moai_plan(shape: ModelShape, config: Config) -> Plan:
 
     Raises UserError for flags that would take the decision from it.
     """
-    for name in ("parallelism", "cpu_offload"):
-        if (value := getattr(config, name)) not in ("auto", "none", "no"):
+    for name in ("parallelism", "pipeline_parallel_size", "cpu_offload"):
+        if (value := getattr(config, name)) not in ("auto", "none", "no", None, 1):
             raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
     check_block(shape, config)
     micro_batch_size = config.micro_batch_size or config.batch_size
@@ -955,6 +985,7 @@ class Parallel:
     shape: ModelShape
     plan: Plan
     choice: Choice | None  # None on MoAI
+    pipeline: Pipeline = dataclasses.field(default_factory=lambda: Pipeline(Plan()))
 
     @property
     def device(self) -> torch.device:
@@ -1017,7 +1048,11 @@ class Parallel:
             sys.stdout.flush()
 
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
-        """Returns `tensor` summed over the data ranks, on each of them. No host sync."""
+        """Returns `tensor` summed over the data ranks, on every rank. No host sync.
+
+        The stages before the last hold no losses, and add zeros.
+        """
+        self.pipeline.note("the sum of all ranks' losses")
         return self.accelerator.reduce(tensor, "sum")
 
     def cpu_group(self) -> dist.ProcessGroup | None:
@@ -1057,7 +1092,7 @@ class Parallel:
         gradient (4 bytes per parameter). HSDP reduces inside the sharded group each time, and only the all-reduce
         across replicas, which carries 1/shards of it, waits for the last.
         """
-        if self.plan.dp_shard_size > 1:
+        if self.plan.uses_fsdp:
             model.set_requires_gradient_sync(is_last or self.plan.gradient_sync == "micro-batch")
             model.set_requires_all_reduce(is_last)
             yield
@@ -1939,26 +1974,30 @@ def load_model(parallel: Parallel) -> nn.Module:
 
     config, plan = parallel.config, parallel.plan
     distributed_config = None
-    if plan.dp_shard_size > 1:
+    if plan.uses_fsdp or plan.pipeline_parallel_size > 1:
         distributed_config = DistributedConfig(
-            fsdp_size=plan.dp_shard_size,
-            dp_replicate_size=plan.dp_replicate_size,
+            pp_size=plan.pipeline_parallel_size,
             fsdp_cpu_offload=plan.cpu_offload,
             fsdp_mixed_precision=plan.precision != "fp32",
         )
+        # set afterwards, because the constructor refuses FSDP beside stages, which works
+        distributed_config.fsdp_size = plan.dp_shard_size
+        distributed_config.dp_replicate_size = plan.dp_replicate_size
     if config.random_init:
         parallel.say("model     RANDOM WEIGHTS from the config alone (--random-init): good for benchmarks only")
     make_model = random_model if config.random_init else pretrained_model
-    with tied_weights_in_one_group():
+    with tied_weights_in_one_group(), stages_of_the_plan(parallel):
         model = make_model(distributed_config, parallel)
     if plan.recompute_every:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=plan.recompute_every)
     if not plan.reshard_after_forward:
         model.set_reshard_after_forward(False)
-    use_token_loss(model)
+    use_token_loss(model, parallel.pipeline.is_last)
+    if plan.pipeline_parallel_size > 1:
+        number_layers_of_stage(model)
     if plan.cpu_offload:
         keep_parameters_on_cpu(model)
-    if plan.dp_shard_size > 1:  # torch makes the groups of HSDP with its default timeout of 30 minutes
+    if plan.uses_fsdp:  # torch makes the groups of HSDP with its default timeout of 30 minutes
         mesh = next(model.parameters()).device_mesh
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
         for dimension in range(mesh.ndim):
@@ -2221,26 +2260,29 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor
 # ---- Model: the loss without logits --------------------------------------------------------------------------
 
 
-def use_token_loss(model: PreTrainedModel) -> None:
+def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
-    Calls without targets (generation) stay as they were. The head is still called as a module, so FSDP gathers it.
+    On a pipeline stage before the last, which has no head, it returns the hidden states. Calls without targets (generation) stay as they were. The head is still called as a module, so FSDP gathers it.
     Models that also scale, cap or bias their logits, or whose base cannot be called apart from its head, compute all
     of them. Where the config asks for a router's auxiliary loss, it is added in training.
     """
     plain_forward, head = model.forward, model.get_output_embeddings()
+    own_forward = type(model).forward.__get__(model)  # without the pipeline that transformers adds for generation
     plain_head, text_config = head.forward, model.config.get_text_config()
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
     routes = getattr(text_config, "output_router_logits", False)
-    projects_only = head.bias is None and not routes and not any(getattr(text_config, name, None) for name in names)
+    projects_only = getattr(head, "bias", None) is None and not routes and not any(getattr(text_config, name, None) for name in names)
     projects_only = projects_only and model.base_model is not model
 
     @functools.wraps(plain_forward)
     def forward(*arguments: Any, predict_at=None, targets=None, **inputs: Any) -> Any:
         if targets is None:
             return plain_forward(*arguments, **inputs)
+        if not is_last_stage:
+            return model.base_model(*arguments, **inputs).last_hidden_state
         if not projects_only:
-            output = plain_forward(*arguments, **inputs)
+            output = own_forward(*arguments, **inputs)
             logits = output.logits.flatten(0, 1).index_select(0, predict_at).float()
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
             if routes and model.training:  # a mean over the tokens, so it weighs as much as the labels do
@@ -2401,6 +2443,180 @@ def round_stochastically(tensor: Tensor, generator: torch.Generator | None = Non
     return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
+# ---- Model: pipeline stages ----------------------------------------------------------------------------------
+
+STAGE_PATIENCE_SECONDS = 300.0  # of one rank for another, before training
+
+
+class Pipeline:
+    """This rank's stage: its order of work, and what it receives from its neighbours and sends to them.
+
+    With one stage there is no neighbour, and nothing is sent. Every stage has the whole micro-batch, so it knows the
+    shape of what it receives, and micro-batches may differ in width. (torch.distributed.pipelining wants them alike:
+    https://github.com/pytorch/pytorch/issues/159942.)
+    """
+
+    def __init__(self, plan: Plan, hidden: int = 0, device: torch.device | None = None, timeout: timedelta | None = None):
+        self.stages, self.hidden, self.device = plan.pipeline_parallel_size, hidden, device
+        # what passes between layers: fp32 under autocast, bf16 where FSDP casts the weights or all states are bf16
+        self.dtype = torch.float32 if plan.precision == "fp32" or plan.autocasts else torch.bfloat16
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        ranks_of_stage = plan.data_parallel_size * plan.tensor_parallel_size
+        self.stage = rank // ranks_of_stage if self.stages > 1 else 0
+        self.ranks = [rank + (stage - self.stage) * ranks_of_stage for stage in range(self.stages)]
+        self.is_last = self.stage == self.stages - 1
+        self.before = self.ranks[self.stage - 1] if self.stage > 0 else None
+        self.after = None if self.is_last else self.ranks[self.stage + 1]
+        self.forth = self.back = None
+        if self.stages > 1:
+            # a group for each direction: in one, a send forward and a send back could wait for each other under NCCL
+            make_group = functools.partial(dist.new_group, self.ranks, timeout, use_local_synchronization=True)
+            self.forth, self.back = make_group(), make_group()
+        self.under_way: collections.deque = collections.deque()  # (entered, left) of micro-batches not gone back yet
+        self.sends: collections.deque = collections.deque()  # with their tensors, which must outlive them
+        self.is_watched, self.noted = False, ("", 0.0)
+
+    def schedule(self, micro_batches: int) -> Iterator[tuple[str, int]]:
+        """Yields what to do next, `forward` or `backward`, and with which micro-batch: 1F1B.
+
+        A stage runs ahead until its first micro-batch can come back, then takes one forward and one back in turn, so it
+        holds activations of at most as many micro-batches as there are stages from it on (Narayanan et al. 2021,
+        "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2).
+        """
+        ahead = min(self.stages - 1 - self.stage, micro_batches)
+        for index in range(micro_batches + ahead):
+            if index < micro_batches:
+                yield "forward", index
+            if index >= ahead:
+                yield "backward", index - ahead
+
+    def forward(self, model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
+        """Takes a micro-batch through this stage. Returns the sum of its token losses; 0 before the last stage."""
+        entered = None
+        if self.before is not None:
+            entered = self.receive(self.before, self.forth, (*micro_batch["input_ids"].shape, self.hidden))
+            entered.requires_grad_(torch.is_grad_enabled())
+            micro_batch = dict(micro_batch, inputs_embeds=entered)
+            del micro_batch["input_ids"]
+        self.note("its own layers, which need all ranks of the stage")
+        left = token_loss_sum(model, micro_batch, parallel)
+        if torch.is_grad_enabled():
+            self.under_way.append((entered, left))
+        if self.is_last:
+            return left.detach()
+        self.send(left.detach(), self.after, self.forth)
+        return torch.zeros((), device=self.device)
+
+    def backward(self, loss_scale: float) -> None:
+        """Takes the oldest micro-batch under way back through this stage; its loss is multiplied by `loss_scale`."""
+        entered, left = self.under_way.popleft()
+        if self.is_last:
+            (left * loss_scale).backward()
+        else:
+            left.backward(self.receive(self.after, self.back, left.shape))
+        if entered is not None:
+            self.send(entered.grad, self.before, self.back)
+
+    def receive(self, sender: int, group: dist.ProcessGroup, shape: Sequence[int]) -> Tensor:
+        self.note(f"what rank {sender} sends")
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        dist.recv(tensor, sender, group=group)
+        return tensor
+
+    def send(self, tensor: Tensor, receiver: int, group: dist.ProcessGroup) -> None:
+        tensor = tensor.contiguous()
+        self.note(f"rank {receiver} to receive")
+        self.sends.append((dist.isend(tensor, receiver, group=group), tensor))
+        if len(self.sends) > 2 * self.stages:  # under 1F1B the oldest has long arrived
+            self.sends.popleft()[0].wait()
+
+    def finish_sending(self) -> None:
+        while self.sends:
+            self.sends.popleft()[0].wait()
+
+    def norm_over_stages(self, norm: Tensor) -> Tensor:
+        """Returns the norm of the gradients of all stages, given this one's. Squares of large norms need fp64."""
+        if self.stages == 1:
+            return norm
+        squares = norm.double().square()
+        dist.all_reduce(squares, group=self.forth)
+        return squares.sqrt().to(norm.dtype)
+
+    def whole_tensors(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yields the name and the whole of each tensor of any stage, in the model's order, one at a time."""
+        described = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+        of_ranks = [described] if self.stages == 1 else together(lambda: described, gathered=True)
+        for stage, rank in enumerate(self.ranks):
+            for name, shape, dtype in of_ranks[rank if self.stages > 1 else 0]:
+                whole = unsharded(tensors[name]) if stage == self.stage else None
+                if self.stages > 1:
+                    whole = torch.empty(shape, dtype=dtype, device=self.device) if whole is None else whole
+                    dist.broadcast(whole, rank, group=self.forth)
+                yield name, whole
+
+    def note(self, words: str) -> None:
+        """Notes what this rank waits for from here on. While watched, what came before must first be done on a GPU."""
+        if self.is_watched and self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.noted = (words, time.monotonic())
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, a rank that waits too long for another ends with a line that says which stage waits for what.
+
+        NCCL only queues its operations, and aborts a process without saying which of them hangs.
+        """
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(1.0):
+                words, began = self.noted
+                if (waited := time.monotonic() - began) > STAGE_PATIENCE_SECONDS:
+                    stage = f"stage {self.stage + 1} of {self.stages}"
+                    line = f"error: rank {launched_rank()}, {stage}, has waited {waited:.0f} s for {words}"
+                    print(line, file=sys.stderr, flush=True)
+                    os._exit(1)
+
+        self.is_watched = self.stages > 1
+        self.note("the first micro-batch")
+        if self.is_watched:
+            threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+            self.is_watched = False
+
+
+@contextlib.contextmanager
+def stages_of_the_plan(parallel: Parallel) -> Iterator[None]:
+    """Inside, transformers cuts the layers into the plan's stages; its own leave the head out of account."""
+    from transformers.distributed.pipeline_parallel import PipelineStage
+
+    stages = parallel.plan.pipeline_parallel_size
+    ends = list(itertools.accumulate(layers_of_stages(parallel.shape, stages), initial=0))
+    own = PipelineStage.layer_range_for_rank
+    PipelineStage.layer_range_for_rank = lambda self, stage, layers: (ends[stage], ends[stage + 1])
+    try:
+        yield
+    finally:
+        PipelineStage.layer_range_for_rank = own
+
+
+def number_layers_of_stage(model: PreTrainedModel) -> None:
+    """Numbers a stage's layers from 0, where generation looks for the length of the cache.
+
+    The cache would have nothing at the places of other stages' layers, and padded prompts would be masked wrongly.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for place, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # 8. Checkpoints
 # ----------------------------------------------------------------------------------------------------------------
@@ -2519,6 +2735,7 @@ class StopSignals:
         self.parallel, self.group = parallel, parallel.cpu_group()
         self.signal_name, self.received_at = "", 0.0
         self.stopping = self.leaves_step = False  # what all ranks agreed on
+        self.may_leave_step = parallel.plan.pipeline_parallel_size == 1
         self.seconds_to_leave = 0.0  # what finishing the step and saving takes, as measured so far
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -2549,7 +2766,7 @@ class StopSignals:
         if not self.stopping:
             if self.torchrun not in (None, os.getppid()) and not self.signal_name:
                 self.signal_name = "the end of its torchrun"
-            too_long = self.signal_name and self.seconds_to_leave > 0.8 * patience_seconds()
+            too_long = self.may_leave_step and self.signal_name and self.seconds_to_leave > 0.8 * patience_seconds()
             mine = torch.tensor([bool(self.signal_name), bool(too_long)]).int()
             if self.group is not None:
                 dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
@@ -2562,8 +2779,11 @@ class StopSignals:
         return self.stopping
 
     def agreed_to_leave_step(self) -> bool:
-        """Returns whether the step under way is to be abandoned: torchrun would not wait for it and a save."""
-        return self.agreed() and self.leaves_step
+        """Returns whether the step under way is to be abandoned: torchrun would not wait for it and a save.
+
+        Under pipeline stages never: to agree at every micro-batch would make the stages wait for each other.
+        """
+        return self.may_leave_step and self.agreed() and self.leaves_step
 
 
 def patience_seconds() -> float:
@@ -2656,9 +2876,12 @@ class Checkpoints:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
 
+        shares = {name: each.nbytes // self.parallel.data_parallel_size for name, each in tensors.items()}
+
         try:
             self.together(make_folder, main_only=True)
-            self.together(lambda: save_tensors(tensors, writing, self.group, self.asynchronous))
+            numbers = file_of_each(self.together(lambda: shares, gathered=True))
+            self.together(lambda: save_tensors(tensors, numbers, writing, self.group, self.asynchronous))
             mine = f"shard-{self.parallel.rank + 1:05d}-*"
             sums = self.together(lambda: {file.name: file_sum(file) for file in writing.glob(mine)}, gathered=True)
             files = {name: value for sums_of_rank in sums for name, value in sums_of_rank.items()}
@@ -2864,7 +3087,7 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     This takes host memory for a copy of each rank's share.
     """
     plan, wanted = parallel.plan, parallel.config.async_save
-    copy_gib = checkpoint_bytes / GIB / plan.dp_shard_size * parallel.cluster.ranks_per_node
+    copy_gib = checkpoint_bytes / GIB / plan.dp_shard_size / plan.pipeline_parallel_size * parallel.cluster.ranks_per_node
     on_host = parallel.device.type == "cpu" or plan.cpu_offload
     resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
     usable_share = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted]
@@ -2987,13 +3210,14 @@ def restore_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, T
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
 
 
-def save_tensors(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None, copied: bool) -> None:
-    """Writes every rank's tensors into the folder. Raises RunError, the same on every rank."""
+def save_tensors(
+    tensors: dict[str, Tensor], numbers: dict[str, int], folder: Path, group: dist.ProcessGroup | None, copied: bool
+) -> None:
+    """Writes every rank's tensors into the files of these numbers. Raises RunError, the same on every rank."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    storage = HuggingFaceStorageWriter(str(folder), file_of_each(tensors, world_size), save_distributed=True)
+    storage = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
     if copied:  # the tensors are in host memory; to copy ahead would wait for the training's stream
         storage.per_thread_copy_ahead = 0
     try:
@@ -3003,14 +3227,18 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGr
         raise RunError(f"{first_line(cause)}, on rank {rank}") from None
 
 
-def file_of_each(tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
-    """Returns the number of the file each tensor of any rank goes to, so that files stay near CHECKPOINT_FILE_BYTES."""
-    numbers = {f"rng.{device}{rank}": 1 for rank in range(ranks) for device in ("", "cuda.")}
+def file_of_each(sizes_of_ranks: list[dict[str, int]]) -> dict[str, int]:
+    """Returns the number of the file each tensor of any rank goes to, so that files stay near CHECKPOINT_FILE_BYTES.
+
+    It is given the bytes of each rank's share by name, because pipeline stages hold different tensors.
+    """
+    sizes = {name: size for sizes_of_rank in sizes_of_ranks for name, size in sizes_of_rank.items()}
+    numbers = {name: 1 for name in sizes if name.startswith("rng.")}
     number, filled = 1, 0
-    for name, tensor in sorted(tensors.items()):
+    for name, size in sorted(sizes.items()):
         if name not in numbers:
             numbers[name] = number
-            filled += tensor.numel() * tensor.element_size() // ranks
+            filled += size
             if filled > CHECKPOINT_FILE_BYTES:
                 number, filled = number + 1, 0
     return numbers
@@ -3091,8 +3319,7 @@ def gather_weights(model: PreTrainedModel, parallel: Parallel) -> dict[str, Tens
     One tensor at a time: a device holds its own share and a single whole matrix, never the model.
     """
     weights, dtype = {}, saved_dtype(parallel)
-    for name, tensor in model.state_dict().items():
-        whole = unsharded(tensor)
+    for name, whole in parallel.pipeline.whole_tensors(model.state_dict()):
         if parallel.is_main:
             weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
     return weights
@@ -3673,7 +3900,7 @@ STEP_FACTOR = 1.35  # and the factor that predicted step times do; published run
 TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
 PLAN_FLAGS = (  # decided by the plan unless they are given
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
-    "precision", "compile", "hsdp_shard_size", "parallelism",
+    "precision", "compile", "hsdp_shard_size", "parallelism", "pipeline_parallel_size",
 )  # fmt: skip
 LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: for --plan without gated files
     "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
@@ -3708,10 +3935,18 @@ class Plan:
 
     @property
     def strategy(self) -> str:
-        """What the data-parallel ranks do: `none`, `ddp`, `fsdp` or `hsdp`."""
+        """What the data-parallel ranks do: `none`, `ddp`, `fsdp` or `hsdp`.
+
+        Beside stages or tensor parallelism whole replicas run as HSDP, with a shard size of 1.
+        """
         if self.dp_shard_size > 1:
             return "hsdp" if self.dp_replicate_size > 1 else "fsdp"
-        return "ddp" if self.dp_replicate_size > 1 else "none"
+        replicas = "ddp" if self.pipeline_parallel_size * self.tensor_parallel_size == 1 else "hsdp"
+        return replicas if self.dp_replicate_size > 1 else "none"
+
+    @property
+    def uses_fsdp(self) -> bool:
+        return self.strategy in ("fsdp", "hsdp")
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -3731,7 +3966,7 @@ class Plan:
     @property
     def autocasts(self) -> bool:
         """FSDP casts the weights it gathers; elsewhere torch.autocast does, where the weights are fp32."""
-        return self.precision == "bf16" and self.dp_shard_size == 1
+        return self.precision == "bf16" and not self.uses_fsdp
 
     @property
     def recompute_every(self) -> int:
@@ -3755,6 +3990,7 @@ class Plan:
         shards = f" {self.dp_replicate_size}x{self.dp_shard_size}" if self.strategy == "hsdp" else ""
         level = self.activation_checkpointing
         parts = [
+            f"{self.pipeline_parallel_size} stages" if self.pipeline_parallel_size > 1 else "",
             f"{self.strategy}{shards}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
             {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
@@ -3924,7 +4160,8 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         return all_of_them if flag_value == "auto" else [{"yes": True, "no": False}.get(flag_value, flag_value)]
 
     plans = []
-    for replicas, shards in data_parallel_layouts(cluster, config):
+    stages = pipeline_stages(shape, cluster, config)
+    for replicas, shards in data_parallel_layouts(cluster, config, stages):
         rank_documents = math.ceil(config.batch_size / (replicas * shards))
         given_size = config.micro_batch_size
         open_axes = dict(
@@ -3935,7 +4172,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
             reshard_after_forward=values(config.reshard_after_forward, True, False) if shards > 1 else [True],
         )
         for values_of_plan in itertools.product(*open_axes.values()):
-            plan = Plan(dp_replicate_size=replicas, dp_shard_size=shards, **fixed)
+            plan = Plan(stages, dp_replicate_size=replicas, dp_shard_size=shards, **fixed)
             plan = dataclasses.replace(plan, **dict(zip(open_axes, values_of_plan, strict=True)))
             steps = math.ceil(rank_documents / plan.micro_batch_size)
             plan = dataclasses.replace(plan, gradient_accumulation_steps=steps)
@@ -3952,13 +4189,51 @@ def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
     return ("micro-batch", "step")
 
 
-def data_parallel_layouts(cluster: Cluster, config: Config) -> list[tuple[int, int]]:
+def pipeline_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
+    """Returns the number of pipeline stages. Raises UserError where model or cluster cannot be cut into them."""
+    stages = config.pipeline_parallel_size or 1
+    shown = f"--pipeline-parallel-size {stages}"
+    if stages > 1 and shape.uncuttable:
+        raise UserError(f"{shown} cannot be had with this model: {shape.uncuttable}; leave it out")
+    if stages > shape.layers:
+        raise UserError(f"{shown} needs a layer for each stage, and this model has {shape.layers}; use at most those")
+    if cluster.world_size % stages:
+        raise UserError(
+            f"{shown} needs equally many processes in each stage, and {cluster.world_size} were started; use a divisor "
+            "of them"
+        )
+    if stages > 1 and config.parallelism == "ddp":
+        raise UserError(
+            f"--parallelism ddp does not go with {shown}; use hsdp with --hsdp-shard-size 1, which keeps whole replicas"
+        )
+    return stages
+
+
+def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
+    """Returns the layers of each stage, so that the slowest takes as little time as it can; the head counts as work.
+
+    Of the stages before the last, the later ones take what does not divide: the earlier hold more micro-batches.
+    """
+    if stages == 1:
+        return [shape.layers]
+    head = shape.vocabulary * shape.hidden / shape.layer_parameters  # in layers
+
+    def slowest(of_last: int) -> float:
+        return max(math.ceil((shape.layers - of_last) / (stages - 1)), of_last + head)
+
+    last = min(range(1, shape.layers - stages + 2), key=slowest)
+    each, rest = divmod(shape.layers - last, stages - 1)
+    return [each] * (stages - 1 - rest) + [each + 1] * rest + [last]
+
+
+def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1) -> list[tuple[int, int]]:
     """Returns (dp_replicate_size, dp_shard_size) of every strategy the flags leave open. Raises UserError for none."""
     strategies = [config.parallelism]
     if config.parallelism == "auto":
-        groups = cluster.nodes > 1 and cluster.ranks_per_node > 1
+        ranks = cluster.world_size // stages
+        groups = ranks > cluster.ranks_per_node > 1
         several = ["ddp", "fsdp", "hsdp"] if groups else ["ddp", "fsdp"]
-        strategies = several if cluster.world_size > 1 else ["none"]
+        strategies = several if ranks > 1 else ["none"]
     if config.cpu_offload == "yes":
         if not cluster.has_gpu:
             raise UserError("--cpu-offload yes moves memory off a GPU, and this machine has none; leave it out")
@@ -3969,29 +4244,36 @@ def data_parallel_layouts(cluster: Cluster, config: Config) -> list[tuple[int, i
             raise UserError(
                 "--cpu-offload yes needs FSDP or HSDP, so at least 2 processes; use torchrun --nproc_per_node=2"
             )
-    return [replicas_and_shards(strategy, cluster, config.hsdp_shard_size) for strategy in strategies]
+    return [replicas_and_shards(strategy, cluster, config.hsdp_shard_size, stages) for strategy in strategies]
 
 
-def replicas_and_shards(strategy: str, cluster: Cluster, hsdp_shard_size: int | None) -> tuple[int, int]:
+def replicas_and_shards(
+    strategy: str, cluster: Cluster, hsdp_shard_size: int | None, stages: int
+) -> tuple[int, int]:
     """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
-    world = cluster.world_size
+    world, of_stage = cluster.world_size // stages, " for each stage" if stages > 1 else ""
     if strategy == "none" and world > 1:
-        raise UserError(f"--parallelism none runs one process, but {world} were started; use ddp, fsdp or auto")
+        raise UserError(
+            f"--parallelism none runs one process{of_stage}, but {world} were started; use ddp, fsdp or auto"
+        )
     if strategy in ("ddp", "fsdp") and world < 2:
         raise UserError(
-            f"--parallelism {strategy} needs at least 2 processes, but 1 was started; use torchrun --nproc_per_node=2"
+            f"--parallelism {strategy} needs at least 2 processes{of_stage}, but 1 was started; use torchrun "
+            f"--nproc_per_node={2 * stages}"
         )
     if strategy != "hsdp":
         return (1, world) if strategy == "fsdp" else (world, 1)
-    shard = hsdp_shard_size or (cluster.ranks_per_node if cluster.nodes > 1 else world // 2)
-    if world < 4:
+    shard = hsdp_shard_size or (cluster.ranks_per_node if world > cluster.ranks_per_node else world // 2)
+    smallest = 1 if stages > 1 else 2  # one process and its replicas are DDP, but there is no DDP of stages
+    if world < 2 * smallest:
         raise UserError(
-            f"--parallelism hsdp needs at least 4 processes, but {world} started; use torchrun --nproc_per_node=4"
+            f"--parallelism hsdp needs at least {2 * smallest} processes{of_stage}, but {world} started; use torchrun "
+            f"--nproc_per_node={2 * smallest * stages}"
         )
-    if shard < 2 or world % shard or world == shard:
+    if shard < smallest or world % shard or world == shard:
         raise UserError(
-            f"--parallelism hsdp needs at least two equal groups of at least 2 ranks; {world} processes in groups of "
-            f"{shard} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {world}"
+            f"--parallelism hsdp needs at least two equal groups of at least {smallest} ranks{of_stage}; {world} "
+            f"processes in groups of {shard} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {world}"
         )
     return world // shard, shard
 
@@ -4039,6 +4321,7 @@ class ModelShape:
     positions: int
     head_dim: int = 128
     unpackable: str = ""  # why packed rows cannot be had, where they cannot
+    uncuttable: str = ""  # why pipeline stages cannot be had, where they cannot
 
     @property
     def head_and_norm_parameters(self) -> int:
@@ -4078,6 +4361,7 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
         positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
         head_dim=head_dim,
         unpackable=why_unpackable(model_config, attention),
+        uncuttable=why_uncuttable(model),  # last, because it takes the model apart
     )
 
 
@@ -4089,6 +4373,32 @@ def why_unpackable(model_config: PretrainedConfig, attention: str | None) -> str
     if any(getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop", "attn_dropout")):
         return "it drops out attention, which the kernel for packed rows cannot do"
     return "" if attention else "it takes no attention but its own"
+
+
+def why_uncuttable(model: PreTrainedModel) -> str:
+    """Returns why the layers of a model on the meta device cannot be cut into pipeline stages; "" if they can.
+
+    transformers shares out embedding, layers, last norm and head by Llama's names. Without them no parameter may be
+    left, and hidden states must pass through untouched: what a model does to them besides, each stage would do again.
+    """
+    from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
+
+    text_config = model.config.get_text_config()
+    if text_config.tie_word_embeddings:
+        return "its embedding and its head are one matrix, which would lie on two stages"
+    if getattr(text_config, "output_router_logits", False):
+        return "its routers' loss is one of all layers together"
+    if len(set(getattr(text_config, "layer_types", None) or [])) > 1:
+        return "its layers are of several kinds"
+    base = model.base_model
+    with contextlib.suppress(Exception):  # whatever a model without such parts may raise
+        base.embed_tokens, base.norm, model.lm_head = (PipelineIdentityLayer() for _ in range(3))
+        base.layers = nn.ModuleList(PipelineIdentityLayer() for _ in base.layers)
+        hidden = torch.empty(1, PAD_MULTIPLE, text_config.hidden_size, device="meta")
+        passed = base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        if passed is hidden and not list(model.parameters()):
+            return ""
+    return "more than Llama's embedding, layers, last norm and head make it up"
 
 
 def has_sliding_windows(model_config: PretrainedConfig) -> bool:
