@@ -4395,7 +4395,8 @@ def why_uncuttable(model: PreTrainedModel) -> str:
         base.embed_tokens, base.norm, model.lm_head = (PipelineIdentityLayer() for _ in range(3))
         base.layers = nn.ModuleList(PipelineIdentityLayer() for _ in base.layers)
         hidden = torch.empty(1, PAD_MULTIPLE, text_config.hidden_size, device="meta")
-        passed = base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        mask = torch.empty(1, 1, PAD_MULTIPLE, PAD_MULTIPLE, device="meta")  # or a mask would be made of meta tensors
+        passed = base(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
         if passed is hidden and not list(model.parameters()):
             return ""
     return "more than Llama's embedding, layers, last norm and head make it up"
