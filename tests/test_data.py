@@ -580,7 +580,7 @@ def write_parquet(path, rows):
 
 
 def tokens_of(data: Path | tuple, tokenizer, parallel, **flags) -> list[list[list[int]]]:
-    return [list(part.rows["input_ids"]) for part in load(settings(data, **flags), tokenizer, parallel)]
+    return [list(part.dataset["input_ids"]) for part in load(settings(data, **flags), tokenizer, parallel)]
 
 
 @pytest.mark.parametrize("as_files", [False, True], ids=["folder", "two files"])
@@ -647,7 +647,7 @@ def test_other_columns_and_fewer_samples(tmp_path, tokenizer, parallel):
 def cache_of(config: Config, tokenizer, parallel) -> tuple[str, int]:
     """Returns the file that holds the training documents, and the time it was written."""
     train, _ = load(config, tokenizer, parallel)
-    [file] = train.rows.cache_files
+    [file] = train.dataset.cache_files
     return file["filename"], Path(file["filename"]).stat().st_mtime_ns
 
 
@@ -674,7 +674,7 @@ def test_another_end_of_sequence_token_encodes_anew(three_documents, parallel):
     assert tokenizer.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     for each, end in ((tokenizer, EOS), (other, PAD), (tokenizer, EOS)):
         train, _ = load(settings(three_documents), each, parallel)
-        assert [ids[-1] for ids in train.rows["input_ids"]] == [end] * 3
+        assert [ids[-1] for ids in train.dataset["input_ids"]] == [end] * 3
 
 
 def test_two_processes_encode_once_and_later_runs_read_that(tmp_path, tokenizer, parallel):

@@ -77,7 +77,7 @@ def test_ranks_with_unlike_gpus_plan_with_the_same_figures(monkeypatch, kinds):
     everyones = [(f"GPU of rank {rank}", gpu, gpu is not old, 1) for rank, gpu in enumerate(gpus)]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(train_llama2, "together", lambda act, gathered: everyones)
+    monkeypatch.setattr(train_llama2, "on_all_ranks", lambda act, gathered: everyones)
     first = train_llama2.find_cluster()
     assert first.memory_gib == min(gpu.memory_gib for gpu in gpus)
     slower = min(gpus, key=lambda gpu: gpu.peak_tflops)
