@@ -248,7 +248,7 @@ def test_a_path_says_only_where_a_run_begins(stopped, uninterrupted, copy_of, tm
     assert tree(uninterrupted) == before
 
 
-def test_a_path_to_the_runs_own_newest_goes_on_from_it(stopped, copy_of, monkeypatch, uninterrupted):
+def test_a_path_to_the_runs_newest_checkpoint_resumes_it(stopped, copy_of, monkeypatch, uninterrupted):
     """The path may lead there in another way than --save-model-dir does."""
     folder = copy_of(stopped)
     monkeypatch.chdir(folder)
