@@ -10,8 +10,8 @@
 the hook hands over to `torch.moreh.option.enable_advanced_parallelization()`. Everywhere else it looks at the
 processes that torchrun started, the model's config and the devices, and sets up the fastest plan that fits.
 
-The file reads from the whole to the detail, in the order in which `main()` calls things:
-    1. This header             words, imports, the two kinds of error
+The file goes from the overview to the details, roughly in the order in which `main()` uses them:
+    1. This header             the words used, imports, the two kinds of error
     2. Flags                   every setting with its default, its help and its rule
     3. The run                 main(), and the exit codes
     4. Training and evaluation the step, the learning rate, the validation loss, summaries and ROUGE
@@ -24,14 +24,14 @@ The file reads from the whole to the detail, in the order in which `main()` call
    11. The plan                memory and time of every way to execute a step, the choice, the devices
 
 Words used throughout:
-    rank          one process. It has one device. Rank 0 speaks and writes; the others are silent unless they fail.
-    data rank     the ranks that work on the same documents count as one. Documents are dealt to data ranks.
+    rank          one process, with one device. Rank 0 prints and writes the logs; the others are silent.
+    data rank     ranks that work on the same documents form one data rank. Documents are dealt to data ranks.
     step          one update of the weights, from one global batch of --batch-size documents.
     micro-batch   the documents that go through one forward and backward pass of one data rank.
-    Shapes        B rows in a micro-batch, T tokens in a row, V pieces in the vocabulary.
+    Shapes        B rows in a micro-batch, T tokens in a row, V the size of the vocabulary.
 
-A function or method that takes or holds a `Parallel` talks to the other ranks: every rank must call it at the same
-point. Where one rank may call it alone, its docstring says so.
+Every rank runs the same code, so every rank calls every function at the same point. A function that takes or holds a
+`Parallel` may wait there for the other ranks; the few that one rank may call alone say so in their docstring.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def check_versions() -> None:
 
 check_versions()  # the one thing done at import
 
-# What only a run needs (accelerate, datasets, checkpoints, DTensor) is imported where it is used: --help and a wrong
-# flag are then answered in half the time. transformers itself imports its parts when they are first named.
+# What only a run needs (accelerate, datasets, checkpoints, DTensor) is imported where it is used, so that --help and a
+# wrong flag are answered in half the time. transformers imports its own parts only when they are first named.
 import huggingface_hub
 import numpy as np
 import psutil
@@ -154,7 +154,7 @@ def first_line(error: BaseException) -> str:
 
 RECOMPUTATION_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # layers whose activations are recomputed
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-LARGEST_INTEGER = 2**31  # few flags have a meaning beyond it
+LARGEST_INTEGER = 2**31  # the upper limit of every integer flag that sets no limit of its own
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset
 
 
 def flag(default: Any, help: str, read: Reader | None = None, bare: str | None = None) -> Any:
-    """Returns a field of `Config`. A default of False makes a switch; `bare` is the value of a flag without a word."""
+    """Returns a field of `Config`. A default of False makes a switch; `bare` is its value when no word follows."""
     return dataclasses.field(default=default, metadata=dict(help=help, read=read or text(), bare=bare))
 
 
@@ -238,20 +238,20 @@ class Config:
         None, "use at most this many training documents", number(int, minimum=1, unset="all"))
     max_eval_samples: int | None = flag(
         None, "use at most this many validation documents", number(int, minimum=1, unset="all"))
-    block_size: int = flag(2048, "tokens of a document at most; a longer article loses its end", POSITIVE)
+    block_size: int = flag(2048, "longest document in tokens; a longer article loses its end", POSITIVE)
     loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", one_of("all", "summary"))
     num_train_epochs: int = flag(1, "passes over the training documents", POSITIVE)
     max_steps: int | None = flag(None, "stop after this many optimizer steps", number(int, minimum=1, unset="none"))
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
-        None, "documents per forward per device, at most", number(int, minimum=1, unset="auto"))
+        None, "most documents per forward pass of a device", number(int, minimum=1, unset="auto"))
     lr: float = flag(1e-5, "peak learning rate of AdamW; 0 measures without training", number(float, minimum=0))
     lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
     warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", number(float, minimum=0, below=1))
     weight_decay: float = flag(
         0.0, "AdamW weight decay of the matrices; norms and biases have none", number(float, minimum=0))
     max_grad_norm: float = flag(
-        1.0, "clip the global gradient norm to this; 0 leaves it alone", number(float, minimum=0))
+        1.0, "clip the global gradient norm to this; 0 turns clipping off", number(float, minimum=0))
     seed: int = flag(42, "order of the documents and the held-out split", number(int, minimum=0, below=2**32))
     parallelism: str = flag(
         "auto", "what the data-parallel ranks do", one_of("auto", "none", "ddp", "fsdp", "hsdp"))
@@ -289,15 +289,16 @@ class Config:
     eval_interval: int = flag(500, "optimizer steps between two evaluations", POSITIVE)
     save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", POSITIVE)
-    resume: str = flag("auto", "auto, or the path of a checkpoint to begin from where the folder holds none yet", PATH)
+    resume: str = flag(
+        "auto", "auto: the newest checkpoint in --save-model-dir; a path: where to begin if there is none yet", PATH)
     resume_anyway: bool = flag(False, "resume although flags or data that shape the losses have changed")
     async_save: str = flag(
-        "auto", "write checkpoints while training goes on; auto: where host memory holds a copy", AUTO_YES_NO)
+        "auto", "write checkpoints while training goes on; auto: if host memory has room for a copy", AUTO_YES_NO)
     rouge_samples: int = flag(
         0, "validation documents to summarise and score with ROUGE at every evaluation (package rouge-score)",
         number(int, minimum=0))
-    num_beams: int = flag(1, "beams of those summaries; 1 is greedy", POSITIVE)
-    max_summary_tokens: int = flag(160, "tokens of those summaries at most", POSITIVE)
+    num_beams: int = flag(1, "beams for generating those summaries; 1 is greedy", POSITIVE)
+    max_summary_tokens: int = flag(160, "longest of those summaries in tokens", POSITIVE)
     quiet: bool = flag(False, "print warnings, errors and the closing line only")
     report_to: str = flag("none", "experiment tracker", one_of("none", *TRACKERS))
     num_proc: int = flag(
@@ -396,8 +397,8 @@ def build_parser() -> argparse.ArgumentParser:
 # ----------------------------------------------------------------------------------------------------------------
 # 3. The run
 # ----------------------------------------------------------------------------------------------------------------
-# `main()` is the whole run. It is the same for one device and for many; the hook's line is the only one that knows.
-# `command_line()` turns the ways in which a run can end into exit codes and single lines.
+# `main()` is the whole run and reads like a script for one device. What differs between one device and many is decided
+# by the hook and kept behind `Parallel`. `command_line()` turns every way a run can end into an exit code and a line.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -423,12 +424,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             log = RunLog(parallel, state, total_steps, steps_per_epoch, compiled, checkpoints.asynchronous)
             batches = log.timing_the_wait(training_batches(train_set, state.step, total_steps, parallel))
 
+            stop.listen()
             while True:
-                finished, stopping = state.step == total_steps, stop.agreed()
-                if log.evaluation_due(state) and not stopping:
+                if log.evaluation_due(state) and not stop.agreed():
                     with log.clock_stopped():
                         log.evaluation(state, evaluate(model, eval_set, parallel, stop))
-                    stopping = stop.agreed()  # a signal during the evaluation must still lead to a save
+                stopping = stop.agreed()  # asked again, so that a signal during the evaluation leads to a save
+                finished = state.step == total_steps and not log.evaluation_due(state)
                 saving = finished or stopping or state.step % config.save_interval == 0
                 stop_if_broken(state, saving)
                 if saving and state.step > checkpoints.saved_step:
@@ -441,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 lr = learning_rate(state.step, total_steps, config)
                 log.step(state, training_step(model, optimizer, next(batches), lr, state, parallel, stop))
 
-        if not finished:
+        if stopping:
             return log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
         save_model(model, tokenizer, parallel)
         write_model_card(parallel, state, log)
@@ -449,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def command_line(argv: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns the exit code. Under torchrun all ranks find the same mistakes and rank 0 reports them.
+    """Runs `main` and returns the exit code. All ranks learn of a mistake, and rank 0 reports it.
 
     The others wait before they exit, because torchrun kills the remaining ranks, rank 0 too, as soon as one has failed.
     """
@@ -464,15 +466,21 @@ def command_line(argv: Sequence[str] | None = None) -> int:
         else:
             time.sleep(5)
         return 2 if isinstance(error, UserError) else 1
-    except torch.OutOfMemoryError:  # the hook's context has explained it, because it knows the plan
+    except torch.OutOfMemoryError as error:
+        if not hasattr(error, "explained"):  # it came before there was a plan
+            words = f"error: the GPU ran out of memory before training began ({first_line(error)})"
+            print(words + "; end what else runs on it", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("stopped   by Ctrl-C before training began; nothing was saved", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     except RuntimeError as error:
         if not lost_contact(error):
             raise
         words = (
-            f"error: rank {launched_rank()} has lost the others ({first_line(error)}): a rank, its node or "
-            "the network is gone for longer than --dist-timeout-minutes; the same command goes on from the newest "
-            "checkpoint"
+            f"error: rank {launched_rank()} has lost the others ({first_line(error)}): a rank, its node or the "
+            "network was out of reach for longer than --dist-timeout-minutes; run the same command again to resume "
+            "from the newest checkpoint"
         )
         print(words, file=sys.stderr, flush=True)
         return 1
@@ -480,7 +488,7 @@ def command_line(argv: Sequence[str] | None = None) -> int:
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Returns whether another rank is out of reach. NCCL and the store raise DistError; gloo only words it."""
+    """Returns whether another rank is out of reach. NCCL and the store raise DistError, gloo a RuntimeError."""
     words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     out_of_memory = "out of memory" in str(error)  # NCCL's own buffers
     return not out_of_memory and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
@@ -489,9 +497,9 @@ def lost_contact(error: RuntimeError) -> bool:
 # ----------------------------------------------------------------------------------------------------------------
 # 4. Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------
-# The loss of a step is the sum of the token losses of the whole global batch over its label tokens, so how the batch
-# is cut into ranks, micro-batches and rows changes nothing. A step never asks the device for a value. The validation
-# loss weighs every token the same, and counts each document once on any number of ranks.
+# The loss of a step is the sum of the token losses of the whole global batch, divided by its number of label tokens, so
+# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. A step never waits
+# for the device. The validation loss weighs every token the same and counts each document once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
@@ -524,7 +532,7 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and gradient norm of one step over all ranks, as tensors on the device, and what the step consisted of."""
+    """Loss and gradient norm of one step over all ranks, as tensors on the device, and its token counts."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -606,13 +614,13 @@ def token_loss_sum(model: nn.Module, micro_batch: dict[str, Tensor], parallel: P
         if name != "labels"  # the head is given its targets
     }
     if parallel.plan.packing:
-        inputs["max_length"] = parallel.config.block_size  # a bound that never changes, or layers would be recompiled
+        inputs["max_length"] = parallel.config.block_size  # an upper bound; a changing one would recompile the layers
     with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
         return model(**inputs, use_cache=False)
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """Returns the learning rate of the update after `step` others: linear warm-up, then the schedule down to 0."""
+    """Returns the learning rate of update number `step`, counted from 0: linear warm-up, then the schedule."""
     warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -625,8 +633,8 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 def stop_if_broken(state: TrainingState, saving: bool) -> None:
     """Raises RunError after too many skipped updates in a row. All ranks do, because all saw the same loss and norm.
 
-    Reading the count waits for the device, so it is read every fifth step, and before a save: a checkpoint inside
-    such a row would end every run that resumes from it. The steps in between do no harm, as they are skipped too.
+    Reading the count waits for the device, so this is done every fifth step, and before a save: a checkpoint saved in
+    the middle of such a series would make every resumed run fail. The steps in between change nothing.
     """
     if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
         raise RunError(
@@ -779,9 +787,9 @@ def summarise(
 ) -> list[dict[str, str]] | None:
     """Returns the model's summaries of --rouge-samples documents, drawn by the seed, beside the documents' own.
 
-    Each is a `reference` and a `summary`; every rank gets the same list. Returns None where the run was asked to stop
-    meanwhile. Sharded forward passes need all ranks, so a data rank with nothing left summarises a document once more,
-    and transformers keeps all ranks of a call going until the last has ended its summaries.
+    Each is a `reference` and a `summary`; every rank gets the same list. Returns None if the run was asked to stop
+    meanwhile. Sharded forward passes need all ranks: a data rank without documents repeats one, and `generate` keeps
+    running until all ranks have finished.
     """
     config, size = parallel.config, parallel.data_parallel_size
     module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
@@ -798,7 +806,7 @@ def summarise(
         if stop.agreed():
             return None
         positions = mine[call * prompts_per_call : (call + 1) * prompts_per_call]
-        rows = documents.rows[positions if len(positions) else drawn[:1]]
+        rows = documents.dataset[positions if len(positions) else drawn[:1]]
         pairs = list(zip(rows["input_ids"], rows["prompt_length"], strict=True))
         references = tokenizer.batch_decode([ids[length:] for ids, length in pairs], skip_special_tokens=True)
         inputs = pad_prompts([ids[:length] for ids, length in pairs], tokenizer)
@@ -807,7 +815,7 @@ def summarise(
             outputs = module.generate(**inputs, generation_config=settings)
         texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         written += [dict(reference=r.strip(), summary=s.strip()) for r, s in zip(references, texts, strict=True)]
-    of_each_rank = together(lambda: written, gathered=True)
+    of_each_rank = on_all_ranks(lambda: written, gathered=True)
     # A data rank's repeated document comes last in its list, and is left out here.
     return [of_each_rank[parallel.rank_of(place % size)][place // size] for place in range(len(drawn))]
 
@@ -821,7 +829,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     shape, plan, config = parallel.shape, parallel.plan, parallel.config
     step = StepMemory(shape, plan, tokens=1)
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
-    free_bytes = HEADROOM * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
+    free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
     copies_to_reorder = 2 if config.num_beams > 1 else 1  # beam search copies the cache to reorder it
     document_tokens = (config.block_size + config.max_summary_tokens) * config.num_beams * copies_to_reorder
@@ -855,7 +863,7 @@ def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
 def rouge_scores(samples: Sequence[dict[str, str]]) -> dict[str, float]:
     """Returns the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-Lsum (Lin 2004) in percent, with stemming; {} for no samples.
 
-    Lsum compares sentence by sentence, and wants each on a line of its own.
+    ROUGE-Lsum compares sentence by sentence, and expects one sentence a line.
     """
     if not samples:
         return {}
@@ -871,22 +879,21 @@ def rouge_scores(samples: Sequence[dict[str, str]]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------------
 # 5. The hook
 # ----------------------------------------------------------------------------------------------------------------
-# The hook joins the processes, chooses the plan and returns a `Parallel`, which carries both and knows the few things
-# that differ between one device and many. In another script's loop it chooses only forms in which a plain
-# `model(...)` and `loss.backward()` are right.
+# The hook joins the processes, chooses the fastest plan that fits and returns a `Parallel`. The functions that load the
+# model, build batches and take a step ask the `Parallel` for the few things that differ between one device and many.
 
 MOAI_WORDS = "plan      moai: torch.moreh.option.enable_advanced_parallelization() was called, and the platform decides"
 
 
 def enable_advanced_parallelization(config: Config) -> Parallel:
-    """Makes the rest of a single-device script run on every device there is, and returns what it has set up.
+    """Prepares this process to train on all devices there are, and returns the plan for it as a `Parallel`.
 
     Where `torch.moreh` exists, MoAI takes over: the platform shows its whole cluster as one device, and the script
     goes on as one plain process. Elsewhere the plan follows from the processes that torchrun started, the model's
-    config and the devices' memory. Call it once, before the model is built.
-
-    It works for other causal LMs and other scripts: `enable_advanced_parallelization(Config(model_name_or_path=...))`.
-    Raises UserError where the model cannot be read, or the plan that was asked for cannot work.
+    config and the devices' memory. Call it once, before the model is built: `load_model(parallel)` then returns the
+    model in the plan's parallel form, and a plain `model(...)` and `loss.backward()` train it, in another script's loop
+    too: `enable_advanced_parallelization(Config(model_name_or_path=...))`. Raises UserError where the model cannot be
+    read, or the plan that was asked for cannot work.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -896,7 +903,7 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     else:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
         start_process_group(config)
-    check_optional_packages(config)
+    on_all_ranks(lambda: check_optional_packages(config))
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=None if config.report_to == "none" else config.report_to,
@@ -905,7 +912,7 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     )
     quieten_libraries(accelerator.is_local_main_process, config.quiet)
     cluster = find_cluster()
-    model_config, shape = together(lambda: read_model_shape(config))
+    model_config, shape = on_all_ranks(lambda: read_model_shape(config))
     if on_moai:
         choice, plan, words = None, moai_plan(shape, config), MOAI_WORDS
     else:
@@ -997,12 +1004,12 @@ class Parallel:
 
     @property
     def rank(self) -> int:
-        """The number of this process among all."""
+        """The number of this process among all, from 0."""
         return self.accelerator.process_index
 
     @property
     def data_rank(self) -> int:
-        """The number of this rank's documents: batches, evaluations and summaries are dealt by it.
+        """Which share of the documents this rank works on: batches, evaluations and summaries are dealt by it.
 
         Ranks are numbered with pipeline stages outermost and tensor parallelism innermost.
         """
@@ -1030,12 +1037,13 @@ class Parallel:
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type in ORDERLY_EXITS:
             if self.accelerator.num_processes > 1:
-                # gloo's threads need the GIL to release their last message; destroying a DDP model, or Python's exit,
-                # would wait for them while holding it: now and then a hang or an abort
+                # gloo's threads need the GIL to send their last message. Destroying a DDP model or ending Python holds
+                # it and waits for those threads, so that without this pause a run sometimes hung or aborted.
                 time.sleep(0.1)
             self.accelerator.end_training()
         elif issubclass(error_type, torch.OutOfMemoryError):
             print(explain_out_of_memory(self), file=sys.stderr, flush=True)
+            error.explained = True
 
     def say(self, *words: object, always: bool = False) -> None:
         """Prints on rank 0, above a progress bar if there is one. Any rank may call it alone.
@@ -1063,9 +1071,9 @@ class Parallel:
         return dist.new_group(backend="gloo", timeout=0.8 * self.timeout)
 
     def node_main_first(self, act: Callable[[], Any]) -> Any:
-        """Runs `act` on each node's first process, then on the others, which find its files and caches ready.
+        """Runs `act` on each node's first process, then on the others, which then find its files in the cache.
 
-        Returns its result; raises what failed on any rank on all of them.
+        Returns its result; a failure on any rank is raised on all of them.
         """
 
         def act_in_turn() -> Any:
@@ -1077,12 +1085,12 @@ class Parallel:
                 if self.accelerator.is_local_main_process:
                     self.wait_for_everyone()
 
-        return together(act_in_turn)
+        return on_all_ranks(act_in_turn)
 
     def wait_for_everyone(self) -> None:
         """A barrier in host memory. Accelerate's would be NCCL's, which keeps the GPU busy while others tokenise."""
         if self.accelerator.num_processes > 1:
-            dist.barrier()  # without device_ids, torch takes gloo of a group that has both
+            dist.barrier()  # without device_ids it uses gloo, where the group has both backends
 
     @contextlib.contextmanager
     def gradient_sync(self, model: nn.Module, is_last: bool) -> Iterator[None]:
@@ -1101,11 +1109,11 @@ class Parallel:
                 yield
 
 
-ORDERLY_EXITS = (None, UserError, RunError)  # all ranks leave a context alike, so collectives still work
+ORDERLY_EXITS = (None, UserError, RunError)  # raised on all ranks alike, so collectives still work on the way out
 
 
 def explain_out_of_memory(parallel: Parallel) -> str:
-    """Returns the error line of a rank that ran out: what was predicted, what was allocated, which flags help.
+    """Returns the error line of a rank that ran out of memory: what was predicted and allocated, which flags help.
 
     Any rank may call it alone.
     """
@@ -1126,14 +1134,14 @@ def explain_out_of_memory(parallel: Parallel) -> str:
     )
 
 
-def together(
+def on_all_ranks(
     act: Callable[[], Any], main_only: bool = False, gathered: bool = False, group: dist.ProcessGroup | None = None
 ) -> Any:
     """Runs `act` on every rank and returns its result; if it fails on any rank, raises the same error on all of them.
 
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0
     acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act`
-    must hold no collective that a failing rank would leave the others in. Costs one exchange of messages in host
+    must not wait for other ranks: one that fails would leave them waiting. Costs one exchange of messages in host
     memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -1167,27 +1175,33 @@ def together(
 def start_process_group(config: Config) -> None:
     """Joins the ranks that torchrun started, if any. Gloo beside NCCL, because offloaded tensors live on the CPU.
 
-    When `--max-restarts` restarts the ranks, torchrun reuses its key-value store, where they would find the addresses
-    of dead ranks. So each attempt gets a key prefix of its own. With several agents this is not safe, as they may
-    count attempts differently; there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.
+    torchrun --max-restarts reuses its key-value store, which still holds the addresses of dead ranks, so each attempt
+    uses a key prefix of its own. On several nodes the agents may count attempts differently, and the prefix is left
+    out; there, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.
     """
     if dist.is_initialized():
         return
     check_launcher()
     if "LOCAL_RANK" not in os.environ:
         return
-    if torch.cuda.is_available():
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:  # every rank of the node finds this, so that one can report it
-            raise UserError(f"torchrun --nproc_per_node started more processes than the {gpus} GPUs here; use gpu")
-        torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    timeout = timedelta(minutes=config.dist_timeout_minutes)
-    if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return dist.init_process_group(backend, timeout=timeout)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+    how: dict[str, Any] = dict(timeout=timedelta(minutes=config.dist_timeout_minutes))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store, how["rank"], how["world_size"] = next(dist.rendezvous("env://", timeout=how["timeout"]))
+        attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        how["store"] = dist.PrefixStore(attempt, store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **how)
+
+    def take_gpu() -> None:
+        gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if processes > gpus:
+            raise UserError(
+                f"torchrun --nproc_per_node started {processes} processes on node {platform.node()}, which has {gpus} "
+                "GPUs; use --nproc_per_node=gpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+    if any(on_all_ranks(torch.cuda.is_available, gathered=True)):
+        on_all_ranks(take_gpu)
 
 
 def check_launcher() -> None:
@@ -1241,7 +1255,7 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merge
 
 
 def load_tokenizer(parallel: Parallel) -> PreTrainedTokenizerBase:
-    """Returns the model's own tokenizer. Raises UserError where it cannot serve."""
+    """Returns the model's own tokenizer. Raises UserError if it cannot be used."""
     return parallel.node_main_first(lambda: read_tokenizer(parallel.config, parallel.shape))
 
 
@@ -1281,9 +1295,9 @@ def read_tokenizer(config: Config, shape: ModelShape) -> PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Documents:
-    """Encoded, memory-mapped documents, the length and label count of each, and what turning them into rows takes."""
+    """Encoded, memory-mapped documents, the length and label count of each, and the settings for building batches."""
 
-    rows: Dataset  # with the columns of `encode_batch`
+    dataset: Dataset  # with the columns of `encode_batch`
     lengths: np.ndarray
     label_counts: np.ndarray
     tokenizer: PreTrainedTokenizerBase
@@ -1291,7 +1305,7 @@ class Documents:
     loss_on: str
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.dataset)
 
 
 def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents]:
@@ -1378,7 +1392,7 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
             splits = {split_of(str(name)): split for name, split in splits.items()}
         elif local:
             file_format, files, lines = find_data_files(paths, config)
-            # one call a split: a single call would demand the same columns of all of them
+            # one call per split, because a single call requires the same columns in all of them
             splits = {name: load_files(those, file_format, config) for name, those in files.items()}
         else:
             splits = datasets.load_dataset(paths[0], config.dataset_config)
@@ -1404,7 +1418,7 @@ def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
     """Returns the rows of all files. Where their columns differ, the files are read one by one for the two of texts."""
     import datasets
 
-    # keep_default_na: or "None" would be missing
+    # without keep_default_na=False pandas reads the text "None" as a missing value
     options = dict(keep_default_na=False, sep=separator_of(files[0], config)) if file_format == "csv" else {}
     load = functools.partial(datasets.load_dataset, file_format, split="train", **options)
     names = list(map(plain_name, files))
@@ -1429,7 +1443,7 @@ def plain_name(file: Path) -> str:
     link = (
         Path(datasets.config.HF_DATASETS_CACHE)
         / "links"
-        / (sum_of({"file": str(file.resolve())})[:16] + data_suffix(file))
+        / (json_checksum({"file": str(file.resolve())})[:16] + data_suffix(file))
     )
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink():
@@ -1530,7 +1544,7 @@ def text_problem(file: Path, config: Config) -> str:
 
 
 def json_problem(file: Path) -> str:
-    """Returns what is wrong with the beginning of a JSON file, on which pyarrow would end the process (a `null`)."""
+    """Returns what is wrong with the beginning of a JSON file. On some (a `null`) pyarrow crashes the process."""
     with open_file(file, "rb") as stream:
         beginning = stream.read(2**16)
     if beginning.startswith(b"\xef\xbb\xbf"):
@@ -1628,6 +1642,7 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
     eos = tokenizer.eos_token_id  # from tokenizer_config.json, not part of the backend
     recipe = (split._fingerprint, tokenizer.backend_tokenizer.to_str(), eos, PROMPT_OPEN, PROMPT_CLOSE)
     settings = (config.article_column, config.summary_column, config.block_size, datasets.__version__)
+    code = [inspect.getsource(function) for function in (has_text, encode_batch, fit_block)]
     features = datasets.Features(
         input_ids=datasets.List(datasets.Value("int32")),
         prompt_length=datasets.Value("int32"),
@@ -1645,7 +1660,7 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
                 batched=True,
                 remove_columns=split.column_names,
                 num_proc=config.num_proc if len(split) > MANY_DOCUMENTS else None,
-                new_fingerprint=Hasher.hash((recipe, settings)),
+                new_fingerprint=Hasher.hash((recipe, settings, code)),
                 features=features,
                 desc="tokenising",
             )
@@ -1751,7 +1766,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One data rank's part of a global batch, with the counts of the whole of it.
+    """One data rank's part of a global batch, with the token counts of the whole batch.
 
     Each of `micro_batches` holds `input_ids` and `labels` (B, T) int64. Padded rows add `attention_mask` (B, T). Packed
     rows have B = 1 and add `position_ids` (1, T), which begin again with every document, and `cu_seq_lens`
@@ -1771,9 +1786,9 @@ def training_batches(
 ) -> Iterator[GlobalBatch]:
     """Yields this data rank's part of every global batch from `first_step` on, across epochs.
 
-    The step alone determines where to begin, and batches already consumed are not read again. A batch is made in this
-    process, in some milliseconds, while the device is still busy with the step before. A worker process would be
-    forked beside a checkpoint's writing thread, and would need open files for every tensor it hands over.
+    The step alone determines where to begin, and batches already consumed are not read again. A batch is built in this
+    process, in a few milliseconds, while the device works on the previous step. Worker processes would be forked
+    beside a checkpoint's writing thread, and would need an open file for every tensor they hand over.
     """
     steps_per_epoch = math.ceil(len(documents) / parallel.config.batch_size)
     for step in range(first_step, total_steps):
@@ -1822,7 +1837,7 @@ def global_batch(documents: Documents, positions: np.ndarray, parallel: Parallel
 
 
 def micro_batch_of(documents: Documents, positions: np.ndarray, make_rows: Callable) -> dict[str, Tensor]:
-    """Returns the documents as one micro-batch, padded or packed; for none, a short one that trains on nothing.
+    """Returns the documents as one micro-batch, padded or packed; without documents, a short one without labels.
 
     Sharded forward passes need all ranks, so a rank with nothing left still makes the call. Its row is attended to
     like any other, because a row without a single visible token gives NaN in some attention kernels.
@@ -1833,7 +1848,7 @@ def micro_batch_of(documents: Documents, positions: np.ndarray, make_rows: Calla
         if "attention_mask" in micro_batch:
             micro_batch["attention_mask"] = torch.ones_like(micro_batch["input_ids"])
         return micro_batch
-    rows = documents.rows[positions]
+    rows = documents.dataset[positions]
     unlabelled = rows["prompt_length"] if documents.loss_on == "summary" else [0] * len(positions)
     return make_rows(rows["input_ids"], unlabelled, documents)
 
@@ -1850,7 +1865,7 @@ def pad_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents)
 
 
 def padded_width(longest: int, block_size: int) -> int:
-    """Returns the width of a padded row: its longest document, up to a multiple of 8 that stays in the block."""
+    """Returns the width of a padded row: its longest document, rounded up to a multiple of 8 within the block."""
     return max(longest, min(block_size, math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE))
 
 
@@ -1869,7 +1884,7 @@ def pack_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents
 
 
 def with_targets(micro_batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the micro-batch with `predict_at` and `targets`; one without labels gets one that is ignored."""
+    """Returns the micro-batch with `predict_at` and `targets`; without labels, one ignored target is added."""
     next_labels = F.pad(micro_batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
     predict_at = (next_labels != IGNORE_INDEX).nonzero().flatten()
     if not len(predict_at):
@@ -1930,7 +1945,7 @@ def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndar
     Any rank may call it alone.
     """
     plan, block_size = parallel.plan, documents.block_size
-    columns = documents.rows.with_format("numpy")
+    columns = documents.dataset.with_format("numpy")
     cut, summaries_cut = np.asarray(columns["tokens_cut"][:]), np.asarray(columns["summary_cut"][:])
     loads = []  # tokens computed, padding included: a row per micro-step, a column per data rank
     for batch in batches:
@@ -1961,7 +1976,7 @@ def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 # files and never holds the whole. Attention never builds a T x T mask, and the loss never builds all logits.
 
 HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
-COMPILE_SECONDS = 120.0  # estimate for compiling the layers: forward and backward, fixed and varying lengths
+COMPILE_SECONDS = 120.0  # estimated time to compile the layers
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -2070,7 +2085,7 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
                 "folder again"
             ) from error
 
-    return together(load)
+    return on_all_ranks(load)
 
 
 @contextlib.contextmanager
@@ -2119,16 +2134,16 @@ def random_model(distributed_config: DistributedConfig | None, parallel: Paralle
 
 
 def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
-    """Moves the shards to host memory, where FSDP2's offload policy wants them; buffers stay with the compute.
+    """Moves the shards to host memory, as FSDP2's CPU offload requires; buffers stay on the GPU.
 
-    There the optimizer computes, for which torchrun leaves each rank one thread.
+    The optimizer then runs on the CPU, so the number of threads, which torchrun has set to 1, is raised.
     """
     buffers = dict(model.named_buffers())
     model.to("cpu")
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer)
-    torch.cuda.empty_cache()  # of what the shards were loaded through
+    torch.cuda.empty_cache()  # frees the memory used while loading
     torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -2232,8 +2247,8 @@ def varlen_flash_attention(
 ) -> Tensor:
     """Returns causal attention inside each document; query (T, heads, d), key and value (T, kv heads, d), on CUDA.
 
-    It is torch's own flash kernel, in half precision: autocast leaves query and key in fp32. torch 2.11 knows no
-    grouped heads, so there they are repeated.
+    It is torch's own flash kernel, in half precision: autocast leaves query and key in fp32. torch 2.11 has no
+    `enable_gqa`, so there the key and value heads are repeated.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -2301,8 +2316,9 @@ def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True) -> None:
 def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Returns the sum of cross-entropies in fp32 of hidden (N, h) times weight (V, h) against targets (N,).
 
-    torch's linear_cross_entropy, where torch has it, computes logits and their gradient a chunk at a time. Its own sum
-    in bf16 is wrong (torch 2.13), so the losses are summed here. Elsewhere chunks are recomputed in the backward pass.
+    Uses torch's linear_cross_entropy if this torch has it: it computes logits and their gradient a chunk at a time. Its
+    own reduction is inaccurate in bf16 (torch 2.13), so the losses are summed here. Without it, logits are computed in
+    chunks that the backward pass recomputes.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -2341,8 +2357,8 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     """Compiles the decoder layers in place where the plan says so and it pays, and returns whether it did.
 
     One graph serves all layers; it takes lengths of any size after its first recompilation. `auto` weighs the time
-    that the `steps` to come are predicted to gain against COMPILE_SECONDS. Should compiling then fail, the layers run
-    as they were.
+    that the `steps` to come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run as
+    they were.
     """
     from torch.utils._triton import has_triton
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -2358,7 +2374,7 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
             return False
     # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
-    torch._dynamo.config.suppress_errors = automatic  # where nobody asked for it, a warning will do
+    torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
     for module in parallel.accelerator.unwrap_model(model).modules():
         if isinstance(module, GradientCheckpointingLayer):  # what transformers' decoder layers are
             module.compile(dynamic=True)
@@ -2388,13 +2404,13 @@ class StochasticAdamW(Optimizer):
     Each step is computed in fp32 and rounded to bf16 up or down at random, with probabilities that make the mean
     exact, so that updates below half a bf16 ulp are not lost (Gupta et al. 2015, "Deep Learning with Limited Numerical
     Precision"; Zamirai et al. 2020, "Revisiting BFloat16 Training"). The second moment needs it too: at beta2 0.999 it
-    moves by less than an ulp a step. Its fp32 temporaries are of one parameter at a time. `found_inf` skips an update,
+    moves by less than an ulp a step. fp32 temporaries exist for one parameter at a time. `found_inf` skips an update,
     as in fused AdamW. Rounding is seeded with `rounding_seed`, the number of the step, rather than by a rank's own
     random state, so that replicas stay equal, also after resuming on other ranks.
 
-    Weighed before writing it: torchao.optim rounds the weights like this, but moments to the nearest, cannot skip a
-    step, and must be compiled; torch-optimi keeps what rounding loses in two more bytes per parameter; bitsandbytes
-    shrinks the moments and leaves the weights to the nearest.
+    Weighed before writing it: torchao.optim rounds the weights like this, but rounds the moments to nearest, cannot
+    skip a step, and must be compiled; torch-optimi keeps what rounding loses in two more bytes per parameter;
+    bitsandbytes shrinks the moments and rounds the weights to nearest.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
@@ -2545,7 +2561,7 @@ class Pipeline:
     def whole_tensors(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yields the name and the whole of each tensor of any stage, in the model's order, one at a time."""
         described = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-        of_ranks = [described] if self.stages == 1 else together(lambda: described, gathered=True)
+        of_ranks = [described] if self.stages == 1 else on_all_ranks(lambda: described, gathered=True)
         for stage, rank in enumerate(self.ranks):
             for name, shape, dtype in of_ranks[rank if self.stages > 1 else 0]:
                 whole = unsharded(tensors[name]) if stage == self.stage else None
@@ -2621,13 +2637,13 @@ def number_layers_of_stage(model: PreTrainedModel) -> None:
 # 8. Checkpoints
 # ----------------------------------------------------------------------------------------------------------------
 # A checkpoint exists whole or not at all: it is written under another name, flushed, and renamed when it is complete.
-# Any kill costs at most the steps since the last one. The same command goes on from the newest, on any number of ranks
-# and under any plan, with the losses of a run that was never interrupted.
+# Any kill costs at most the steps since the last one. The same command resumes from the newest, on any number of ranks
+# and under any plan, with the losses of an uninterrupted run up to rounding.
 
-LOCK_WAIT_SECONDS = 90  # for a former run to finish the step and the save it is in
+LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its save
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
-CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a file in memory, holding the GIL
+CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
 WRITING, DELETING = ".writing", ".deleting"
 
 
@@ -2637,7 +2653,7 @@ WRITING, DELETING = ".writing", ".deleting"
 def prepare_save_folder(parallel: Parallel) -> None:
     """Makes and locks the save folder. Raises UserError where it is not writable, not free or not shared."""
     folder = Path(parallel.config.save_model_dir)
-    holder = together(lambda: make_save_folder(folder, parallel), main_only=True)
+    holder = on_all_ranks(lambda: make_save_folder(folder, parallel), main_only=True)
 
     def check_that_it_is_shared() -> None:
         lock = folder / ".lock"
@@ -2647,7 +2663,7 @@ def prepare_save_folder(parallel: Parallel) -> None:
                 "folder on a filesystem that all nodes share"
             )
 
-    together(check_that_it_is_shared)
+    on_all_ranks(check_that_it_is_shared)
 
 
 def make_save_folder(folder: Path, parallel: Parallel) -> str:
@@ -2682,7 +2698,8 @@ def lock_folder(folder: Path, descriptor: int, parallel: Parallel) -> None:
     """Locks the folder until this process ends, as two runs would delete each other's checkpoints. Rank 0 alone.
 
     Waits for a previous run that is about to end; raises UserError if it does not. A POSIX record lock, unlike
-    filelock's: no child process inherits it, it ends with the process in any case, and it works on network disks.
+    filelock's: no child process inherits it, it ends with the process in any case, and it works on network disks. It
+    also ends when this process closes any descriptor of the file, so nothing else here may open `.lock` for reading.
     """
     patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.timeout.total_seconds())  # the other ranks are waiting
     deadline, holder = time.monotonic() + patience, ""
@@ -2725,8 +2742,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class StopSignals:
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
-    A second signal leaves at once. A context manager. Agreement is an all-reduce of two CPU integers over gloo: about
-    0.1 ms, no device sync.
+    A second signal ends the process at once, as does any signal before `listen()`: while data and model are loaded
+    there is nothing to save. A context manager; leaving it restores the former handlers. Agreement is an all-reduce of
+    two CPU integers over gloo: about 0.1 ms, no device sync.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -2740,9 +2758,13 @@ class StopSignals:
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> StopSignals:
-        heard = [number for number in self.HANDLED if signal.getsignal(number) is not signal.SIG_IGN]  # under nohup
-        self.previous = {number: signal.signal(number, self.receive) for number in heard}
+        self.previous: dict[int, Any] = {}
         return self
+
+    def listen(self) -> None:
+        for number in self.HANDLED:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and that is kept
+                self.previous[number] = signal.signal(number, self.receive)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():
@@ -2773,8 +2795,7 @@ class StopSignals:
             self.stopping, self.leaves_step = map(bool, mine.tolist())
             if self.leaves_step:
                 self.parallel.say(
-                    "stopping  the step under way is left unfinished: it and a save outlast torchrun's "
-                    f"{patience_seconds():.0f} s"
+                    f"stopping  at once: another step and a save would outlast torchrun's {patience_seconds():.0f} s"
                 )
         return self.stopping
 
@@ -2800,7 +2821,7 @@ def patience_seconds() -> float:
 class Checkpoints:
     """Writes, finds, verifies and loads checkpoints.
 
-    A context manager: a run that ends with an error of its own first finishes the save under way.
+    A context manager: on leaving it, also with UserError or RunError, the save in progress is completed first.
 
     `checkpoints/step-000500/` holds one or more safetensors files per rank, written by torch.distributed.checkpoint
     and readable on any number of ranks under any plan, and `manifest.json`: where the run stood, and size and SHA-256
@@ -2812,7 +2833,7 @@ class Checkpoints:
         self.settings = loss_settings(train_set, parallel)
         self.folder = Path(self.config.save_model_dir) / "checkpoints"
         self.group = parallel.cpu_group()  # separate: a background write must not mix with training's messages
-        self.together = functools.partial(together, group=self.group)
+        self.on_all_ranks = functools.partial(on_all_ranks, group=self.group)
         checkpoint_bytes = 3 * parallel.plan.state_bytes * parallel.shape.parameters  # weights and two moments
         self.asynchronous = saves_in_background(checkpoint_bytes, parallel)
         check_disk(self.folder, checkpoint_bytes, parallel)
@@ -2830,13 +2851,13 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the write under way, if any. Raises its error, unless it was reported as a failed checkpoint."""
+        """Waits for the background write, if any. Raises its error, unless it was reported as a failed save."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
 
     def seconds_to_save(self) -> float:
-        """Returns what the next save will take, as the last one did; twice that where one is still under way."""
+        """Returns the time the next save will take, estimated from the last; twice that while one is being written."""
         return self.seconds * (2 if self.pending is not None and not self.pending.done() else 1)
 
     def save(self, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> None:
@@ -2867,7 +2888,7 @@ class Checkpoints:
     def write(self, tensors: dict[str, Tensor], run: dict[str, Any], began: float) -> None:
         """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on."""
         device = self.parallel.device
-        if device.type == "cuda" and device.index is not None:  # a thread begins on GPU 0, a lone process's "cuda"
+        if device.type == "cuda" and device.index is not None:  # a new thread's current device is GPU 0
             torch.cuda.set_device(device)
         final = self.folder / f"step-{run['step']:06d}"
         writing = final.with_name(final.name + WRITING)
@@ -2879,13 +2900,15 @@ class Checkpoints:
         shares = {name: each.nbytes // self.parallel.data_parallel_size for name, each in tensors.items()}
 
         try:
-            self.together(make_folder, main_only=True)
-            numbers = file_of_each(self.together(lambda: shares, gathered=True))
-            self.together(lambda: save_tensors(tensors, numbers, writing, self.group, self.asynchronous))
+            self.on_all_ranks(make_folder, main_only=True)
+            numbers = file_of_each(self.on_all_ranks(lambda: shares, gathered=True))
+            self.on_all_ranks(lambda: save_tensors(tensors, numbers, writing, self.group, self.asynchronous))
             mine = f"shard-{self.parallel.rank + 1:05d}-*"
-            sums = self.together(lambda: {file.name: file_sum(file) for file in writing.glob(mine)}, gathered=True)
+            sums = self.on_all_ranks(
+                lambda: {file.name: file_checksum(file) for file in writing.glob(mine)}, gathered=True
+            )
             files = {name: value for sums_of_rank in sums for name, value in sums_of_rank.items()}
-            self.together(lambda: self.complete(writing, final, run, files), main_only=True)
+            self.on_all_ranks(lambda: self.complete(writing, final, run, files), main_only=True)
         except RunError as failure:
             self.parallel.say(
                 f"WARNING   the checkpoint of step {run['step']} could not be written ({failure}); the run goes on, "
@@ -2907,16 +2930,16 @@ class Checkpoints:
     def complete(self, writing: Path, final: Path, run: dict[str, Any], files: dict[str, Any]) -> None:
         """Marks a written checkpoint complete, gives it its name, and deletes what is no longer kept. Rank 0 alone."""
         manifest = {"facts": run, "files": files}
-        manifest["sha256"] = sum_of(manifest)
+        manifest["sha256"] = json_checksum(manifest)
         (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
         sync_to_disk(writing / "manifest.json")
         sync_to_disk(writing)
-        if final.exists():  # a damaged one, which this run has passed over
+        if final.exists():  # a damaged checkpoint of the same step, skipped when resuming
             discard(final)
         writing.rename(final)
         sync_to_disk(self.folder)
         found = complete_checkpoints(self.folder)
-        here = found.index(final)  # newer ones are damaged, and were passed over
+        here = found.index(final)  # newer ones are damaged and were skipped when resuming
         for other in found[:here] + found[here + self.config.keep_checkpoints :]:
             try:
                 discard(other)
@@ -2929,13 +2952,15 @@ class Checkpoints:
         Raises UserError where there are checkpoints, but none that can be resumed.
         """
         state, named = TrainingState.fresh(self.parallel.device), self.config.resume
-        own = self.together(self.tidy_folder, main_only=True)  # rank 0's list, should a network disk lag behind
+        own = self.on_all_ranks(
+            self.tidy_folder, main_only=True
+        )  # rank 0's list, as network filesystems may show files late
         if named != "auto":
-            self.together(lambda: self.check_path(Path(named), own))
+            self.on_all_ranks(lambda: self.check_path(Path(named), own))
         begins_elsewhere = named != "auto" and not own
         for folder in [Path(named)] if begins_elsewhere else own:
             try:
-                run = self.together(lambda folder=folder: self.verify(folder))
+                run = self.on_all_ranks(lambda folder=folder: self.verify(folder))
             except RunError as damage:
                 if begins_elsewhere:
                     raise UserError(f"--resume {named} is not a whole checkpoint: {damage}; name another") from None
@@ -2949,7 +2974,7 @@ class Checkpoints:
             )
             return state
         if own:  # and none is whole
-            raise UserError(f"--resume auto found no whole checkpoint in {self.folder}; delete it to start anew")
+            raise UserError(f"every checkpoint in {self.folder} is damaged; delete them to start from the beginning")
         return state
 
     def tidy_folder(self) -> list[Path]:
@@ -2959,7 +2984,7 @@ class Checkpoints:
         return complete_checkpoints(self.folder)
 
     def check_path(self, checkpoint: Path, own: list[Path]) -> None:
-        """Raises UserError where `--resume PATH` names no checkpoint, or one that this run has left behind.
+        """Raises UserError where `--resume PATH` names no checkpoint, or one of this folder that is not its newest.
 
         `own` are the complete checkpoints of the save folder, newest first. Any rank may call it alone.
         """
@@ -2989,7 +3014,7 @@ class Checkpoints:
             signature = manifest.pop("sha256")
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"manifest.json is missing or unreadable ({first_line(error)})") from None
-        if signature != sum_of(manifest):
+        if signature != json_checksum(manifest):
             raise RunError("manifest.json was changed after it was written")
         for name in sorted(manifest["files"])[self.parallel.rank :: self.parallel.cluster.world_size]:
             path, expected = folder / name, manifest["files"][name]
@@ -2997,7 +3022,7 @@ class Checkpoints:
                 raise RunError(f"{name} is missing")
             if path.stat().st_size != expected["bytes"]:
                 raise RunError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-            if file_sum(path) != expected:
+            if file_checksum(path) != expected:
                 raise RunError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
         return manifest["facts"]
 
@@ -3008,7 +3033,9 @@ class Checkpoints:
         """
         saved = run["curve"]
         changed = [name for name, value in self.settings.items() if saved.get(name) != value]
-        if {"block_size", "loss_on", "model_name_or_path"} & set(changed):  # these change the tokens or labels too
+        if {"block_size", "loss_on", "model_name_or_path"} & set(
+            changed
+        ):  # these change the tokens too, so do not report the data as changed
             changed = [name for name in changed if name != "dataset_name_or_path"]
         remedy = "set it back, give another --save-model-dir, or add --resume-anyway"
         problems = [
@@ -3043,9 +3070,15 @@ class Checkpoints:
         tensors = checkpoint_tensors(model, optimizer, copy=False)
         stored = reader.read_metadata().state_dict_metadata
         rng, cuda_rng = f"rng.{self.parallel.rank}", f"rng.cuda.{self.parallel.rank}"
-        for name in {rng, cuda_rng} & stored.keys():  # a rank that the saving run had too
+        for name in {rng, cuda_rng} & stored.keys():  # present if the saving run had this rank
             tensors[name] = torch.empty(stored[name].size, dtype=torch.uint8)
-        dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        try:
+            dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        except dcp.CheckpointException as error:  # derives from BaseException, and is raised on every rank
+            cause, _ = next(iter(error.failures.values()))
+            raise UserError(
+                f"{folder} does not fit this model ({first_line(cause)}); give the model it was trained from"
+            ) from None
         restore_tensors(model, optimizer, tensors)
         if rng in tensors:
             torch.set_rng_state(tensors[rng])
@@ -3068,13 +3101,13 @@ def loss_settings(documents: Documents, parallel: Parallel) -> dict[str, Any]:
     settings = {name: getattr(config, name) for name in names}
     settings["precision"] = parallel.plan.precision
     tokens = hashlib.sha256(documents.label_counts.tobytes() if config.loss_on == "summary" else b"")
-    for chunk in documents.rows.data.column("input_ids").chunks:
+    for chunk in documents.dataset.data.column("input_ids").chunks:
         tokens.update(chunk.flatten().to_numpy())
     settings["dataset_name_or_path"] = f"{len(documents)} training documents with fingerprint {tokens.hexdigest()[:12]}"
     incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     model = {name: value for name, value in parallel.model_config.to_diff_dict().items() if name not in incidental}
     shape = f"a model of {parallel.shape.parameters} parameters"
-    settings["model_name_or_path"] = f"{shape} with fingerprint {sum_of(model)[:12]}"
+    settings["model_name_or_path"] = f"{shape} with fingerprint {json_checksum(model)[:12]}"
     return settings
 
 
@@ -3084,7 +3117,7 @@ def loss_settings(documents: Documents, parallel: Parallel) -> dict[str, Any]:
 def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     """Returns whether checkpoints are written in the background, the same on every rank.
 
-    This takes host memory for a copy of each rank's share.
+    This needs host memory for a copy of each rank's share (under DDP, of everything).
     """
     plan, wanted = parallel.plan, parallel.config.async_save
     copy_gib = checkpoint_bytes / GIB / plan.dp_shard_size / plan.pipeline_parallel_size * parallel.cluster.ranks_per_node
@@ -3092,7 +3125,7 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
     usable_share = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted]
     usable_gib = usable_share * max(0.0, free_host_memory() / GIB - resident_gib)
-    in_background = all(together(lambda: copy_gib <= usable_gib, gathered=True))
+    in_background = all(on_all_ranks(lambda: copy_gib <= usable_gib, gathered=True))
     if wanted != "no" and not in_background:
         parallel.say(
             f"save      checkpoints are written with training held: a copy to write from takes {copy_gib:.1f} GiB "
@@ -3117,7 +3150,7 @@ def check_disk(folder: Path, checkpoint_bytes: int, parallel: Parallel) -> None:
                 "--keep-checkpoints"
             )
 
-    together(check, main_only=True)
+    on_all_ranks(check, main_only=True)
 
 
 def check_host_memory(parallel: Parallel) -> None:
@@ -3141,13 +3174,13 @@ def check_host_memory(parallel: Parallel) -> None:
                 f"{parts}; use a node with more, or a smaller model"
             )
 
-    together(check)
+    on_all_ranks(check)
 
 
 def free_host_memory() -> int:
     """Returns the bytes this process may still take: the node's, or what the job's cgroup (Slurm, a container) leaves.
 
-    https://docs.kernel.org/admin-guide/cgroup-v2.html: every group above has a limit too; a file cache is given back.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html: parent groups may set limits too, and file cache counts as free.
     """
     free, root = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError, StopIteration):
@@ -3177,7 +3210,7 @@ def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, copy: bool) -> di
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items() if isinstance(tensor, Tensor)}
     tensors = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
-    on_cpu = next(model.parameters()).device.type == "cpu"  # there, cpu_offload has copied nothing
+    on_cpu = next(model.parameters()).device.type == "cpu"  # cpu_offload does not copy tensors that are there already
     if copy and on_cpu:
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
     return with_own_storage(tensors)
@@ -3218,7 +3251,7 @@ def save_tensors(
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     storage = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
-    if copied:  # the tensors are in host memory; to copy ahead would wait for the training's stream
+    if copied:  # the tensors are in host memory; copying ahead would wait for the stream that trains
         storage.per_thread_copy_ahead = 0
     try:
         dcp.save(tensors, storage_writer=storage, process_group=group, no_dist=group is None)
@@ -3244,7 +3277,7 @@ def file_of_each(sizes_of_ranks: list[dict[str, int]]) -> dict[str, int]:
     return numbers
 
 
-def file_sum(file: Path) -> dict[str, Any]:
+def file_checksum(file: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(16 * 2**20):
@@ -3252,8 +3285,8 @@ def file_sum(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def sum_of(value: dict[str, Any]) -> str:
-    """Returns the SHA-256 of what JSON can hold, whatever the order of its keys."""
+def json_checksum(value: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a value's JSON, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -3275,7 +3308,7 @@ def discard(checkpoint: Path) -> None:
 # 9. The final model
 # ----------------------------------------------------------------------------------------------------------------
 # The save folder becomes a Hugging Face model folder that `from_pretrained` loads in one plain process, with a model
-# card. A kill leaves the former model, no model or the new one, never a mix; the same command writes it again.
+# card. A kill leaves the old model, no model or the new one, never a mixture; the same command writes it again.
 
 UNFINISHED_MODEL = ".final-model.writing"
 
@@ -3303,7 +3336,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: P
         sync_to_disk(folder)
         written.rmdir()
 
-    together(write, main_only=True)
+    on_all_ranks(write, main_only=True)
 
 
 def saved_dtype(parallel: Parallel) -> torch.dtype:
@@ -3333,22 +3366,23 @@ def write_model(
 ) -> None:
     """Writes a model folder and flushes it to disk.
 
-    It is written through a shell on the meta device, because the parallel model would gather its fp32 weights again.
+    It is saved through an empty copy on the meta device, because `save_pretrained` of the parallel model would gather
+    its fp32 weights again.
     """
     with torch.device("meta"):
-        shell = transformers.AutoModelForCausalLM.from_config(model.config, dtype=next(iter(weights.values())).dtype)
-    shell.config.distributed_config = None
-    shell.generation_config = transformers.GenerationConfig(
+        empty = transformers.AutoModelForCausalLM.from_config(model.config, dtype=next(iter(weights.values())).dtype)
+    empty.config.distributed_config = None
+    empty.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer)
     )
-    shell.save_pretrained(folder, state_dict=weights)
+    empty.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     sentencepiece = Path(str(tokenizer.name_or_path)) / "tokenizer.model"
     if sentencepiece.is_file() and not (folder / sentencepiece.name).exists():  # what llama.cpp's converter looks for
         shutil.copyfile(sentencepiece, folder / sentencepiece.name)
-    readable = (folder / "config.json").stat().st_mode
+    mode = (folder / "config.json").stat().st_mode
     for file in folder.iterdir():
-        file.chmod(readable)  # safetensors makes its files readable by their owner alone
+        file.chmod(mode)  # safetensors makes its files readable by their owner alone
         sync_to_disk(file)
     sync_to_disk(folder)
 
@@ -3394,22 +3428,24 @@ Plan: {{ plan }} on {{ devices }}.
 **Summary.** {{ sample.summary }}
 {% endfor %}
 {%- endif %}
+{%- if is_llama_2 %}
 ## Licence
 
 Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. \
-Where the base model is Llama 2, this model is a derivative of it, and its use is bound by that licence and its \
-acceptable use policy.
-"""
+This model is a derivative of it, and its use is bound by that licence and its acceptable use policy.
+{% endif %}"""
 
 
 def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> None:
     """Writes `README.md` into the save folder: what was trained, how, on what, and how well. Rank 0 writes.
 
-    Results are read from the log files, earlier runs included. A run that had no steps left keeps the card there is.
+    Results are read from the log files, earlier runs included. A run without new steps or scores keeps the card.
     """
     config, cluster, folder = parallel.config, parallel.cluster, Path(parallel.config.save_model_dir)
-    if not parallel.is_main or (log.steps_of_this_run == 0 and (folder / "README.md").exists()):
+    news = log.steps_of_this_run > 0 or log.last_scores or not (folder / "README.md").exists()
+    if not parallel.is_main or not news:
         return
+    is_llama_2 = bool(re.search("llama-?2", config.model_name_or_path, re.IGNORECASE))
     lines, samples = read_lines(folder / METRICS_FILE), read_lines(folder / SAMPLES_FILE)
     trained = next((line for line in reversed(lines) if "loss" in line), {})
     evaluated = next((line for line in reversed(lines) if "eval_loss" in line), {})
@@ -3419,7 +3455,7 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
         card = huggingface_hub.ModelCard.from_template(
             huggingface_hub.ModelCardData(
                 language="en",
-                license="llama2" if re.search("llama-?2", config.model_name_or_path, re.IGNORECASE) else None,
+                license="llama2" if is_llama_2 else None,
                 library_name="transformers",
                 pipeline_tag="text-generation",
                 tags=["summarization", "full-fine-tuning"],
@@ -3427,6 +3463,7 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
                 datasets=[name for name in config.dataset_paths if not is_local(name)] or None,
             ),
             template_str=MODEL_CARD,
+            is_llama_2=is_llama_2,
             trained_model=config.model_name_or_path,
             base_name=Path(config.model_name_or_path).name,
             data=" ".join(config.dataset_paths),
@@ -3444,7 +3481,7 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
 
 
 def typed_command(cluster: Cluster) -> str:
-    """Returns the command of this run, to be pasted into a shell on every node; HOST is one of them."""
+    """Returns the command of this run, to be run on every node; replace HOST by the first node."""
     launcher = (
         f"torchrun --standalone --nproc_per_node={cluster.ranks_per_node}" if cluster.world_size > 1 else "python"
     )
@@ -3457,15 +3494,19 @@ def typed_command(cluster: Cluster) -> str:
 # ----------------------------------------------------------------------------------------------------------------
 # 10. Reporting
 # ----------------------------------------------------------------------------------------------------------------
-# Rank 0 reports to the console, metrics.jsonl and the trackers. The first steps are compared with the plan. Reporting
-# never ends a run: what a full disk or a missing font prevents is a warning.
+# Rank 0 reports to the console, metrics.jsonl and the trackers. The second step is compared with the plan. Once
+# training has begun, reporting never ends a run: a full disk, a tracker's server that is gone, a missing font is a
+# warning.
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 SHOWN_SAMPLES = 3  # summaries beside their references in the log, the trackers and the model card
 
 
 class RunLog:
-    """What the run reports: the bar, and a line for a step or an evaluation on the console, in files and trackers."""
+    """The progress bar, and a line for each interval and evaluation on the console, in the metrics file and trackers.
+
+    Raises UserError where the files cannot be written or the tracker cannot be started.
+    """
 
     def __init__(
         self,
@@ -3479,7 +3520,7 @@ class RunLog:
         self.parallel, self.config = parallel, parallel.config
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.folder = Path(self.config.save_model_dir)
-        # what became of the `auto` flags that the plan does not decide
+        # how the `auto` flags that the plan does not decide were resolved
         save_dtype = "bf16" if saved_dtype(parallel) == torch.bfloat16 else "fp32"
         self.resolved = dict(compiled=compiled, async_save=async_save, save_dtype=save_dtype)
         hidden = not parallel.shows_bars
@@ -3490,19 +3531,32 @@ class RunLog:
         self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
         self.begin_interval()
         self.plan_check = PlanCheck(parallel, compiled)
-        if parallel.is_main:
-            self.metrics = MetricsFile(self.folder, state)
-            self.write_config()
-        if self.config.report_to != "none":
-            settings = {**dataclasses.asdict(self.config), "plan": parallel.plan.describe()}
-            parallel.accelerator.init_trackers(
-                "train_llama2",
-                {name: str(value) for name, value in settings.items()},
-                init_kwargs={  # a resumed run goes on in its own curves, without the steps it takes again
-                    "wandb": {"id": state.run_id, "resume": "allow"},
-                    "tensorboard": {"purge_step": state.step + 1},
-                },
-            )
+        on_all_ranks(lambda: self.open(state))
+
+    def open(self, state: TrainingState) -> None:
+        """Opens the files, on rank 0, and the tracker."""
+        settings = {**dataclasses.asdict(self.config), "plan": self.parallel.plan.describe()}
+        try:
+            if self.parallel.is_main:
+                self.metrics = MetricsFile(self.folder, state)
+                self.write_config()
+            if self.config.report_to != "none":
+                self.parallel.accelerator.init_trackers(
+                    "train_llama2",
+                    {name: str(value) for name, value in settings.items()},
+                    init_kwargs={  # a resumed run continues its own curves, without the steps it repeats
+                        "wandb": {"id": state.run_id, "resume": "allow"},
+                        "tensorboard": {"purge_step": state.step + 1},
+                    },
+                )
+        except OSError as error:
+            raise UserError(
+                f"--save-model-dir {self.folder} cannot be written to ({first_line(error)}); free it"
+            ) from error
+        except Exception as error:  # each tracker has errors of its own
+            raise UserError(
+                f"--report-to {self.config.report_to} cannot be started ({first_line(error)}); set it up, or use none"
+            ) from error
 
     def clock(self) -> float:
         return time.perf_counter() - self.stopped_seconds
@@ -3511,8 +3565,10 @@ class RunLog:
     def clock_stopped(self) -> Iterator[None]:
         """Leaves the body (an evaluation, a save) out of the step time and the throughput."""
         began = time.perf_counter()
-        yield
-        self.stopped_seconds += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self.stopped_seconds += time.perf_counter() - began
 
     def begin_interval(self) -> None:
         self.interval_steps = self.interval_tokens = self.interval_squares = 0
@@ -3588,9 +3644,8 @@ class RunLog:
             for line in self.plan_check.lines():
                 self.parallel.say(line)
             self.write_config()
-            if self.config.report_to != "none":
-                values = {f"plan/{n}_{kind}": v[kind] for n, v in self.plan_check.quantities.items() for kind in v}
-                self.parallel.accelerator.log({n: value for n, value in values.items() if isinstance(value, float)})
+            values = {f"plan/{n}_{kind}": v[kind] for n, v in self.plan_check.quantities.items() for kind in v}
+            self.track({n: value for n, value in values.items() if isinstance(value, float)})
 
     def evaluation_due(self, state: TrainingState) -> bool:
         """Returns whether this step is one to evaluate at and has not been yet, the same on every rank."""
@@ -3615,7 +3670,8 @@ class RunLog:
         if self.parallel.is_main:
             with keep_going(f"{self.folder / SAMPLES_FILE} could not be written", self.parallel):
                 self.metrics.append_samples(state.step, samples)
-            self.track_samples(state.step, samples[:SHOWN_SAMPLES])
+            with keep_going(f"the summaries could not be sent to {self.config.report_to}", self.parallel):
+                self.track_samples(state.step, samples[:SHOWN_SAMPLES])
             with keep_going("curves.png could not be drawn", self.parallel):
                 draw_curves(self.folder)
 
@@ -3636,9 +3692,12 @@ class RunLog:
         if self.parallel.is_main:
             with keep_going("metrics.jsonl could not be written, and its lines are kept for later", self.parallel):
                 self.metrics.write(line)
+        self.track({name: value for name, value in line.items() if name != "step" and value is not None}, line["step"])
+
+    def track(self, values: dict[str, Any], step: int | None = None) -> None:
         if self.config.report_to != "none":
-            values = {name: value for name, value in line.items() if name != "step" and value is not None}
-            self.parallel.accelerator.log(values, step=line["step"])
+            with keep_going(f"{self.config.report_to} could not be reached", self.parallel):
+                self.parallel.accelerator.log(values, step=step)
 
     def write_config(self) -> None:
         """Writes `train_config.json`: the flags, the versions, the machine, the plan and its check. Rank 0 alone."""
@@ -3648,7 +3707,7 @@ class RunLog:
             write_atomically(self.folder / "train_config.json", lambda path: path.write_text(text))
 
     def flush(self) -> None:
-        """Flushes `metrics.jsonl` to disk: a checkpoint must not outlive the lines of its steps."""
+        """Flushes `metrics.jsonl` to disk: the metrics up to a checkpoint must be on disk before it."""
         if self.parallel.is_main:
             self.metrics.flush()
 
@@ -3657,9 +3716,9 @@ class RunLog:
         if state.step == 0:
             outcome = "nothing was trained yet, and the same command begins again"
         elif saved:
-            outcome = "the checkpoint is saved, and the same command goes on from it"
+            outcome = "the checkpoint is saved, and the same command resumes from it"
         else:
-            outcome = "its checkpoint could NOT be saved; the same command goes on from the newest that was"
+            outcome = "its checkpoint could NOT be saved; the same command resumes from the newest that was"
         words = f"stopped   by {signal_name or 'a signal to another rank'} after step {state.step}; {outcome}"
         self.parallel.say(words, always=True)
 
@@ -3674,7 +3733,7 @@ class RunLog:
         rate = self.training_tokens / self.training_seconds
         eval_loss = f", eval loss {self.last_scores['eval_loss']:.4f}" if self.last_scores else ""
         self.parallel.say(
-            f"done      {state.step} steps, {state.tokens:,} tokens, the last {self.steps_of_this_run} of them in "
+            f"done      {state.step} steps, {state.tokens:,} tokens, {self.steps_of_this_run} steps in this run, in "
             f"{timedelta(seconds=round(time.perf_counter() - self.started))} ({rate:,.0f} tokens/s in training); "
             f"loss {self.last_loss:.4f}{eval_loss}; {int(state.skipped.item())} updates skipped; "
             f"model in {self.folder}",
@@ -3684,7 +3743,7 @@ class RunLog:
 
 @contextlib.contextmanager
 def keep_going(problem: str, parallel: Parallel) -> Iterator[None]:
-    """Turns an error of the body into a warning: a full disk or a picture must not end the run. Any rank alone."""
+    """Turns an error of the body into a warning: a failed report must not end the run. Any rank may call it alone."""
     try:
         yield
     except Exception as error:
@@ -3701,10 +3760,10 @@ def peak_memory_gib(device: torch.device) -> float:
     """Returns the peak so far of this rank: allocated device memory, or resident host memory on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
-    # Linux starts getrusage's peak at that of the process which started this one, so its own account goes first.
-    account = Path("/proc/self/status")
-    if account.exists() and (own := re.search(r"^VmHWM:\s*(\d+) kB", account.read_text(), re.M)):
-        return int(own[1]) * 1024 / GIB
+    # On Linux ru_maxrss begins at the peak of the parent process, so VmHWM is preferred.
+    status = Path("/proc/self/status")
+    if status.exists() and (high_water := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)):
+        return int(high_water[1]) * 1024 / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
@@ -3750,12 +3809,11 @@ def continue_lines(path: Path, state: TrainingState) -> None:
     if state.step == 0 and path.exists() and path.stat().st_size:
         former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
         path.replace(next(name for name in former if not name.exists()))
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # a line that a kill cut short
-            record = json.loads(line)
-            if record["step"] <= (state.step if "loss" in record else state.evaluated_step):
-                kept.append(line + "\n")
+    kept = [
+        json.dumps(record) + "\n"
+        for record in read_lines(path)
+        if record["step"] <= (state.step if "loss" in record else state.evaluated_step)
+    ]
 
     def write(beside: Path) -> None:
         beside.write_text("".join(kept))
@@ -3765,7 +3823,12 @@ def continue_lines(path: Path, state: TrainingState) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Returns the records of a file, without a line that a full disk or a kill has cut short."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def draw_curves(folder: Path) -> None:
@@ -3845,9 +3908,9 @@ class PlanCheck:
         self.first_step_ended = clock()
 
     def compare(self, result: StepResult, seconds: float) -> dict[str, dict[str, Any]]:
-        """Repeats the prediction for the documents of this step, as the plan's assumes full blocks.
+        """Predicts again for the documents of this step, since the plan assumes full blocks, and compares.
 
-        On a CPU nothing counts the memory, and no time is claimed.
+        On a CPU memory is not measured, and the step's time is not judged, because cores are shared.
         """
         parallel, tokens = self.parallel, result.micro_batch_tokens
         plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens), compiled=self.compiled)
@@ -3860,7 +3923,7 @@ class PlanCheck:
             allocated_gib = torch.cuda.max_memory_allocated() / GIB
             free_bytes, total_bytes = torch.cuda.mem_get_info()  # CUDA's context and NCCL's buffers included
             in_use_gib = (total_bytes - free_bytes) / GIB
-            time_band = [predicted / STEP_FACTOR, predicted * STEP_FACTOR]  # a CPU's cores are shared: no claim there
+            time_band = [predicted / STEP_FACTOR, predicted * STEP_FACTOR]
         active_band = [memory.active * (1 - ACTIVE_BAND), memory.active * (1 + ACTIVE_BAND)]
         reserved_band = [memory.reserved_low, memory.reserved_high]
         return dict(
@@ -3894,7 +3957,7 @@ class PlanCheck:
 # it, and the fastest that fits is chosen. Sizes are in bytes and in elements; T is the tokens of one micro-batch.
 # Nothing in this section talks to other ranks, except where the devices are found.
 
-HEADROOM = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
+USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
 TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
@@ -3935,7 +3998,7 @@ class Plan:
 
     @property
     def strategy(self) -> str:
-        """What the data-parallel ranks do: `none`, `ddp`, `fsdp` or `hsdp`.
+        """The data-parallel strategy: `none`, `ddp`, `fsdp` or `hsdp`.
 
         Beside stages or tensor parallelism whole replicas run as HSDP, with a shard size of 1.
         """
@@ -3965,12 +4028,12 @@ class Plan:
 
     @property
     def autocasts(self) -> bool:
-        """FSDP casts the weights it gathers; elsewhere torch.autocast does, where the weights are fp32."""
+        """Whether torch.autocast casts the weights. FSDP casts those it gathers itself."""
         return self.precision == "bf16" and not self.uses_fsdp
 
     @property
     def recompute_every(self) -> int:
-        """Every how many layers one is recomputed in the backward pass; 0 for none."""
+        """One layer in this many is recomputed in the backward pass; 0 for none."""
         level = self.activation_checkpointing
         return {"none": 0, "full": 1}[level] if level in ("none", "full") else int(level.removeprefix("every-"))
 
@@ -4138,7 +4201,7 @@ def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> 
     rate = step_tokens / seconds["total"] / cluster.world_size
     flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
     mfu = flops / seconds["total"] / cluster.flops_per_second(plan.precision)
-    limit = HEADROOM * cluster.memory_gib
+    limit = USABLE_SHARE * cluster.memory_gib
     fits = memory.reserved <= limit
     reason = "" if fits else f"needs {memory.reserved:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
     return Candidate(plan, memory, seconds, rate, mfu, fits, reason)
@@ -4184,7 +4247,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
 def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
     if plan.dp_shard_size == 1 or plan.gradient_accumulation_steps == 1:
         return ("step",)
-    if plan.strategy == "hsdp":  # its all-reduce across replicas waits anyway, and its node's links are fast
+    if plan.strategy == "hsdp":  # its all-reduce across replicas waits for the last micro-batch anyway
         return ("micro-batch",)
     return ("micro-batch", "step")
 
@@ -4281,7 +4344,7 @@ def replicas_and_shards(
 def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
     """Returns whether rows are packed. Raises UserError for a --packing yes that would let documents see others.
 
-    torch's variable-length kernel takes heads of up to 256 elements, in eights (flash_api.cpp); SDPA alone pads them.
+    torch's variable-length kernel needs head_dim <= 256 and divisible by 8 (flash_api.cpp); only SDPA pads other sizes.
     """
     if config.packing == "yes" and shape.unpackable:
         raise UserError(f"--packing yes cannot be had with this model: {shape.unpackable}; use no")
@@ -4289,16 +4352,16 @@ def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
     flash = cluster.has_gpu and cluster.has_flash_attention and config.precision != "fp32" and head_fits
     if config.packing == "yes" and cluster.has_gpu and not flash:
         raise UserError(
-            "--packing yes needs flash attention: an Ampere GPU or newer, heads of up to 256 elements in eights, and "
-            "not --precision fp32; use no"
+            "--packing yes needs flash attention: an Ampere GPU or newer, a head_dim of at most 256 that 8 divides, "
+            "and not --precision fp32; use no"
         )
     return config.packing == "yes" or (config.packing == "auto" and flash and not shape.unpackable)
 
 
 def even_sizes(documents: int) -> list[int]:
-    """Returns the micro-batch sizes to try: all documents and the powers of two below, lowered to what is dealt evenly.
+    """Returns the micro-batch sizes to try: all documents and the powers of two below, each lowered to an even split.
 
-    Five documents, at most four at a time, are dealt as three and two: the size is three. Largest first.
+    Five documents, at most four at a time, are split into three and two: the size is three. Largest first.
     """
     powers = {documents, *(2**power for power in range(documents.bit_length()))}
     return sorted({math.ceil(documents / math.ceil(documents / size)) for size in powers}, reverse=True)
@@ -4642,7 +4705,7 @@ def predict_seconds(
 
 
 def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
-    """Returns the name of the link that most of a step's communication waits for."""
+    """Returns the name of the link that takes most of the communication time."""
     plan, seconds = candidate.plan, candidate.step_seconds
     name = max(("gather_reduce", "all_reduce", "host_link"), key=lambda each: seconds[each])
     if not seconds[name]:
@@ -4659,7 +4722,7 @@ def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
 
 
 def lever_to_fit(shape: ModelShape, cluster: Cluster, config: Config) -> str:
-    """Returns the single changes that would make the model fit, the cheapest of each kind; each is tried, not guessed.
+    """Returns the single changes that would make the model fit, the cheapest of each kind, each one tried.
 
     Where no single change is enough, tries setting all the flags that restrict the plan back to auto.
     """
@@ -4725,9 +4788,9 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
     """Returns the flags of the fastest plan for a device a tenth too small for this one, or of the smallest plan.
 
-    They pin the whole plan: were only some given, the planner would spend the memory they free on the others.
+    All flags of the plan are given, because the planner would otherwise use the freed memory elsewhere.
     """
-    too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / HEADROOM)
+    too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
     fixed = dict(batch_size=config.batch_size, precision=plan.precision, packing="yes" if plan.packing else "no")
     for block in (config.block_size // divisor for divisor in (1, 2, 4, 8)):
@@ -4739,7 +4802,7 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
 
 
 def flags_of(plan: Plan) -> str:
-    """Returns the flags that leave the planner no plan but this one."""
+    """Returns the flags that ask for this plan, beside precision and packing."""
     flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
     if plan.strategy != "none":
         flags = {"--parallelism": plan.strategy, **flags}
@@ -4851,13 +4914,13 @@ class Cluster:
         return self.gpu.memory_gib
 
     def flops_per_second(self, precision: str) -> float:
-        """Returns a device's peak in the compute precision, without TF32, as torch's default has it; a CPU has one."""
+        """Returns a device's peak FLOP/s in the compute precision, TF32 off; a CPU has a single figure."""
         if precision != "fp32" or not self.has_gpu:
             return self.gpu.peak_tflops * 1e12
         return 1e12 * (self.gpu.fp32_tflops or self.gpu.peak_tflops / 16)
 
     def bus_gb_per_second(self, ranks: int) -> float:
-        """Returns the bus bandwidth of a collective among `ranks` neighbours: the node's link, or its whole network."""
+        """Returns the bus bandwidth among `ranks` neighbours: a node's link, or else its whole network."""
         if ranks <= self.ranks_per_node:
             return self.gpu.link_gb_per_second
         return min(self.gpu.link_gb_per_second, self.ranks_per_node * self.network_gb_per_second)
@@ -4874,7 +4937,7 @@ def find_cluster() -> Cluster:
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
-    of_each_rank = together(
+    of_each_rank = on_all_ranks(
         lambda: (*find_device(ranks_per_node), has_flash_attention(), ranks_per_node), gathered=True
     )
     names, gpus, flash, sizes = zip(*of_each_rank, strict=True)

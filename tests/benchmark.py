@@ -190,7 +190,7 @@ def make_task(
         if article and summary and article.strip() and summary.strip()
     ]
     assert len(prompts) == len(documents)
-    columns = documents.rows.with_format("numpy")
+    columns = documents.dataset.with_format("numpy")
     cut, summaries_cut = (np.asarray(columns[name][:]) for name in ("tokens_cut", "summary_cut"))
     lengths_whole = np.array([len(ids) + 1 for ids in encode(prompts, tokenizer)])
     return Task(
@@ -443,7 +443,7 @@ class HuggingFaceTrainer(Way):
     def sorted_rows(task: Task, batch: np.ndarray) -> list[dict[str, list[int]]]:
         """Returns the documents of a step, longest first, so that those of a micro-batch are of like length."""
         order = batch[np.argsort(-task.documents.lengths[batch], kind="stable")]
-        rows = task.documents.rows[order]["input_ids"]
+        rows = task.documents.dataset[order]["input_ids"]
         return [dict(input_ids=ids, attention_mask=[1] * len(ids), labels=ids) for ids in map(list, rows)]
 
     def train(self) -> None:

@@ -517,7 +517,7 @@ def test_auto_does_not_start_anew_where_every_checkpoint_is_damaged(stopped, cop
     assert start(folder) == 2
     said = capsys.readouterr()
     assert said.out.count("WARNING") == 3
-    assert "error: --resume auto found no whole checkpoint" in said.err
+    assert "error: every checkpoint in" in said.err
     assert tree(folder) == before
 
 
@@ -580,7 +580,7 @@ def test_a_stop_says_that_its_checkpoint_failed(tmp_path, capsys, uninterrupted)
     limit = contextlib.ExitStack()
     with limit, at_steps({3: lambda: (limit.enter_context(files_of_at_most(2**20)), signal_myself())}):
         assert start(tmp_path, async_save="no") == 0
-    outcome = "its checkpoint could NOT be saved; the same command goes on from the newest that was"
+    outcome = "its checkpoint could NOT be saved; the same command resumes from the newest that was"
     assert f"stopped   by SIGTERM after step 3; {outcome}" in capsys.readouterr().out
     assert saved(tmp_path) == ["step-000002"]
     assert start(tmp_path) == 0

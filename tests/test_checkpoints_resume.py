@@ -248,7 +248,7 @@ def test_a_path_says_only_where_a_run_begins(stopped, uninterrupted, copy_of, tm
     assert tree(uninterrupted) == before
 
 
-def test_a_path_to_the_runs_own_newest_goes_on_from_it(stopped, copy_of, monkeypatch, uninterrupted):
+def test_a_path_to_the_runs_newest_checkpoint_resumes_it(stopped, copy_of, monkeypatch, uninterrupted):
     """The path may lead there in another way than --save-model-dir does."""
     folder = copy_of(stopped)
     monkeypatch.chdir(folder)
@@ -552,7 +552,7 @@ def test_a_signal_stops_after_its_step_with_exit_0(tmp_path, capsys, number):
     with at_steps({1: lambda: signal_myself(number)}):
         assert start(tmp_path) == 0
     assert (
-        f"stopped   by {number.name} after step 1; the checkpoint is saved, and the same command goes on from it"
+        f"stopped   by {number.name} after step 1; the checkpoint is saved, and the same command resumes from it"
         in capsys.readouterr().out
     )
     assert saved(tmp_path) == ["step-000001"]
@@ -572,20 +572,50 @@ def test_under_nohup_the_end_of_terminal_and_shell_stops_nothing(tmp_path, monke
     assert (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("when", ["prepare_save_folder", "load_model", "check_setup"])
-def test_a_signal_before_training_stops_before_the_first_step(tmp_path, monkeypatch, capsys, number, when):
-    act = getattr(train_llama2, when)
-
+def test_ctrl_c_before_training_ends_the_run_at_once(tmp_path, monkeypatch, capfd, when):
     def signalled(*all):
-        signal_myself(number)
-        return act(*all)
+        signal_myself(signal.SIGINT)
+        raise AssertionError("the run goes on")
 
     monkeypatch.setattr(train_llama2, when, signalled)
-    assert start(tmp_path, async_save="no") == 0
-    said = f"stopped   by {number.name} after step 0; nothing was trained yet, and the same command begins again"
-    assert said in capsys.readouterr().out
+    assert start(tmp_path, async_save="no") == 130
+    said = capfd.readouterr()
+    assert "stopped   by Ctrl-C before training began; nothing was saved" in said.err
+    assert "Traceback" not in said.err
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_processes_that_tokenise_can_be_terminated(tmp_path, monkeypatch):
+    """They are forked before the run listens for signals, and a pool ends its processes with SIGTERM."""
+    handlers = []
+    encode = train_llama2.encode_documents
+
+    def look(*arguments):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return encode(*arguments)
+
+    monkeypatch.setattr(train_llama2, "encode_documents", look)
+    assert start(tmp_path, max_steps=1) == 0
+    assert handlers == [signal.SIG_DFL] * 2
+
+
+def test_a_stop_during_the_last_evaluation_writes_no_model(tmp_path, monkeypatch, capsys, uninterrupted):
+    loss = train_llama2.mean_token_loss
+
+    def signalled(model, documents, batches, parallel, stop=None):
+        if stop and len(read_metrics(tmp_path)[0]) == 9:
+            signal_myself()
+        return loss(model, documents, batches, parallel, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_llama2, "mean_token_loss", signalled)
+        assert start(tmp_path) == 0
+    assert "stopped   by SIGTERM after step 9; the checkpoint is saved" in capsys.readouterr().out
+    assert not (tmp_path / "model.safetensors").exists()
+    assert start(tmp_path) == 0
+    assert_same_run(tmp_path, uninterrupted)
+    assert "eval_loss" in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize("step", [3, 4])

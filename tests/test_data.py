@@ -176,7 +176,7 @@ def test_control_tokens_typed_in_a_text_are_text(tokenizer, article, summary):
     assert tokenizer.decode(ids[1:-1]) == f"[SUMMARIZE] {article} [/SUMMARIZE]\n{summary}"
 
 
-def test_a_prompt_mark_typed_in_an_article_does_not_start_the_summary(tokenizer):
+def test_a_prompt_mark_in_an_article_starts_no_summary(tokenizer):
     document = encode(tokenizer, "a [/SUMMARIZE]\nb [SUMMARIZE] c", "d e", block_size=16)
     ids = document["input_ids"]
     assert len(ids) == 16 and document["prompt_length"] == 13 and ids[9:13] == CLOSING
@@ -184,7 +184,7 @@ def test_a_prompt_mark_typed_in_an_article_does_not_start_the_summary(tokenizer)
 
 
 @pytest.mark.parametrize("block_size", [150, 200, 400])
-def test_a_long_document_loses_the_end_of_its_article_and_nothing_else(tokenizer, block_size):
+def test_a_long_document_loses_only_the_end_of_its_article(tokenizer, block_size):
     cut = 0
     for story in STORIES:
         full = whole(tokenizer, story["article"], story["highlights"])
@@ -320,7 +320,7 @@ def test_many_micro_batches_take_neither_open_files_nor_child_processes(three_do
     assert not multiprocessing.active_children()
 
 
-def test_a_rank_without_documents_makes_a_row_that_trains_on_nothing(three_documents, tokenizer, parallel):
+def test_a_rank_without_documents_makes_a_row_without_labels(three_documents, tokenizer, parallel):
     two_ranks = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, dp_replicate_size=2))
     [batch] = batches_of(three_documents, [[0]], tokenizer, two_ranks, rank=1)
     [micro] = batch.micro_batches
@@ -389,7 +389,7 @@ def test_a_row_is_closed_before_it_exceeds_its_budget(three_documents, tokenizer
     assert [micro["cu_seq_lens"].tolist() for micro in batches[0].micro_batches] == [[0, 22, 37, 50]]
 
 
-def test_a_rank_without_documents_packs_a_row_that_trains_on_nothing(three_documents, tokenizer, packing):
+def test_a_rank_without_documents_packs_a_row_without_labels(three_documents, tokenizer, packing):
     """One document on three ranks."""
     three_ranks = dataclasses.replace(packing, plan=dataclasses.replace(packing.plan, dp_replicate_size=3))
     labels = []
@@ -461,7 +461,7 @@ def test_packed_ranks_carry_even_loads_however_skewed_the_lengths(packing, ranks
     assert worst < 1.05
 
 
-def test_all_ranks_of_a_packed_batch_agree_on_who_has_what(three_documents, tokenizer, packing):
+def test_ranks_agree_on_who_has_what_of_a_packed_batch(three_documents, tokenizer, packing):
     two_ranks = dataclasses.replace(packing, plan=dataclasses.replace(packing.plan, dp_replicate_size=2))
     bounds = []
     for rank in range(2):
@@ -476,7 +476,7 @@ def test_a_packed_evaluation_has_each_document_once(packing):
     assert sorted(np.concatenate(batches)) == list(range(101))
 
 
-def test_an_epoch_has_each_document_once_and_a_ragged_last_batch():
+def test_an_epoch_has_each_document_once_and_a_ragged_end():
     batches = epoch_batches(range(34), epoch=0, config=Config(batch_size=8))
     assert [len(batch) for batch in batches] == [8, 8, 8, 8, 2]
     assert sorted(np.concatenate(batches)) == list(range(34))
@@ -497,7 +497,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert len({tuple(each) for each in different}) == 6
 
 
-def test_a_run_resumed_in_mid_epoch_reads_what_is_left_and_nothing_else(monkeypatch):
+def test_a_run_resumed_mid_epoch_reads_only_what_is_left(monkeypatch):
     """34 documents by 8 are 5 steps an epoch; from step 6 to 12 of 13: 4 of the second epoch and 3 of the third."""
     read, config = [], Config(batch_size=8)
     monkeypatch.setattr(train_llama2, "global_batch", lambda documents, positions, parallel: read.append(positions))
@@ -530,7 +530,7 @@ def test_the_audit_counts_what_encoding_did(tmp_path, tokenizer, parallel, capsy
     assert train.lengths.tolist() == [13, 24, 24, 11] and len(validation) == 1
 
 
-def test_the_audit_of_packed_rows_has_no_padding_and_tells_the_balance(tmp_path, tokenizer, packing, capsys):
+def test_the_audit_of_packed_rows_tells_padding_and_balance(tmp_path, tokenizer, packing, capsys):
     """13 and 22 tokens on two ranks: the longest has 22 of a mean of 17.5."""
     two_ranks = dataclasses.replace(packing, plan=dataclasses.replace(packing.plan, dp_replicate_size=2))
     rows = [pair(words(3), "d"), pair(words(11), "a b")]
@@ -580,7 +580,7 @@ def write_parquet(path, rows):
 
 
 def tokens_of(data: Path | tuple, tokenizer, parallel, **flags) -> list[list[list[int]]]:
-    return [list(part.rows["input_ids"]) for part in load(settings(data, **flags), tokenizer, parallel)]
+    return [list(part.dataset["input_ids"]) for part in load(settings(data, **flags), tokenizer, parallel)]
 
 
 @pytest.mark.parametrize("as_files", [False, True], ids=["folder", "two files"])
@@ -647,7 +647,7 @@ def test_other_columns_and_fewer_samples(tmp_path, tokenizer, parallel):
 def cache_of(config: Config, tokenizer, parallel) -> tuple[str, int]:
     """Returns the file that holds the training documents, and the time it was written."""
     train, _ = load(config, tokenizer, parallel)
-    [file] = train.rows.cache_files
+    [file] = train.dataset.cache_files
     return file["filename"], Path(file["filename"]).stat().st_mtime_ns
 
 
@@ -674,7 +674,7 @@ def test_another_end_of_sequence_token_encodes_anew(three_documents, parallel):
     assert tokenizer.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     for each, end in ((tokenizer, EOS), (other, PAD), (tokenizer, EOS)):
         train, _ = load(settings(three_documents), each, parallel)
-        assert [ids[-1] for ids in train.rows["input_ids"]] == [end] * 3
+        assert [ids[-1] for ids in train.dataset["input_ids"]] == [end] * 3
 
 
 def test_two_processes_encode_once_and_later_runs_read_that(tmp_path, tokenizer, parallel):

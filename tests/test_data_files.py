@@ -116,7 +116,7 @@ def test_a_line_that_is_no_json_is_named(data, capsys):
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 @pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
-def test_a_text_that_is_not_utf_8_is_refused_with_its_line(data, capsys, name, encoding):
+def test_text_not_in_utf8_is_refused_with_its_line(data, capsys, name, encoding):
     rows = [*STORIES, dict(article="A café opened.", highlights="A café.")]
     text = csv_of(rows) if name.endswith("csv") else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     (data / name).write_bytes(text.encode(encoding))
@@ -269,7 +269,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(data, monkeypatch, capsys):
     assert [os.path.relpath(place, data.parent) for place in places] == ["data", "run", "step-000001", "m"]
 
 
-def test_a_cache_that_cannot_be_written_is_blamed_on_the_cache(data, monkeypatch, capsys):
+def test_an_unwritable_cache_is_blamed_on_the_cache(data, monkeypatch, capsys):
     write_jsonl(data / "train.jsonl")
     (data.parent / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", data.parent / "file" / "cache")

@@ -131,7 +131,7 @@ def test_a_dataset_is_one_name_or_several_files(words, expected):
         ("--hsdp-shard-size", "2", "--parallelism hsdp"),
     ],
 )  # fmt: skip
-def test_a_bad_value_is_told_in_one_line_with_flag_value_and_rule(capsys, flag, value, rule):
+def test_one_line_names_the_flag_bad_value_and_rule(capsys, flag, value, rule):
     [line] = told(capsys, flag, value)
     assert line.startswith(f"error: {flag} {value}")
     assert rule in line
@@ -229,7 +229,7 @@ def refusal(tmp_path, capsys):
         ({"dataset_name_or_path": "nowhere.jsonl"}, ["--dataset-name-or-path nowhere.jsonl", "does not exist"]),
     ],
 )
-def test_a_run_that_cannot_work_says_why_and_what_to_do(refusal, flags, words):
+def test_an_impossible_run_says_why_and_what_to_do(refusal, flags, words):
     line = refusal(**flags)
     assert [word for word in words if word not in line] == [], line
 
@@ -290,7 +290,7 @@ def test_a_broken_model_folder_is_told(refusal, tmp_path, damage, word):
     assert word in line
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_told(refusal, tmp_path):
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(refusal, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(TINY_LLAMA, folder)
     edit_config(vocab_size=1000)(folder)
@@ -392,7 +392,7 @@ def test_unusable_data_is_told(refusal, tmp_path, files, words):
     assert [word for word in words if word not in line] == [], line
 
 
-def test_of_a_malformed_file_no_more_is_printed_than_the_error_line(tmp_path):
+def test_a_malformed_file_prints_one_error_line_and_nothing_else(tmp_path):
     (tmp_path / "train.parquet").write_text("PAR0")
     run = run_script(*small_run(tmp_path / "run", dataset_name_or_path=tmp_path / "train.parquet", quiet=True))
     assert (run.returncode, run.stdout) == (2, "")
@@ -408,13 +408,13 @@ def test_a_save_folder_that_cannot_be_written_to_is_told(refusal, place):
     assert line.startswith(f"error: --save-model-dir {place} cannot be written to")
 
 
-def test_a_save_folder_whose_checkpoints_would_meet_a_file_is_told(tmp_path, capsys):
+def test_a_file_in_the_place_of_checkpoints_is_refused(tmp_path, capsys):
     (tmp_path / "checkpoints").touch()
     [line] = told(capsys, *small_run(tmp_path))
     assert line == f"error: --save-model-dir {tmp_path}: {tmp_path / 'checkpoints'} is a file; give another folder"
 
 
-def test_a_save_folder_inside_the_data_is_refused_before_anything_is_written(tmp_path, capsys):
+def test_a_save_folder_inside_the_data_is_refused_before_writing(tmp_path, capsys):
     """The run's own json would be data to the next start of the same command."""
     news = Path(shutil.copytree(NEWS, tmp_path / "news"))
     for place in (news, news / "run"):
@@ -433,7 +433,7 @@ def test_weights_of_nan_are_told_in_one_line_before_training(tmp_path, capsys):
     assert line.startswith("error: the loss is nan before any training; the model's weights are broken")
 
 
-def test_a_save_folder_that_holds_the_model_to_train_from_is_refused_and_left_alone(tmp_path, capsys):
+def test_a_save_folder_with_the_base_model_is_refused_unchanged(tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(TINY_LLAMA, folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -451,8 +451,8 @@ def error_lines(run: subprocess.CompletedProcess | SimpleNamespace) -> list[str]
     return [line for line in run.stderr.splitlines() if line.startswith("error:")]
 
 
-def test_two_processes_show_help_once_and_tell_each_mistake_once_also_what_only_one_of_them_finds(tmp_path):
-    """The data is read by rank 0 first, and the save folder by rank 0 alone."""
+def test_two_processes_show_help_and_each_mistake_only_once(tmp_path):
+    """Also a mistake that only one finds: rank 0 reads the data first, and it alone looks at the save folder."""
     mistakes = {
         "--lr -1 must be at least 0": small_run(tmp_path, lr=-1),
         "/nowhere/news does not exist": small_run(tmp_path, dataset_name_or_path="/nowhere/news"),

@@ -28,7 +28,8 @@ from train_llama2 import Config, UserError, enable_advanced_parallelization
 pytestmark = pytest.mark.usefixtures("own_processes")
 
 
-def test_on_moai_the_platforms_hook_is_called_once_before_the_model_and_the_run_is_a_plain_one(tmp_path):
+def test_on_moai_the_platforms_hook_comes_first_and_only_once(tmp_path):
+    """Called before the model is made; the run is then a plain one, with the same losses."""
     flags = {"max_train_samples": 4, "max_eval_samples": 2, "batch_size": 4, "num_train_epochs": 2, "precision": "fp32"}
     program = [RANKS / "on_moai.py", tmp_path / "events.json", SCRIPT]
     moai = run([sys.executable, *program, *small_run(tmp_path, **flags)], timeout=120)
@@ -54,7 +55,7 @@ def test_moai_refuses_flags_that_would_take_the_parallelism_from_it(monkeypatch,
         enable_advanced_parallelization(config)
 
 
-def test_more_ranks_than_gpus_on_a_node_are_refused_by_each_of_them(monkeypatch):
+def test_each_rank_refuses_more_ranks_than_gpus_on_its_node(monkeypatch):
     """Rank 0 has a GPU of its own, and is the one that speaks."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -77,7 +78,7 @@ def test_ranks_with_unlike_gpus_plan_with_the_same_figures(monkeypatch, kinds):
     everyones = [(f"GPU of rank {rank}", gpu, gpu is not old, 1) for rank, gpu in enumerate(gpus)]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(train_llama2, "together", lambda act, gathered: everyones)
+    monkeypatch.setattr(train_llama2, "on_all_ranks", lambda act, gathered: everyones)
     first = train_llama2.find_cluster()
     assert first.memory_gib == min(gpu.memory_gib for gpu in gpus)
     slower = min(gpus, key=lambda gpu: gpu.peak_tflops)
@@ -85,7 +86,7 @@ def test_ranks_with_unlike_gpus_plan_with_the_same_figures(monkeypatch, kinds):
     assert first.has_flash_attention == (old not in gpus)
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(monkeypatch):
+def test_a_tracker_not_installed_is_refused_before_anything_loads(monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["mlflow"])
     monkeypatch.setattr(train_llama2, "read_model_shape", None)
     config = Config(model_name_or_path=str(TINY_LLAMA), block_size=64, report_to="wandb")
@@ -93,7 +94,8 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(mo
         enable_advanced_parallelization(config)
 
 
-def test_another_script_trains_another_causal_lm_with_tied_embeddings_on_two_sharded_ranks(tmp_path):
+def test_another_script_trains_another_model_on_two_sharded_ranks(tmp_path):
+    """Qwen2 with tied embeddings; the losses are those of one plain process."""
     torch.manual_seed(0)
     shape = dict(vocab_size=1032, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     plain = Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=2, tie_word_embeddings=True))
@@ -305,7 +307,7 @@ def encoded_and_reused(network: Network, node: str) -> tuple[int, int]:
     return log.count("Caching processed dataset at"), log.count("Loading cached processed dataset at")
 
 
-def test_two_nodes_of_two_ranks_train_as_one_process_through_a_cut_cable_and_a_sigterm(tmp_path, network, one_node):
+def test_two_nodes_train_like_one_through_cut_cable_and_sigterm(tmp_path, network, one_node):
     """Cut cable: no rank waits longer than --dist-timeout-minutes and what ending takes. The same commands go on. A
     SIGTERM on one node then saves and ends both. One process goes on to the end, with the losses of a run of its own.
 

@@ -74,7 +74,7 @@ def error_of(run: subprocess.CompletedProcess) -> str:
     return line
 
 
-def test_two_sharded_ranks_fetch_each_file_once_and_later_runs_none(hub, tmp_path):
+def test_two_ranks_fetch_each_file_once_and_later_runs_none(hub, tmp_path):
     run = run_default_command(hub, tmp_path / "run", "--parallelism", "fsdp", processes=2)
     assert run.returncode == 0, run.stderr
     assert len(read_metrics(tmp_path / "run")[0]) == 2
@@ -124,7 +124,7 @@ def test_a_hub_that_is_gone_is_refused(hub, tmp_path):
     assert "is neither a folder nor within reach on the Hub" in line
 
 
-def test_a_download_that_breaks_off_is_refused_and_goes_on_next_time(hub, tmp_path):
+def test_a_broken_download_is_refused_and_works_next_time(hub, tmp_path):
     hub.break_off_after = 1000
     line = error_of(run_default_command(hub, tmp_path / "run", HF_HUB_DOWNLOAD_TIMEOUT="2"))
     assert "within reach on the Hub" in line

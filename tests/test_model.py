@@ -83,7 +83,7 @@ def test_a_half_precision_checkpoint_becomes_fp32_weights():
         assert torch.equal(mine, theirs.float())
 
 
-def test_on_two_sharded_ranks_each_holds_half_of_the_model_in_fp32(two_ranks):
+def test_each_of_two_sharded_ranks_holds_half_in_fp32(two_ranks):
     for facts in two_ranks[0]:
         assert facts["dtypes"] == ["torch.float32"]
         assert set(facts["names"]) == {"DTensor"}
@@ -91,7 +91,7 @@ def test_on_two_sharded_ranks_each_holds_half_of_the_model_in_fp32(two_ranks):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")
-def test_loading_on_two_ranks_takes_about_half_the_memory_of_the_whole_each(two_ranks, big_llama):
+def test_each_of_two_ranks_loads_in_about_half_the_memory(two_ranks, big_llama):
     """Anonymous resident memory; the mapped pages of the weight file are shared by all ranks and can be dropped."""
     folder, whole_mib = big_llama
 
@@ -111,7 +111,7 @@ def test_loading_on_two_ranks_takes_about_half_the_memory_of_the_whole_each(two_
         )
 
 
-def test_random_init_makes_a_fresh_model_in_one_process_and_says_so(capsys):
+def test_random_init_makes_a_fresh_model_and_says_so(capsys):
     model = load(random_init=True)
     assert "RANDOM WEIGHTS" in capsys.readouterr().out
     for parameter in model.parameters():
@@ -123,7 +123,7 @@ def test_random_init_makes_a_fresh_model_in_one_process_and_says_so(capsys):
     assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(math.log(1024), abs=0.1)
 
 
-def test_random_init_makes_the_shards_of_two_ranks_and_says_so_once(two_ranks):
+def test_random_init_fills_two_ranks_shards_and_says_so_once(two_ranks):
     everyones, said = two_ranks
     assert said.count("RANDOM WEIGHTS") == 1
     for facts in everyones:
@@ -229,7 +229,8 @@ def losses_of_each(model: LlamaForCausalLM, documents: list[list[int]]) -> list[
 
 
 @pytest.mark.parametrize(("kv_heads", "compiled"), [(4, False), (2, False), (1, False), (2, True)])
-def test_a_document_in_a_packed_row_has_the_losses_and_gradients_it_has_alone(kv_heads, compiled):
+def test_a_packed_document_has_its_own_losses_and_gradients(kv_heads, compiled):
+    """Those it has alone in a row, under stock attention."""
     stock, ours = two_of_a_model(num_key_value_heads=kv_heads)
     if compiled:
         torch._dynamo.reset()
@@ -277,7 +278,7 @@ def masked_attention(query, key, value, bounds, scale) -> torch.Tensor:
 
 @pytest.mark.parametrize("torch_version", ["2.13", "2.11"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_flash_kernel_gets_what_its_twin_on_the_cpu_gets(monkeypatch, torch_version, kv_heads):
+def test_the_flash_kernel_gets_what_its_cpu_twin_gets(monkeypatch, torch_version, kv_heads):
     """The kernel needs a GPU; one that records takes its place, under the signature of either torch."""
     calls = []
 
@@ -319,7 +320,8 @@ def test_the_flash_kernel_gets_what_its_twin_on_the_cpu_gets(monkeypatch, torch_
     assert calls[-1][1] == 48, "a length that follows the data would compile anew, and wait for the device"
 
 
-def test_the_kernel_gets_half_precision_where_autocast_leaves_query_and_key_in_fp32(monkeypatch):
+def test_the_kernel_gets_half_precision_whatever_autocast_leaves(monkeypatch):
+    """Autocast may leave query and key in fp32."""
     seen = []
 
     def varlen_attn(query, key, value, *bounds, window_size=(-1, -1), scale=None, enable_gqa=False):
@@ -332,7 +334,7 @@ def test_the_kernel_gets_half_precision_where_autocast_leaves_query_and_key_in_f
     assert seen == [{torch.bfloat16}]
 
 
-def test_a_model_that_has_no_sdpa_gets_the_attention_transformers_would_choose(tmp_path):
+def test_a_model_without_sdpa_gets_the_attention_transformers_chooses(tmp_path):
     torch.manual_seed(0)
     shape = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     shape |= dict(num_key_value_heads=1, head_dim=16, sliding_window=8)
@@ -371,9 +373,7 @@ def head_inputs(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("tokens", [1, 7, 1024, 2500], ids=lambda tokens: f"{tokens} tokens")
 @pytest.mark.parametrize(("dtype", "value", "gradient"), [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 2e-3, 2e-2)])
-def test_the_loss_and_its_gradients_are_those_of_a_plain_fp32_cross_entropy(
-    loss_of_either_torch, tokens, dtype, value, gradient
-):
+def test_loss_and_gradients_are_those_of_fp32_cross_entropy(loss_of_either_torch, tokens, dtype, value, gradient):
     """bf16 logits have 8 bits, so each loss is off by up to 1e-2 or so; their sum must still not be off."""
     hidden, weight, targets = head_inputs(tokens, dtype)
     loss = summed_token_loss(hidden, weight, targets)
@@ -401,7 +401,7 @@ def test_torch_sums_bf16_losses_itself():
     assert theirs.item() == pytest.approx(plain.item(), rel=1e-2)
 
 
-def test_a_row_without_labels_has_a_loss_of_exactly_0_and_no_gradient(loss_of_either_torch):
+def test_a_row_without_labels_has_zero_loss_and_gradient(loss_of_either_torch):
     _, ours = two_of_a_model()
     micro = pack(random_documents(8), [8])
     assert micro["targets"].tolist() == [-100]
@@ -477,7 +477,7 @@ def test_positions_without_a_label_never_reach_the_head(monkeypatch, packing):
 
 # The peak of a process, in MiB, after the loss and its backward pass of each: ours first, as a peak only grows.
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's memory accounts")
-def test_the_loss_of_4096_tokens_saves_more_than_a_gib_of_logits():
+def test_the_loss_of_4096_tokens_saves_a_gib_of_logits():
     """4,096 x 32,000 logits are 500 MiB in fp32; stock keeps three of them at once, ours chunks of 125 MiB."""
     finished = run([sys.executable, RANKS / "peak_of_the_head.py"], timeout=120)
     assert finished.returncode == 0, finished.stderr
@@ -605,7 +605,7 @@ def test_compiling_is_decided_by_what_the_predicted_steps_gain(
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def test_stochastic_rounding_is_right_on_average_and_never_further_than_the_next_number():
+def test_stochastic_rounding_is_right_on_average_and_picks_a_neighbour():
     """200,000 draws each: the mean is within 5 standard errors of the fp32 number, which lies p of an ulp up."""
     torch.manual_seed(0)
     for number, below, above in (
@@ -632,7 +632,7 @@ def optimizer_of(weight: torch.Tensor, lr: float = 1e-2, weight_decay: float = 0
     return StochasticAdamW([dict(params=[weight], weight_decay=weight_decay)], lr=lr)
 
 
-def test_a_step_is_that_of_fp32_adamw_before_it_is_rounded(monkeypatch):
+def test_before_rounding_a_step_is_that_of_fp32_adamw(monkeypatch):
     """Three steps, with the rounding left out: states in fp32 stand for what would be rounded."""
     monkeypatch.setattr(train_llama2, "round_stochastically", lambda tensor, generator=None: tensor)
     torch.manual_seed(0)
@@ -697,7 +697,7 @@ def test_how_a_step_is_rounded_follows_from_its_number_alone():
     assert set(stepped(1, 5).tolist()) == {1.0, 1.0 - 2**-8}, "an update of a quarter of an ulp moves a quarter of them"
 
 
-def test_bf16_states_follow_the_curve_of_fp32_masters_where_plain_bf16_stalls():
+def test_bf16_states_learn_like_fp32_masters_where_plain_bf16_stalls():
     """At a rate of 1e-4 most updates are below half an ulp of weights around 0.1, so plain bf16 loses them."""
     draw = torch.Generator().manual_seed(1)
     following = torch.randint(0, 64, (64, 3), generator=draw)  # a language in which each word has three successors

@@ -85,7 +85,7 @@ def test_a_family_is_evaluated_as_transformers_alone_does(families, tmp_path, na
     assert eval_loss == pytest.approx(validation_loss(tmp_path, attn_implementation="eager"), rel=1e-5)
 
 
-def test_a_model_that_would_see_the_future_keeps_its_own_mask(families, tmp_path, capsys):
+def test_a_model_that_needs_its_mask_keeps_it(families, tmp_path, capsys):
     train(tmp_path, families["bloom"])
     assert (
         "attention the model's own, with a mask: without one its tokens would see later ones" in capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_attention_dropout_rules_packing_out(families, tmp_path, capsys):
     assert "--packing yes cannot be had with this model: it drops out attention" in capsys.readouterr().err
 
 
-def test_a_routers_auxiliary_loss_is_trained_on_as_the_config_asks(families, tmp_path):
+def test_a_routers_auxiliary_loss_is_trained_on_as_configured(families, tmp_path):
     """With one document a step, the loss is what transformers' own loss of that document is, the router's included."""
     (loss,), _ = train(tmp_path, families["mixtral"], batch_size=1, max_train_samples=1, block_size=512)
     row = json.loads((NEWS / "train.jsonl").read_text().splitlines()[0])

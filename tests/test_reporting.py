@@ -28,18 +28,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import NEWS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, small_run
+from conftest import NEWS, NINE_STEPS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, small_run
 from transformers import AutoTokenizer, LlamaConfig
 
 import train_llama2
 from train_llama2 import Cluster, Config, Parallel
 
 pytestmark = pytest.mark.usefixtures("own_processes")
-
-# 34 documents in batches of 13 are 3 steps an epoch, so 9 steps in all.
-NINE_STEPS = dict(
-    batch_size=13, num_train_epochs=3, eval_interval=4, save_interval=2, block_size=64, max_eval_samples=3
-)
 
 TRAINING_FIELDS = {
     "step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu", "data_wait_share",

@@ -102,12 +102,12 @@ def test_a_batch_smaller_than_the_world_trains_the_same(runs):
         assert four_evaluation[0]["eval_loss"] == pytest.approx(one_evaluation[0]["eval_loss"], rel=1e-5)
 
 
-def test_every_group_of_ranks_waits_as_long_as_the_run_was_told_to(runs):
+def test_every_group_of_ranks_has_the_timeout_it_was_given(runs):
     """7 minutes for the replicas and the shards of HSDP; 60, the default, for FSDP's one group."""
     assert "TIMEOUTS [420.0, 420.0]\n" in runs["4", "hsdp"][2]
     assert "TIMEOUTS [3600.0]\n" in runs["4", "fsdp"][2]
 
 
 @pytest.mark.parametrize("key", [key for key in RUNS if key[1].startswith("ddp")], ids=lambda key: key[1])
-def test_replicas_end_with_the_same_weights_whatever_the_random_state_of_their_ranks(runs, key):
+def test_replicas_end_with_equal_weights_despite_different_random_states(runs, key):
     assert "REPLICAS EQUAL True\n" in runs[key][2]

@@ -109,7 +109,7 @@ def healthy_losses(tmp_path_factory, stories) -> list[float]:
     return [line["loss"] for line in run_main(tmp_path_factory.mktemp("healthy"), stories, **CONSTANT)]
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, stories, healthy_losses, monkeypatch):
+def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path, stories, healthy_losses, monkeypatch):
     poison(monkeypatch, lambda step: step == 1)
     steps = run_main(tmp_path, stories, **CONSTANT, **{"num_train_epochs": 4})
     assert steps[1]["loss"] is None, "metrics.jsonl is strict JSON: null where a number is not finite"
@@ -117,9 +117,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, stor
     assert [line["loss"] for i, line in enumerate(steps) if i != 1] == pytest.approx(healthy_losses, rel=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_although_the_loss_is_fine(
-    tmp_path, stories, healthy_losses, monkeypatch
-):
+def test_a_non_finite_gradient_under_a_finite_loss_is_skipped(tmp_path, stories, healthy_losses, monkeypatch):
     healthy, step = train_llama2.token_loss_sum, iter(range(1000))
 
     def token_loss_sum(model, *arguments):
@@ -135,7 +133,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_although_the_loss_is_fine(
     assert [line["loss"] for line in steps] == pytest.approx([first, second, second, third], rel=1e-6)
 
 
-def test_all_ranks_skip_together_where_only_one_of_them_sees_a_nan(tmp_path, stories, healthy_losses):
+def test_all_ranks_skip_together_when_one_sees_a_nan(tmp_path, stories, healthy_losses):
     flags = small_run(tmp_path, **{**ALL_AT_ONCE, **CONSTANT, "dataset_name_or_path": stories})
     run = torchrun(RANKS / "one_bad_rank.py", *flags, processes=2)
     assert run.returncode == 0, run.stderr
@@ -154,7 +152,7 @@ def test_a_run_that_diverges_stops_with_the_reason(tmp_path, stories):
 
 
 @pytest.mark.parametrize(("steps", "bad"), [(5, range(0, 5)), (7, range(1, 6)), (7, range(2, 7))])
-def test_five_bad_steps_in_a_row_end_the_run_wherever_they_lie(tmp_path, stories, monkeypatch, steps, bad):
+def test_five_bad_steps_in_a_row_end_the_run_anywhere(tmp_path, stories, monkeypatch, steps, bad):
     poison(monkeypatch, lambda step: step in bad)
     flags = {**CONSTANT, "num_train_epochs": steps, "max_train_samples": 1, "batch_size": 1}
     with pytest.raises(train_llama2.RunError, match="not finite in 5 steps in a row"):
@@ -162,14 +160,14 @@ def test_five_bad_steps_in_a_row_end_the_run_wherever_they_lie(tmp_path, stories
     assert not (tmp_path / "config.json").exists(), "a broken model was saved"
 
 
-def test_a_run_that_diverges_in_its_last_step_saves_no_model(tmp_path, stories):
+def test_a_run_diverging_in_its_last_step_saves_no_model(tmp_path, stories):
     """The loss of the only step is finite; its update is not."""
     with pytest.raises(train_llama2.RunError, match=r"the validation loss is (nan|inf): the weights are broken"):
         run_main(tmp_path, stories, lr=1e300, max_steps=1)
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "checkpoints").exists()
 
 
-def test_bad_steps_that_never_come_five_in_a_row_do_not_end_the_run(tmp_path, stories, monkeypatch):
+def test_fewer_than_five_bad_steps_in_a_row_are_survived(tmp_path, stories, monkeypatch):
     poison(monkeypatch, lambda step: step != 4)
     flags = {**CONSTANT, "num_train_epochs": 9, "max_train_samples": 1, "batch_size": 1}
     assert run_main(tmp_path, stories, **flags)[-1]["skipped_steps"] == 8
@@ -195,13 +193,14 @@ def mean_token_loss(model_folder: Path) -> float:
     return loss / labels
 
 
-def test_on_three_ranks_with_ragged_ends_the_loss_is_the_mean_over_all_tokens(three_rank_run):
+def test_on_three_ranks_eval_loss_is_the_mean_over_tokens(three_rank_run):
+    """The ranks have ragged ends."""
     _, folder = three_rank_run
     assert read_metrics(folder)[1][-1]["eval_loss"] == pytest.approx(mean_token_loss(folder), rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch_size", [3, 8])
-def test_on_one_process_the_loss_is_the_mean_over_all_tokens(tmp_path, micro_batch_size):
+def test_on_one_process_eval_loss_is_the_mean_over_tokens(tmp_path, micro_batch_size):
     train_llama2.main(small_run(tmp_path, max_steps=1, block_size=1024, micro_batch_size=micro_batch_size))
     evaluation = read_metrics(tmp_path)[1][0]
     expected = mean_token_loss(tmp_path)
@@ -289,7 +288,7 @@ def test_the_documents_are_the_same_on_any_number_of_ranks(summaries):
 
 
 @needs_rouge
-def test_scores_are_in_the_metrics_and_three_pairs_in_the_log(summaries):
+def test_metrics_have_the_scores_and_the_log_three_pairs(summaries):
     folder, console = summaries["ddp, 3 + 2 samples"]
     ((evaluation,), samples) = read_metrics(folder)[1], written(folder)
     scores = rouge_scores(samples)
@@ -335,7 +334,7 @@ def test_without_the_package_one_line_says_so_before_anything_begins(tmp_path, c
 
 
 @pytest.mark.parametrize(("beams", "expected"), [(1, 32), (4, 4)])
-def test_as_many_documents_are_summarised_at_a_time_as_memory_holds_the_caches_of(beams, expected):
+def test_as_many_documents_are_summarised_together_as_memory_holds_caches(beams, expected):
     """13B on two H200: 139.8 GiB, of which 132.8 are used; weights and moments take 12 bytes of half of the parameters,
     72.7 GiB, one layer and the head gathered twice 1.8. A token's cache is 40 layers of 2 x 5,120 in bf16, a document
     2,048 + 160 tokens long; beam search copies it to reorder it.

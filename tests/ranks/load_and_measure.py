@@ -28,5 +28,5 @@ with enable_advanced_parallelization(config) as parallel:
         "peak_mib": memory_mib("VmHWM") - resident,
         "held_mib": sum(local_part(parameter).nbytes for parameter in model.parameters()) / MIB,
     }
-    ranks = train_llama2.together(lambda: mine, gathered=True)
+    ranks = train_llama2.on_all_ranks(lambda: mine, gathered=True)
     parallel.say("RESULT" + json.dumps({name: max(rank[name] for rank in ranks) for name in mine}))
