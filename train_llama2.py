@@ -651,6 +651,11 @@ def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Pa
             )
         parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
         parallel = padded
+    if loss_differs_from_logits(model, padded):
+        raise UserError(
+            f"--model-name-or-path {parallel.config.model_name_or_path}: its logits are not the product of its last "
+            "hidden states and its head, so the script cannot compute its loss; use another model"
+        )
     loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
@@ -702,6 +707,20 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     alone, *changed, beside_another = parallel.sum_over_data_ranks(torch.stack(losses).double()).tolist()
     rounding = max(abs(beside_another - alone), alone * (1e-6 if parallel.plan.compute_bytes == 4 else 5e-4))
     return max(abs(loss - alone) for loss in changed) > 10 * rounding
+
+
+@torch.no_grad()
+def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
+    """Returns whether the loss without logits is another than that of the model's own logits, on one short row."""
+    model.eval()
+    ids = torch.from_numpy(np.random.default_rng(0).integers(parallel.shape.vocabulary, size=(1, 16)))
+    row = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    ours = token_loss_sum(model, dict(row, predict_at=torch.arange(15), targets=ids[0, 1:]), parallel)
+    with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
+        logits = model(**{name: tensor.to(parallel.device) for name, tensor in row.items()}, use_cache=False).logits
+    own = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
+    tolerance = 1e-4 if parallel.plan.compute_bytes == 4 else 2e-2  # of rounding, where logits are bf16
+    return bool(parallel.sum_over_data_ranks((ours - own).abs()) > tolerance * parallel.data_parallel_size * own)
 
 
 def evaluate(
@@ -893,6 +912,8 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
         plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
     parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice)
     parallel.say(words)
+    if config.packing == "auto" and cluster.has_gpu and shape.unpackable and not on_moai:
+        parallel.say(f"packing   no: {shape.unpackable}, so rows are padded")
     if (gpus := torch.cuda.device_count()) > 1 and cluster.world_size == 1 and not on_moai:
         parallel.say(f"  note      1 of {gpus} GPUs; torchrun --nproc_per_node=gpu uses them all")
     return parallel
@@ -1155,18 +1176,19 @@ def start_process_group(config: Config) -> None:
         attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         how["store"] = dist.PrefixStore(attempt, store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **how)
-
-    def take_gpu() -> None:
-        gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-        if processes > gpus:
-            raise UserError(
-                f"torchrun --nproc_per_node started {processes} processes on node {platform.node()}, which has {gpus} "
-                "GPUs; use --nproc_per_node=gpu"
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
     if any(on_all_ranks(torch.cuda.is_available, gathered=True)):
-        on_all_ranks(take_gpu)
+        on_all_ranks(take_gpu)  # a rank without one must be reported by rank 0, so the group comes first
+
+
+def take_gpu() -> None:
+    """Makes the GPU of this rank's number on its node the current one. Raises UserError where there is none."""
+    gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if processes > gpus:
+        raise UserError(
+            f"torchrun --nproc_per_node started {processes} processes on node {platform.node()}, which has {gpus} "
+            "GPUs; use --nproc_per_node=gpu"
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def check_launcher() -> None:
@@ -2428,6 +2450,7 @@ LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its sav
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
+CHECKPOINT_VERSION = 2  # 1, or none: held-out documents were drawn before empty ones were dropped
 WRITING, DELETING = ".writing", ".deleting"
 
 
@@ -2657,6 +2680,7 @@ class Checkpoints:
             "save_seconds": self.seconds,
             "strategy": self.parallel.plan.strategy,
             "world_size": self.parallel.cluster.world_size,
+            "version": CHECKPOINT_VERSION,
         }
         self.pause_seconds = time.perf_counter() - began
         if self.asynchronous:
@@ -2819,6 +2843,11 @@ class Checkpoints:
             f"{flag_name(name)} is now {self.settings[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
             for name in changed
         ]
+        if "dataset_name_or_path" in changed and "version" not in run:
+            problems.append(
+                f"{folder} was written by an earlier version of the script, which drew held-out documents before it "
+                "dropped empty ones: where the data has both, the training documents are others now"
+            )
         if self.total_steps < run["total_steps"] and not changed:
             problems.append(
                 f"--num-train-epochs and --max-steps now give {self.total_steps} steps, but {folder} was trained "
