@@ -67,6 +67,8 @@ WAYS = {  # program of this file, and its flags
     "compiled": ("train", ["--packing", "yes", "--compile", "yes"]),
 }
 SWEPT_MICRO_BATCHES = (1, 4, 16)
+WARMUP_STEPS = 2  # that do not count: the first one allocates and compiles, the second may compile again
+WHAT = {"model": ("model", ""), "block": ("block_size", ""), "way": ("way", ""), "micro": ("micro_batch_size", "")}
 AUDIT = re.compile(r"train: ([\d,]+) documents, .*; ([\d,]+) summaries cut; .*?([\d.]+)% padding")  # what a run says
 SAVED = re.compile(r"^saved .*\(([\d.]+) GiB\) in ([\d.]+) s(?:, training held for ([\d.]+) s)?$", re.M)
 
@@ -105,26 +107,24 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--block-size", dest="block_sizes", nargs="+", type=int)
     add("--batch-size", type=int, help="documents per step; default 4, with --sweep 16")
     add("--micro-batch-size", type=int, help="default: what the script's plan chooses")
-    add("--warmup", type=int, default=1, help="steps of each run that do not count")
-    add("--steps", type=int, help="steps of each run that count; default 6, with --sweep 3")
+    add("--steps", type=int, help="steps of each run that count, after 2; default 6, with --sweep 3")
     add("--ways", nargs="+", choices=WAYS, help="default: all; `compiled` only on a GPU")
     add("--data", help="folder as the script takes it; default tests/data/news, or stories as long as CNN/DailyMail's")
     add("--tokenizer", default=str(TINY_LLAMA), help="folder of the tokenizer")
-    add("--ranks", nargs="+", type=int, help="processes; default: the GPUs, with --loading 1 2 4")
+    add("--ranks", nargs="+", type=int, help="processes; default: 1, or all GPUs with --sweep and --checkpoints")
     add("--budget-seconds", type=float, help="what does not fit into it is left out; with --sweep 1800")
     add("--json", metavar="FILE", help="write everything there")
     options, options.script_flags = parser.parse_known_args(argv)
     if "WORLD_SIZE" in os.environ:
         parser.error("start this with python; it starts torchrun itself where it needs several ranks")
-    model = "500m" if options.checkpoints else "250m" if options.loading else "tiny"
-    gpus = torch.cuda.device_count()
+    gpus, model = torch.cuda.device_count(), "500m" if options.checkpoints else "250m" if options.loading else "tiny"
     ranks = [1, 2, 4] if options.loading else [max(1, gpus) if options.sweep or options.checkpoints else 1]
+    options.ranks = options.ranks or ranks
     options.models = options.models or (["13b", "7b"] if options.sweep else [model])
     options.block_sizes = options.block_sizes or ([2048, 1024, 4096] if options.sweep else [512])
-    options.batch_size = options.batch_size or (16 if options.sweep else 4)
+    options.batch_size = options.batch_size or (16 if options.sweep else max(4, *options.ranks))
     options.steps = options.steps or (3 if options.sweep else 6)
     options.ways = options.ways or [way for way in WAYS if way != "compiled" or gpus]
-    options.ranks = options.ranks or ranks
     options.budget_seconds = options.budget_seconds or (1800.0 if options.sweep else math.inf)
     return options
 
@@ -135,14 +135,9 @@ def machine_description() -> dict[str, Any]:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=False).stdout.strip()
 
-    return dict(
-        gpus=torch.cuda.device_count(),
-        cores=script.usable_cores(),
-        load=round(os.getloadavg()[0], 1),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        commit=git("rev-parse", "--short", "HEAD") + " and changes" * bool(git("status", "--porcelain", "-uno")),
-    )
+    machine = dict(gpus=torch.cuda.device_count(), cores=script.usable_cores(), load=round(os.getloadavg()[0], 1))
+    commit = git("rev-parse", "--short", "HEAD") + " and changes" * bool(git("status", "--porcelain", "-uno"))
+    return machine | dict(torch=torch.__version__, transformers=transformers.__version__, commit=commit)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -158,7 +153,7 @@ class Bench:
         self.ends = time.monotonic() + options.budget_seconds
         self.longest_seconds = 0.0
         self.numbers = itertools.count()
-        documents = options.batch_size * (options.warmup + options.steps)
+        documents = max(64, options.batch_size * (WARMUP_STEPS + options.steps))
         long_stories = options.sweep and not options.data
         self.data = news_like(folder / "stories", documents, options) if long_stories else options.data or NEWS
 
@@ -197,11 +192,10 @@ class Bench:
         if seconds_left <= self.longest_seconds:
             return "", "no time left in --budget-seconds"
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        torchrun = [] if alone and ranks == 1 else torchrun
-        command, pipes = [sys.executable, *torchrun, *words], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [sys.executable, *([] if alone and ranks == 1 else torchrun), *map(str, words)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        began = time.monotonic()
-        process = subprocess.Popen(list(map(str, command)), env=environment, text=True, **pipes)
+        pipes, began = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE), time.monotonic()
+        process = subprocess.Popen(command, env=environment, text=True, **pipes)
         try:
             printed, complaints = process.communicate(timeout=None if math.isinf(seconds_left) else seconds_left)
         except subprocess.TimeoutExpired:
@@ -281,8 +275,7 @@ def measure_cells(cells: Sequence[Cell], bench: Bench) -> list[dict[str, Any]]:
     for cell in cells:
         row = measure_cell(cell, bench)
         rows.append(row)
-        rate = row.get("tokens_per_second")
-        if rate and cell.micro_batch_size == bench.options.micro_batch_size:
+        if rate := row.get("tokens_per_second"):
             rates[cell.model, cell.block_size, cell.way] = rate
         outcome = f"{rate:,.0f} tokens/s" if rate else f"skipped: {row['skipped']}"
         print(f"measured  {cell.model}, block {cell.block_size}, {cell.way}: {outcome}", flush=True)
@@ -299,7 +292,7 @@ def measure_cell(cell: Cell, bench: Bench) -> dict[str, Any]:
     micro-batch. Both are in the row.
     """
     options, (program, way_flags) = bench.options, WAYS[cell.way]
-    steps, ranks = options.warmup + options.steps, options.ranks[0]
+    steps, ranks = WARMUP_STEPS + options.steps, options.ranks[0]
     if ranks > 1 and program != "train":
         return dataclasses.asdict(cell) | dict(skipped="it runs on one GPU only; --ranks 1 includes it")
     more = dict(micro_batch_size=cell.micro_batch_size, precision=cell.precision, log_interval=1)
@@ -320,7 +313,7 @@ def figures(lines: list[dict], folder: Path, printed: str, options: argparse.Nam
     """Returns the figures of a run; rates are those of the steps after the warm-up."""
     config = json.loads((folder / "train_config.json").read_text())
     documents, summaries_cut, padding = AUDIT.search(printed).groups()
-    plan, counted, warmed_up = config["plan"], lines[options.warmup :], lines[options.warmup - 1]["tokens"]
+    plan, counted, warmed_up = config["plan"], lines[WARMUP_STEPS:], lines[WARMUP_STEPS - 1]["tokens"]
     seconds = sum(line["step_seconds"] for line in counted)
     return dict(
         device=config["cluster"]["device_name"],
@@ -341,8 +334,7 @@ def figures(lines: list[dict], folder: Path, printed: str, options: argparse.Nam
 
 def print_ways(rows: Sequence[dict[str, Any]]) -> None:
     columns = {
-        "model": ("model", ""), "block": ("block_size", ""), "way": ("way", ""), "micro": ("micro_batch_size", ""),
-        "precision": ("precision", ""), "recompute": ("activation_checkpointing", ""),
+        **WHAT, "precision": ("precision", ""), "recompute": ("activation_checkpointing", ""),
         "tokens/s": ("tokens_per_second", ",.0f"), "MFU": ("mfu", ".1%"), "GiB": ("peak_memory_gib", ".1f"),
         "padding": ("padding_share", ".1%"), "summaries cut": ("summaries_cut_share", ".0%"),
         "step s": ("step_seconds", ".3f"), "1st step s": ("first_step_seconds", ".1f"),
@@ -354,11 +346,8 @@ def print_ways(rows: Sequence[dict[str, Any]]) -> None:
 def print_plan_checks(rows: Sequence[dict[str, Any]]) -> None:
     """Prints predicted against measured for step 2 of the script's own runs, as each run checked it itself."""
     quantities = {"active GiB": "active_gib", "reserved GiB": "reserved_gib", "step s": "step_seconds"}
-    columns = {
-        "model": ("model", ""), "block": ("block_size", ""), "way": ("way", ""), "micro": ("micro_batch_size", ""),
-        "strategy": ("strategy", ""), "recompute": ("activation_checkpointing", ""),
-        **{title: (title, "") for title in quantities},
-    }  # fmt: skip
+    columns = WHAT | {"strategy": ("strategy", ""), "recompute": ("activation_checkpointing", "")}
+    columns |= {title: (title, "") for title in quantities}
     checked = [row for row in rows if row.get("plan_check")]
     words = [{title: verdict(**row["plan_check"][name]) for title, name in quantities.items()} for row in checked]
     shown = [row | own for row, own in zip(checked, words, strict=True)]
@@ -397,12 +386,11 @@ def measure_checkpoints(bench: Bench) -> dict[str, Any]:
 
     Each save is the last of a run of its own: on so short steps, the next one would have to wait for it.
     """
-    options, model = bench.options, bench.options.models[0]
-    found: dict[str, Any] = {}
+    options, found = bench.options, {}
     for name, asynchronous in (("waited for", "no"), ("in the background", "yes")):
-        saves = []
+        saves, more = [], dict(keep_checkpoints=1, async_save=asynchronous)
         for _ in range(options.checkpoints):
-            _, flags = bench.run_flags(model, min(options.block_sizes), 2, keep_checkpoints=1, async_save=asynchronous)
+            _, flags = bench.run_flags(options.models[0], min(options.block_sizes), 2, **more)
             printed, problem = bench.launch(script.__file__, *flags, ranks=options.ranks[0])
             if problem:
                 raise SystemExit(f"error: {problem}")
@@ -423,7 +411,6 @@ def measure_loading(bench: Bench) -> list[dict[str, Any]]:
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
     whole_mib = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20
     model.to(torch.float16).save_pretrained(folder)  # as Llama-2's own checkpoint is
-    del model
     print(f"model of {whole_mib:,.0f} MiB in fp32; MiB of the largest rank", flush=True)
     results = []
     for ranks in bench.options.ranks:
@@ -432,8 +419,7 @@ def measure_loading(bench: Bench) -> list[dict[str, Any]]:
             raise SystemExit(f"error: {problem}")
         result = json.loads(re.search(r"^RESULT(.*)", printed, re.M)[1])
         results.append(dict(ranks=ranks, **result))
-        words = (f"{name.removesuffix('_mib')} {value:,.0f}" for name, value in result.items())
-        print(f"{ranks} ranks: {', '.join(words)}", flush=True)
+        print(f"{ranks} ranks: " + ", ".join(f"{name} {value:,.0f}" for name, value in result.items()), flush=True)
     return results
 
 
@@ -465,8 +451,7 @@ def tutorial(argv: Sequence[str]) -> int:
         attention_mask = (torch.arange(config.block_size) < lengths[:, None]).long()
         cut = np.array([len(row) > config.block_size for row in baseline.whole_rows])  # at the end, in the summary
         baseline.begin(lengths.numpy(), cut, computed_tokens=input_ids.numel())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-        model.train()
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=config.lr)
         for batch in baseline.batches:
             micro_batches, step_loss = torch.from_numpy(batch).split(baseline.micro_batch_size), 0.0
             for positions in micro_batches:
@@ -486,15 +471,12 @@ def tutorial(argv: Sequence[str]) -> int:
 def trainer(argv: Sequence[str]) -> int:
     """Trains with Trainer as someone who knows it would set it up, on documents encoded as the script encodes them."""
 
-    class Ended(transformers.TrainerCallback):
-        def __init__(self, baseline: Baseline):
-            self.baseline = baseline
-
-        def on_log(self, args, state, control, logs=None, **others):
-            if "loss" in logs:
-                self.baseline.step_ended(logs["loss"])
-
     def loop(baseline: Baseline) -> None:
+        class Ended(transformers.TrainerCallback):
+            def on_log(self, args, state, control, logs=None, **others):
+                if "loss" in logs:
+                    baseline.step_ended(logs["loss"])
+
         parallel, size = baseline.parallel, baseline.micro_batch_size
         documents = script.encode_documents(baseline.pairs, baseline.tokenizer, parallel)
         order = [batch[np.argsort(-documents.lengths[batch], kind="stable")] for batch in baseline.batches]
@@ -526,7 +508,7 @@ def trainer(argv: Sequence[str]) -> int:
             args=arguments,
             train_dataset=[dict(input_ids=row, attention_mask=[1] * len(row), labels=row) for row in rows],
             data_collator=transformers.DataCollatorForSeq2Seq(baseline.tokenizer, pad_to_multiple_of=8),
-            callbacks=[Ended(baseline)],
+            callbacks=[Ended()],
         ).train()
 
     return run_baseline(argv, loop)
@@ -577,8 +559,7 @@ class Baseline:
         """Writes a line of metrics. Whoever knows the loss has waited for the device."""
         seconds, parallel = time.perf_counter() - self.step_began, self.parallel
         lengths = self.lengths[self.batches[self.steps_taken]]
-        self.steps_taken += 1
-        self.tokens += int(lengths.sum())
+        self.steps_taken, self.tokens = self.steps_taken + 1, self.tokens + int(lengths.sum())
         flops = script.training_flops(parallel.shape, int(lengths.sum()), int((lengths**2).sum()))
         peak = script.peak_flops(parallel.cluster, parallel.plan.precision)
         line = dict(

@@ -72,11 +72,11 @@ def test_the_sweep_compares_with_the_plan_on_long_documents(capsys):
 
 
 def test_a_run_that_ends_is_told_with_its_error():
-    rows = measured("--ways", "trainer", "padded", "--parallelism", "fsdp")
-    assert all("fsdp" in row["skipped"] for row in rows)
+    [row] = measured("--ways", "padded", "--parallelism", "fsdp")
+    assert "fsdp" in row["skipped"]
 
 
-def test_saves_and_loads_are_measured(monkeypatch):
+def test_saves_and_loads_are_measured():
     saves = benchmark.main(["--checkpoints", "1", "--model", "tiny"])["checkpoints"]
     for save in (saves["waited for"], saves["in the background"]):
         assert 0 <= save["held_seconds"] <= save["written_seconds"]
