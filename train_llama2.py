@@ -4325,7 +4325,7 @@ def pipeline_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
 def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
     """Returns the layers of each stage, so that the slowest takes as little time as it can; the head counts as work.
 
-    Of the stages before the last, the later ones take what does not divide: the earlier hold more micro-batches.
+    Where that leaves a choice, later stages take more layers, because they hold fewer micro-batches.
     """
     if stages == 1:
         return [shape.layers]
@@ -4334,7 +4334,7 @@ def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
     def slowest(of_last: int) -> float:
         return max(math.ceil((shape.layers - of_last) / (stages - 1)), of_last + head)
 
-    last = min(range(1, shape.layers - stages + 2), key=slowest)
+    last = min(range(shape.layers - stages + 1, 0, -1), key=slowest)
     each, rest = divmod(shape.layers - last, stages - 1)
     return [each] * (stages - 1 - rest) + [each + 1] * rest + [last]
 
