@@ -37,6 +37,7 @@ Every rank runs the same code, so every rank calls every function at the same po
 from __future__ import annotations
 
 import argparse
+import atexit
 import bisect
 import bz2
 import concurrent.futures
@@ -67,6 +68,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import uuid
@@ -481,6 +483,22 @@ def command_line(argv: Sequence[str] | None = None) -> int:
         print(words, file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process as `sys.exit` does, except that a rank skips the end of the Python interpreter.
+
+    Modules and models keep gloo's threads alive beyond `destroy_process_group`. One that asks for the GIL while Python
+    ends, to release its last message, aborts the process: "terminate called without an active exception".
+    """
+    if "LOCAL_RANK" not in os.environ:
+        sys.exit(code)
+    threading._shutdown()  # waits for threads, then atexit and flushing: what Python does first
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+            stream.flush()
+    os._exit(code)
 
 
 def lost_contact(error: RuntimeError) -> bool:
@@ -1027,8 +1045,8 @@ class Parallel:
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type in ORDERLY_EXITS:
             if self.accelerator.num_processes > 1:
-                # gloo's threads need the GIL to send their last message. Destroying a DDP model or ending Python holds
-                # it and waits for those threads, so that without this pause a run sometimes hung or aborted.
+                # gloo's threads need the GIL to release their last message. Destroying a DDP model waits for them while
+                # it holds the GIL, and the end of Python aborts: see `leave`, which other scripts do not call.
                 time.sleep(0.1)
             self.accelerator.end_training()
         elif issubclass(error_type, torch.OutOfMemoryError):
@@ -4892,4 +4910,4 @@ PCIE_GB_PER_SECOND = 20
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    leave(command_line())
