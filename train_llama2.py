@@ -37,6 +37,7 @@ Every rank runs the same code, so every rank calls every function at the same po
 from __future__ import annotations
 
 import argparse
+import atexit
 import bisect
 import bz2
 import collections
@@ -73,7 +74,7 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -485,6 +486,22 @@ def command_line(argv: Sequence[str] | None = None) -> int:
         print(words, file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process as `sys.exit` does, except that a rank skips the end of the Python interpreter.
+
+    Modules and models keep gloo's threads alive beyond `destroy_process_group`. One that asks for the GIL while Python
+    ends, to release its last message, aborts the process: "terminate called without an active exception".
+    """
+    if "LOCAL_RANK" not in os.environ:
+        sys.exit(code)
+    threading._shutdown()  # waits for threads, then atexit and flushing: what Python does first
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+            stream.flush()
+    os._exit(code)
 
 
 def lost_contact(error: RuntimeError) -> bool:
@@ -1061,8 +1078,8 @@ class Parallel:
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type in ORDERLY_EXITS:
             if self.accelerator.num_processes > 1:
-                # gloo's threads need the GIL to send their last message. Destroying a DDP model or ending Python holds
-                # it and waits for those threads, so that without this pause a run sometimes hung or aborted.
+                # gloo's threads need the GIL to release their last message. Destroying a DDP model waits for them while
+                # it holds the GIL, and the end of Python aborts: see `leave`, which other scripts do not call.
                 time.sleep(0.1)
             self.accelerator.end_training()
         elif issubclass(error_type, torch.OutOfMemoryError):
@@ -2401,6 +2418,7 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
+    torch._dynamo.config.optimize_ddp = False  # it would cut a layer into 11 graphs, which save more between them
     for module in parallel.accelerator.unwrap_model(model).modules():
         if isinstance(module, GradientCheckpointingLayer):  # what transformers' decoder layers are
             module.compile(dynamic=True)
@@ -4525,10 +4543,12 @@ def has_sliding_windows(model_config: PretrainedConfig) -> bool:
 
 # ---- The plan: memory ----------------------------------------------------------------------------------------
 
-# Beyond the tensors: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published), and the caching allocator's
-# slack (0.2 to 0.37 of active memory published without expandable segments, which the hook turns on).
+# Beyond the pools of the caching allocator, low, expected and high: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6
+# GiB published), and gaps between tensors, with the expandable segments that the hook turns on: a share of the whole,
+# and bytes per parameter of a layer, whose weights and gradients come and go. The rows of tests/README.md lie within.
 CONTEXT_GIB = (0.5, 1.0, 1.6)
-ALLOCATOR_SLACK = (0.0, 0.08, 0.20)
+GAPS_SHARE = (0.0, 0.01, 0.04)
+GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
 
 
 def predict_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True) -> Memory:
@@ -4537,10 +4557,29 @@ def predict_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = T
     name = max(moments, key=lambda each: sum(moments[each].values()))
     terms = {term: size / GIB for term, size in moments[name].items()}
     active = sum(terms.values())
+    pools = bytes_of_pools(StepMemory(shape, plan, tokens), moments) / GIB if has_gpu else active
+    layer = shape.layer_parameters / GIB
     low, expected, high = (
-        active * (1 + slack) + context * has_gpu for slack, context in zip(ALLOCATOR_SLACK, CONTEXT_GIB, strict=True)
+        pools * (1 + share) + layer * gaps + context * has_gpu
+        for share, gaps, context in zip(GAPS_SHARE, GAPS_PER_LAYER_PARAMETER, CONTEXT_GIB, strict=True)
     )
     return Memory(active, expected, low, high, terms, name)
+
+
+def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> float:
+    """Returns what the allocator's pools hold, one per stream, after each has been at its peak.
+
+    FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
+    Reduced gradients end up all there at once. Gathering takes the buffers of two layers and of the head, and one layer
+    of them is in the moments already.
+    """
+    plan, shape = step.plan, step.shape
+    if plan.dp_shard_size == 1:
+        return max(sum(terms.values()) for terms in moments.values())
+    reduced = 0 if plan.holds_gradients_back else 1  # what is held back lies in the main stream's pool
+    main = max(sum(terms.values()) - reduced * terms.get("gradients", 0.0) for terms in moments.values())
+    gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
+    return main + step.gradients(shape.parameters) + gathering
 
 
 def memory_moments(shape: ModelShape, plan: Plan, tokens: int) -> dict[str, dict[str, float]]:
@@ -4560,32 +4599,33 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     """FSDP2, wrapped as transformers does it: embedding and each layer alone, last norm and head kept gathered."""
     shape, plan, saved, rotary = step.shape, step.plan, step.saved, step.rotary
     layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
-    h, f, layers, width = shape.hidden, shape.intermediate, shape.layers, plan.compute_bytes
+    layers, width = shape.layers, plan.compute_bytes
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
     all_saved, beside_head = sum(saved), kept or width * layer  # the last layer is gathered ahead
     moments = {
+        # In the forward pass a layer's gathered buffer is freed once the next one's has been copied out of its own.
+        "gathering the head": step.moment(all_saved + step.stream + rotary, 0, kept + width * (layer + 2 * head), 0),
         "loss": step.moment(
-            all_saved + step.norm + step.stream + rotary + step.scalars, step.head_buffers, kept + width * head, 0
+            all_saved + step.norm + step.stream + rotary + step.scalars,
+            step.head_buffers,
+            beside_head + width * head,
+            0,
         ),
         "backward of the last norm": step.moment(
             all_saved + step.norm_backward + rotary, 0, beside_head + (width + 4) * head, head
         ),
     }
     if plan.holds_gradients_back:
-        held = step.moment(step.layer_input + 4 * width * h + rotary, 0, 3 * width * layer, 0)
+        held = step.moment(step.layer_input + 4 * width * shape.hidden + rotary, 0, 3 * width * layer, 0)
         moments["end of the first backward"] = held
-    # A layer's backward peaks in its MLP, with the gradients of gate, up and the stream and the weight gradient of the
-    # down projection; or at its end, in the backward of its first norm, with all its weights' gradients.
-    mlp = step.tokens * (step.whole_layer + 2 * width * f + width * h) + width * h * f
-    attention = step.tokens * (step.norm_backward + (step.stream if width == 2 else 0)) + width * layer
     for i in reversed(range(layers)):
         ahead = layer if i else embedding  # gathered before its turn
-        reducing = 4 * layer if i < layers - 1 else 0  # fp32 gradient of the next layer; the head's is gone by then
-        gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead)
-        own = step.layer_input if plan.recomputes_layer(i) else 0
+        reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of what came before
+        gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead) + reducing
         finished = head + (layers - 1 - i) * layer
-        moments[f"backward of layer {i}"] = step.moment(
-            sum(saved[:i]) + own + rotary, max(mlp, attention), gathered + reducing, finished
+        moments[f"backward of layer {i}"] = largest(
+            step.moment(sum(saved[:i]) + own + rotary, width * computed, gathered, finished)
+            for own, computed in step.backward_of_layer(plan.recomputes_layer(i))
         )
     return moments
 
@@ -4594,24 +4634,37 @@ def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     """One process, or DDP: whole weights, and under autocast bf16 copies of them, cached until the forward pass ends
     and saved for the backward pass of layers that are not recomputed."""
     shape, plan, saved, rotary = step.shape, step.plan, step.saved, 2 * step.rotary
-    layer, head, h, f = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden, shape.intermediate
+    layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
     copy_bytes = 2 if plan.autocasts else 0  # per parameter
     copies = [0 if plan.recomputes_layer(i) else copy_bytes * layer for i in range(shape.layers)]
-    cache = copy_bytes * (shape.layers * layer + head)
-    norm = 3 * 4 * h  # in fp32: its input, the normalised input, its output
+    cache = sum(copies) if plan.compiled else copy_bytes * shape.layers * layer  # a compiled layer casts for itself
+    all_saved, norm = sum(saved), (3 * 4 if plan.autocasts else 8) * h  # autocast's norms are in fp32 throughout
+    head_copy = copy_bytes * head
     moments = {
-        "end of forward": step.moment(sum(saved) + norm + step.stream + rotary, step.chunk, cache, 0),
-        "loss": step.moment(
-            sum(saved) + norm + rotary + step.scalars, step.head_buffers, sum(copies) + copy_bytes * head, 0
+        "end of forward": step.moment(all_saved + norm + step.stream + rotary, step.chunk, cache + head_copy, 0),
+        "loss": step.moment(all_saved + norm + rotary + step.scalars, step.head_buffers, sum(copies) + head_copy, 0),
+        "cast of the head's gradient": step.moment(
+            all_saved + norm + step.stream + rotary, head_copy, sum(copies), head
         ),
+        "backward of the last norm": step.moment(all_saved + 24 * h + rotary, 0, sum(copies), head),
     }
     for i in reversed(range(shape.layers)):
-        own = (step.layer_input if plan.recomputes_layer(i) else 0) + step.whole_layer + 2 * plan.compute_bytes * f
-        finished = head + (shape.layers - 1 - i) * layer + h * f  # with its down projection, whose copy is gone
-        gathered = sum(copies[:i]) + copy_bytes * (layer - h * f)
-        moments[f"backward of layer {i}"] = step.moment(sum(saved[:i]) + own + rotary, 0, gathered, finished)
+        before, finished = sum(saved[:i]) + rotary, head + (shape.layers - 1 - i) * layer
+        moments[f"backward of layer {i}"] = largest(
+            step.moment(
+                before + own,
+                plan.state_bytes * computed if plan.strategy == "ddp" else 0,  # before they are moved to a bucket
+                sum(copies[:i]) + copy_bytes * (layer - computed),
+                finished + computed,
+            )
+            for own, computed in step.backward_of_layer(plan.recomputes_layer(i))
+        )
     moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)  # the stream's fp32 gradient
     return moments
+
+
+def largest(moments: Iterable[dict[str, float]]) -> dict[str, float]:
+    return max(moments, key=lambda terms: sum(terms.values()))
 
 
 class StepMemory:
@@ -4637,23 +4690,54 @@ class StepMemory:
         self.scalars = 4 * 8 + 3 * 4
         # What a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32.
         self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h
-        # What a layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key and value
-        # 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Autocast copies the input of each projection to bf16.
-        streams = 32 * h + 8 * k if in_fp32 else 36 * h + 6 * k if plan.autocasts else 20 * h + 4 * k
+        # What an eager layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key
+        # and value 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Under autocast the two norms' inputs and
+        # normalised inputs are fp32, 16h, and the inputs of five projections are copied to bf16, 10h.
+        streams = 32 * h + 8 * k if in_fp32 else (30 if plan.autocasts else 20) * h + 4 * k
         self.whole_layer = streams + (16 if in_fp32 else 8) * f + 4 * a + 8
+        if plan.compiled:
+            # Its input, and what matmuls and attention read or write: two norms' outputs, query, attention output and
+            # its projection 5h, key and value 2k, gate, up and their product 3f. The rest is computed again from them.
+            self.whole_layer = self.layer_input + plan.compute_bytes * (5 * h + 2 * k + 3 * f) + 4 * a + 8
         recomputed = map(plan.recomputes_layer, range(shape.layers))
         self.saved = [self.layer_input if each else self.whole_layer for each in recomputed]  # by layer, until backward
         # Logits and inputs of the head for one chunk of positions, in fp32.
-        self.chunk = 4 * min(tokens, HEAD_CHUNK_TOKENS) * (shape.vocabulary + h)
-        # The head's loss: a chunk, the gradient of the head as computed, and in fp32 that of a chunk.
-        self.head_buffers = self.chunk + (plan.compute_bytes + 4) * shape.head_and_norm_parameters
+        rows = min(tokens, HEAD_CHUNK_TOKENS)
+        self.chunk = 4 * rows * (shape.vocabulary + h)
+        # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
+        logits = 0 if in_fp32 else 2 * 2 * rows * shape.vocabulary
+        self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
+
+    def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
+        """Returns where the backward pass of a layer may peak: bytes per token, and parameters with a gradient by then.
+
+        In its MLP; or at the end, in the backward of its first norm. A compiled layer may also peak in its attention.
+        """
+        shape, plan = self.shape, self.plan
+        h, f, k, width, layer = (
+            shape.hidden,
+            shape.intermediate,
+            shape.kv_size,
+            plan.compute_bytes,
+            shape.layer_parameters,
+        )
+        gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
+        if not plan.compiled:
+            kept = self.layer_input if recomputed else 0
+            mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
+            return [(kept + mlp, h * f), (kept + self.norm_backward + (self.stream if width == 2 else 0), layer)]
+        # The product, gate and up have a gradient of f each. Recomputed, all six are there at once; else the product is
+        # gone by then, and gate's takes the place of the gate.
+        mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
+        # input, output gradient and what attention reads and returns; gradients of both projections of the MLP 2h, of
+        # attention's output, query, key and value; flash attention adds up the query's in fp32
+        attention = (2 * self.layer_input + width * (8 * h + 4 * k) + 4 * h, 3 * h * f)
+        # input, gradient; the first norm's output and the gradients of what read it 5h
+        return [mlp, attention, (2 * self.layer_input + width * 5 * h, layer)]
 
     def resident(self) -> dict[str, float]:
-        """Weights and moments; under CPU offload, the shards of the two layers being copied in."""
-        if self.plan.cpu_offload:
-            shards_of_layer = self.plan.state_bytes * self.shape.layer_parameters / self.plan.dp_shard_size
-            return dict(weights=2 * shards_of_layer, optimizer=0.0)
-        weights = self.plan.shard_bytes(self.shape)
+        """Weights and moments. Under CPU offload a shard that was copied in is freed before the peaks."""
+        weights = 0.0 if self.plan.cpu_offload else self.plan.shard_bytes(self.shape)
         return dict(weights=weights, optimizer=2 * weights)
 
     def gradients(self, finished: float) -> float:
@@ -4661,7 +4745,9 @@ class StepMemory:
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
         if plan.dp_shard_size == 1:
-            return state * (parameters if plan.strategy == "ddp" or accumulates else finished)  # DDP: its buckets
+            if plan.strategy == "ddp":  # its buckets, and beside them what earlier micro-batches add up
+                return state * (parameters + (parameters - finished) * accumulates)
+            return state * (parameters if accumulates else finished)
         if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
             return 4 * (parameters - finished) + state * finished / plan.dp_shard_size
         if plan.strategy == "hsdp" and accumulates:  # FSDP2 keeps them on the device for the all-reduce, in fp32
@@ -5139,4 +5225,4 @@ PCIE_GB_PER_SECOND = 20
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    leave(command_line())

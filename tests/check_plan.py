@@ -56,7 +56,11 @@ def llama(size: str, layers: int | None = None, **changes: int) -> LlamaConfig:
 
 
 def flash_attention(module, query, key, value, mask, scaling=None, **ignored):
-    """Attention that saves what the CUDA kernel saves: its inputs, its output and the log-sum-exp."""
+    """Attention that saves what the CUDA kernel saves: its inputs, its output and the log-sum-exp.
+
+    Autocast leaves query and key in fp32, and the script casts them, as here.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)
     output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)[0]
     return output.transpose(1, 2).contiguous(), None
 
@@ -179,13 +183,19 @@ def memory_cases(full: bool) -> Iterator[tuple[str, LlamaConfig, Plan, int, int]
 def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int) -> tuple[float, str]:
     """Returns the active GiB at the peak of the plan's prediction, and the moment at which it is.
 
-    The tracker runs on a CPU, where torch's linear_cross_entropy casts the head and two chunks of its input to fp32.
-    CUDA's matmuls take bf16 and give fp32, so the script does not count these casts, and they are added here.
+    The tracker runs on a CPU, where torch's linear_cross_entropy casts the head, its gradient and two chunks of its
+    input to fp32. CUDA's matmuls take bf16 and give fp32, so the script does not count these casts, and they are added
+    here; the copies of a chunk's logits in bf16 are CUDA's alone. On CUDA the last layer is gathered before the head's
+    backward pass, and the head's fp32 gradients are there until the last layer's; not so for the tracker.
     """
     moments = script.memory_moments(shape, plan, tokens)
     if plan.precision != "fp32":
         rows = min(tokens, script.HEAD_CHUNK_TOKENS)
-        moments["loss"]["temporaries"] += 4 * shape.head_and_norm_parameters + 8 * rows * shape.hidden
+        casts = 8 * shape.head_and_norm_parameters + 8 * shape.hidden * rows
+        moments["loss"]["temporaries"] += casts - 4 * shape.vocabulary * rows
+    if plan.dp_shard_size > 1:
+        moments["loss"]["gathered"] -= plan.compute_bytes * shape.layer_parameters * plan.reshard_after_forward
+        moments[f"backward of layer {shape.layers - 1}"]["gathered"] -= 4 * shape.head_and_norm_parameters
     return max((sum(terms.values()) / GIB, moment) for moment, terms in moments.items())
 
 

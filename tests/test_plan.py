@@ -119,7 +119,7 @@ def test_json_of_a_plan_has_every_field_of_every_candidate():
         assert rate * candidate["step_seconds"]["total"] == pytest.approx(64 * 2048 / 8)
     for name, values in {
         "strategy": {"ddp", "fsdp"},
-        "micro_batch_size": {1, 2, 4, 8},
+        "micro_batch_size": {1, 2, 3, 4, 8},
         "activation_checkpointing": {"none", "every-4", "every-3", "every-2", "full"},
         "reshard_after_forward": {True, False},
         "cpu_offload": {True, False},
@@ -369,7 +369,7 @@ def test_heads_the_packing_kernel_cannot_take_are_padded():
     assert shape.head_dim == 100
     cluster = parse_cluster("1xH100")
     assert not train_llama2.packs(shape, cluster, Config()) and train_llama2.packs(LLAMA_7B, cluster, Config())
-    with pytest.raises(UserError, match=r"--packing yes needs flash attention: .* in eights"):
+    with pytest.raises(UserError, match=r"--packing yes needs flash attention: .* at most 256 that 8 divides"):
         train_llama2.packs(shape, cluster, Config(packing="yes"))
 
 
@@ -519,17 +519,6 @@ def weigh(monkeypatch: pytest.MonkeyPatch, table: dict[str, tuple[float, bool]],
     monkeypatch.setattr(train_llama2, "predict", predict)
     flags = dict(micro_batch_size=8, activation_checkpointing="full", reshard_after_forward="yes", cpu_offload="no")
     return choose_plan(LLAMA_7B, parse_cluster(cluster), Config(batch_size=64, gradient_sync="micro-batch", **flags))
-
-
-def test_between_close_plans_one_whose_band_fits_is_chosen():
-    """13B in bf16 states on one H200: larger micro-batches are as fast, but might reserve more than the card has."""
-    cluster = parse_cluster("1xH200")
-    choice = choose_plan(LLAMA_13B, cluster, Config(precision="bf16-states"))
-    close = [
-        each for each in choice.candidates if each.fits and each.total_seconds <= 1.07 * choice.chosen.total_seconds
-    ]
-    assert any(each.memory_gib.reserved_high > cluster.memory_gib for each in close)
-    assert choice.chosen.memory_gib.reserved_high <= cluster.memory_gib
 
 
 @pytest.mark.parametrize(
@@ -709,7 +698,7 @@ def apply_lever(words: str, cluster: Cluster, config: Config) -> tuple[Cluster, 
 def test_every_lever_makes_it_fit_when_it_is_pulled(shape, cluster, config, kinds):
     here = parse_cluster(cluster) if cluster else LAPTOP
     if cluster is None:
-        here = dataclasses.replace(LAPTOP, gpu=dataclasses.replace(LAPTOP.gpu, memory_gib=0.1))
+        here = dataclasses.replace(LAPTOP, gpu=dataclasses.replace(LAPTOP.gpu, memory_gib=0.09))
     choice = choose_plan(shape, here, config)
     assert choice.chosen is None
     levers = choice.lever.removeprefix("it would fit with ").split(", or ")
@@ -835,7 +824,7 @@ def test_every_auto_is_resolved_and_written_down(executed):
     assert "auto" not in description["plan"].values()
     choice = description["choice"]
     assert set(choice) == {"cluster", "chosen", "candidates", "lever"}
-    assert {candidate["micro_batch_size"] for candidate in choice["candidates"]} == {1, 2, 4, 8}
+    assert {candidate["micro_batch_size"] for candidate in choice["candidates"]} == {1, 2, 3, 4, 8}
     for candidate in choice["candidates"]:
         check_candidate(candidate, world_size=1, rank_documents=8)
 
