@@ -958,8 +958,7 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
         choice = choose_plan(shape, cluster, config)
         refuse_what_does_not_fit(choice, cluster)
         plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
-    timeout = timedelta(minutes=config.dist_timeout_minutes)
-    pipeline = Pipeline(plan, shape.hidden, accelerator.device, timeout)
+    pipeline = Pipeline(plan, shape.hidden, accelerator.device, timedelta(minutes=config.dist_timeout_minutes))
     parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline)
     parallel.say(words)
     if config.packing == "auto" and cluster.has_gpu and shape.unpackable and not on_moai:
@@ -2516,22 +2515,24 @@ class Pipeline:
     https://github.com/pytorch/pytorch/issues/159942.)
     """
 
-    def __init__(self, plan: Plan, hidden: int = 0, device: torch.device | None = None, timeout: timedelta | None = None):
+    def __init__(
+        self, plan: Plan, hidden: int = 0, device: torch.device | None = None, timeout: timedelta | None = None
+    ):
         self.stages, self.hidden, self.device = plan.pipeline_parallel_size, hidden, device
         # what passes between layers: fp32 under autocast, bf16 where FSDP casts the weights or all states are bf16
         self.dtype = torch.float32 if plan.precision == "fp32" or plan.autocasts else torch.bfloat16
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        ranks_of_stage = plan.data_parallel_size * plan.tensor_parallel_size
-        self.stage = rank // ranks_of_stage if self.stages > 1 else 0
-        self.ranks = [rank + (stage - self.stage) * ranks_of_stage for stage in range(self.stages)]
-        self.is_last = self.stage == self.stages - 1
-        self.before = self.ranks[self.stage - 1] if self.stage > 0 else None
-        self.after = None if self.is_last else self.ranks[self.stage + 1]
-        self.forth = self.back = None
+        self.stage, self.ranks = 0, []  # the ranks that work on this rank's documents, one a stage
+        self.before = self.after = self.forth = self.back = None
         if self.stages > 1:
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+            ranks_of_stage = world_size // self.stages
+            self.stage = rank // ranks_of_stage
+            self.ranks = list(range(rank % ranks_of_stage, world_size, ranks_of_stage))
+            self.before, self.after = ([None, *self.ranks, None][self.stage + place] for place in (0, 2))
             # a group for each direction: in one, a send forward and a send back could wait for each other under NCCL
             make_group = functools.partial(dist.new_group, self.ranks, timeout, use_local_synchronization=True)
             self.forth, self.back = make_group(), make_group()
+        self.is_last = self.after is None
         self.under_way: collections.deque = collections.deque()  # (entered, left) of micro-batches not gone back yet
         self.sends: collections.deque = collections.deque()  # with their tensors, which must outlive them
         self.is_watched, self.noted = False, ("", 0.0)
@@ -2603,15 +2604,18 @@ class Pipeline:
         return squares.sqrt().to(norm.dtype)
 
     def whole_tensors(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the name and the whole of each tensor of any stage, in the model's order, one at a time."""
+        """Yields the name and the whole of each tensor of any stage, one at a time, stage after stage."""
+        if self.stages == 1:
+            yield from ((name, unsharded(tensor)) for name, tensor in tensors.items())
+            return
         described = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-        of_ranks = [described] if self.stages == 1 else on_all_ranks(lambda: described, gathered=True)
-        for stage, rank in enumerate(self.ranks):
-            for name, shape, dtype in of_ranks[rank if self.stages > 1 else 0]:
-                whole = unsharded(tensors[name]) if stage == self.stage else None
-                if self.stages > 1:
-                    whole = torch.empty(shape, dtype=dtype, device=self.device) if whole is None else whole
-                    dist.broadcast(whole, rank, group=self.forth)
+        of_each_rank = on_all_ranks(lambda: described, gathered=True)
+        for owner in self.ranks:
+            for name, shape, dtype in of_each_rank[owner]:
+                whole = torch.empty(shape, dtype=dtype, device=self.device)
+                if name in tensors:
+                    whole = unsharded(tensors[name]).to(self.device)
+                dist.broadcast(whole, owner, group=self.forth)
                 yield name, whole
 
     def note(self, words: str) -> None:
@@ -4327,7 +4331,7 @@ def pipeline_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
     if stages > 1 and shape.uncuttable:
         raise UserError(f"{shown} cannot be had with this model: {shape.uncuttable}; leave it out")
     if stages > shape.layers:
-        raise UserError(f"{shown} needs a layer for each stage, and this model has {shape.layers}; use at most those")
+        raise UserError(f"{shown} needs a layer for each stage, and the model has {shape.layers}; use at most that")
     if cluster.world_size % stages:
         raise UserError(
             f"{shown} needs equally many processes in each stage, and {cluster.world_size} were started; use a divisor "
@@ -4385,7 +4389,8 @@ def replicas_and_shards(
     world, of_stage = cluster.world_size // stages, " for each stage" if stages > 1 else ""
     if strategy == "none" and world > 1:
         raise UserError(
-            f"--parallelism none runs one process{of_stage}, but {world} were started; use ddp, fsdp or auto"
+            f"--parallelism none runs one process{of_stage}, but {world} were started; use "
+            f"{'' if of_stage else 'ddp, '}fsdp or auto"
         )
     if strategy in ("ddp", "fsdp") and world < 2:
         raise UserError(

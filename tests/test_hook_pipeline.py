@@ -209,7 +209,7 @@ def test_a_model_that_cannot_be_cut_ends_the_run_with_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("config", "rule"),
     [
-        (dict(pipeline_parallel_size=8), "needs a layer for each stage, and this model has 4"),
+        (dict(pipeline_parallel_size=8), "needs a layer for each stage, and the model has 4; use at most that"),
         (dict(pipeline_parallel_size=3), "3 needs equally many processes in each stage, and 8 were started"),
         (PP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --pipeline-parallel-size 2; use hsdp"),
         (PP2 | dict(parallelism="none"), "runs one process for each stage, but 4 were started"),
