@@ -4382,9 +4382,7 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1) -> 
     return [replicas_and_shards(strategy, cluster, config.hsdp_shard_size, stages) for strategy in strategies]
 
 
-def replicas_and_shards(
-    strategy: str, cluster: Cluster, hsdp_shard_size: int | None, stages: int
-) -> tuple[int, int]:
+def replicas_and_shards(strategy: str, cluster: Cluster, hsdp_shard_size: int | None, stages: int) -> tuple[int, int]:
     """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
     world, of_stage = cluster.world_size // stages, " for each stage" if stages > 1 else ""
     if strategy == "none" and world > 1:
@@ -4696,8 +4694,8 @@ class StepMemory:
         # What a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32.
         self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h
         # What an eager layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key
-        # and value 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Under autocast the two norms' inputs and
-        # normalised inputs are fp32, 16h, and the inputs of five projections are copied to bf16, 10h.
+        # and value 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Under autocast the norms save fp32 alone,
+        # 16h, and the inputs of five projections are copied to bf16, 10h.
         streams = 32 * h + 8 * k if in_fp32 else (30 if plan.autocasts else 20) * h + 4 * k
         self.whole_layer = streams + (16 if in_fp32 else 8) * f + 4 * a + 8
         if plan.compiled:
@@ -4719,18 +4717,13 @@ class StepMemory:
         In its MLP; or at the end, in the backward of its first norm. A compiled layer may also peak in its attention.
         """
         shape, plan = self.shape, self.plan
-        h, f, k, width, layer = (
-            shape.hidden,
-            shape.intermediate,
-            shape.kv_size,
-            plan.compute_bytes,
-            shape.layer_parameters,
-        )
+        h, f, k, width = shape.hidden, shape.intermediate, shape.kv_size, plan.compute_bytes
         gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         if not plan.compiled:
             kept = self.layer_input if recomputed else 0
             mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
-            return [(kept + mlp, h * f), (kept + self.norm_backward + (self.stream if width == 2 else 0), layer)]
+            norm = self.norm_backward + (self.stream if width == 2 else 0)
+            return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once; else the product is
         # gone by then, and gate's takes the place of the gate.
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
@@ -4738,7 +4731,7 @@ class StepMemory:
         # attention's output, query, key and value; flash attention adds up the query's in fp32
         attention = (2 * self.layer_input + width * (8 * h + 4 * k) + 4 * h, 3 * h * f)
         # input, gradient; the first norm's output and the gradients of what read it 5h
-        return [mlp, attention, (2 * self.layer_input + width * 5 * h, layer)]
+        return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
     def resident(self) -> dict[str, float]:
         """Weights and moments. Under CPU offload a shard that was copied in is freed before the peaks."""
@@ -5000,7 +4993,7 @@ def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
         f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
         f"optimizer {seconds['optimizer']:.2f} s",
         f"  lever     {lever}",
-        f"  assumed   every document fills its block; {assumed}; overlap fitted; reserved guess"
+        f"  assumed   every document fills its block; {assumed}; overlap and reserved fitted"
         + ("; host link and memory guess" if best.plan.cpu_offload else ""),
     ]
 

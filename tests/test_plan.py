@@ -327,14 +327,52 @@ def test_memory_of_fsdp_with_checkpointing_by_hand():
         "optimizer": 8 * PARAMETERS / 8,
         "gradients": 4 * (HEAD + PER_LAYER) / 8,
         "gathered": 8 * PER_LAYER,
-        # inputs of 39 layers in bf16; cosines and sines of 128 each, in bf16
-        "activations": tokens * (39 * 2 * 5120 + 2 * 2 * 128),
-        # this layer's own: 20h + 4k + 8f + 4a + 8 saved, 4f + 2h being made; the gradient of one MLP matrix
-        "temporaries": tokens * (24 * 5120 + 8 * 13824 + 4 * 40 + 8 + 4 * 13824 + 2 * 5120) + 2 * 5120 * 13824,
+        # inputs of 39 layers in bf16; cosines and sines of 128 each, in bf16; this layer's own, 20h + 4k + 8f + 4a + 8
+        # saved, 4f + 2h being made
+        "activations": tokens
+        * (39 * 2 * 5120 + 2 * 2 * 128 + 24 * 5120 + 8 * 13824 + 4 * 40 + 8 + 4 * 13824 + 2 * 5120),
+        "temporaries": 2 * 5120 * 13824,  # the gradient of one MLP matrix
     }
     assert memory.peak_moment == "backward of layer 38"
     assert {name: term * GIB for name, term in memory.terms.items()} == pytest.approx(by_hand)
     assert memory.active == pytest.approx(sum(by_hand.values()) / GIB)
+
+
+def test_memory_of_compiled_layers_by_hand():
+    """The same plan, compiled: the layer has saved 12h + 4k + 6f + 4a + 8, and its product, gate and up have gradients
+    of 2f each beside that of its output, 2h. The allocator of torch 2.14.1 measured 30.69 GiB, and reserved 38.36."""
+    memory = train_llama2.predict_memory(LLAMA_13B, plan_of(shards=8, compiled=True), 8 * 2048)
+    own = 12 * 5120 + 4 * 5120 + 6 * 13824 + 4 * 40 + 8 + 6 * 13824 + 2 * 5120
+    activations = 16_384 * (38 * 2 * 5120 + 2 * 2 * 128 + own)
+    gradients = 4 * (HEAD + PER_LAYER) / 8
+    by_hand = 12 * PARAMETERS / 8 + gradients + 8 * PER_LAYER + activations
+    assert memory.active == pytest.approx(by_hand / GIB) == pytest.approx(30.69, rel=0.002)
+    # The pool of all reduced gradients, and that of the gathered weights of two layers and the head, of which the one
+    # layer that is gathered ahead is in the sum already.
+    pools = by_hand - gradients + 4 * PARAMETERS / 8 + 2 * (PER_LAYER + HEAD)
+    assert memory.reserved_low == pytest.approx(pools / GIB + 0.5)
+    assert memory.reserved_low < 38.36 + 0.5 < memory.reserved < memory.reserved_high
+
+
+@pytest.mark.parametrize(
+    ("shape", "plan", "tokens", "measured"),
+    [
+        ("13b", dict(replicas=8, gradient_accumulation_steps=2), 8192, 273.49),
+        ("13b", dict(replicas=8, gradient_accumulation_steps=2, compiled=True), 8192, 250.63),
+        ("7b", dict(replicas=8, activation_checkpointing="every-2"), 4096, 128.04),
+        ("7b", dict(replicas=8, activation_checkpointing="every-2", compiled=True), 4096, 116.95),
+        ("7b", dict(activation_checkpointing="none", compiled=True), 4096, 105.42),
+        ("13b", dict(activation_checkpointing="none", compiled=True, precision="bf16-states",
+                     gradient_accumulation_steps=2), 2048, 110.27),
+        ("13b", dict(shards=8, activation_checkpointing="none", compiled=True), 8192, 70.87),
+        ("13b", dict(shards=8, activation_checkpointing="every-3", compiled=True, reshard_after_forward=False),
+         4096, 60.75),
+    ],
+)  # fmt: skip
+def test_active_memory_is_what_the_allocator_measured(shape, plan, tokens, measured):
+    """tests/check_plan.py --device on torch 2.14.1: settings that the memory tracker cannot follow."""
+    shape = {"7b": LLAMA_7B, "13b": LLAMA_13B}[shape]
+    assert train_llama2.predict_memory(shape, plan_of(**plan), tokens).active == pytest.approx(measured, rel=0.005)
 
 
 def test_states_take_16_bytes_a_parameter_divided_by_shards():
@@ -378,8 +416,7 @@ def test_offload_keeping_gathered_and_reducing_once_cost_what_they_hold():
         return train_llama2.predict_memory(LLAMA_13B, plan_of(shards=8, **changes), tokens).active
 
     several = dict(gradient_accumulation_steps=2)
-    # weights, moments and gradients leave the GPU, except for the shards of two layers that are being copied
-    saved = (16 * PARAMETERS - 2 * 4 * PER_LAYER) / 8 / GIB
+    saved = 16 * PARAMETERS / 8 / GIB  # weights, moments and gradients leave the GPU
     assert active(16_384, **several) - active(16_384, **several, cpu_offload=True) == pytest.approx(saved)
     # 52 GB of gradients, less the 4/8 of them that would be resident anyway
     once = active(**several, gradient_sync="step") - active(**several)
@@ -546,6 +583,17 @@ def test_micro_batch_sizes_lie_between_powers_of_two_too():
     """Of 8 documents, 6 at a time are split into 4 and 4, and 3 at a time into 3, 3 and 2."""
     assert train_llama2.even_sizes(8) == [8, 4, 3, 2, 1]
     assert train_llama2.even_sizes(48) == [48, 24, 16, 12, 8, 6, 4, 3, 2, 1]
+
+
+def test_between_close_plans_one_whose_band_fits_is_chosen():
+    """7B on eight cards of 24 GB: other plans are as fast, but might reserve more than the card has."""
+    cluster = parse_cluster("8xRTX3090")
+    choice = choose_plan(LLAMA_7B, cluster, Config())
+    close = [
+        each for each in choice.candidates if each.fits and each.total_seconds <= 1.07 * choice.chosen.total_seconds
+    ]
+    assert any(each.memory_gib.reserved_high > cluster.memory_gib for each in close)
+    assert choice.chosen.memory_gib.reserved_high <= cluster.memory_gib
 
 
 def test_fp32_on_a_gpu_is_timed_at_its_fp32_peak():
@@ -735,7 +783,7 @@ def test_the_table_gives_choice_reasons_and_sources_of_figures():
     assert re.search(r"needs 2\d\d\.\d GiB, 75\.1 of 79\.1 are usable", table), "DDP of 13B"
     for name, size in choice.chosen.memory_gib.terms.items():
         assert size < 0.05 or f"{name} {size:.1f}" in " ".join(table.split())
-    for words in ("peak table", "network guess", "reserved guess", "node link 345 GB/s", "lever"):
+    for words in ("peak table", "network guess", "reserved fitted", "node link 345 GB/s", "lever"):
         assert words in " ".join(table.split())
     for line in rows:  # no plan is cut off in its column
         assert not line[10:54].rstrip().endswith(("kee", "off", "recompute every"))
