@@ -680,6 +680,11 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
             )
         parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
         parallel = padded
+    if parallel.plan.pipeline_parallel_size == 1 and loss_differs_from_logits(model, padded):
+        raise UserError(
+            f"--model-name-or-path {parallel.config.model_name_or_path}: its logits are not the product of its last "
+            "hidden states and its head, so the script cannot compute its loss; use another model"
+        )
     return parallel
 
 
@@ -729,6 +734,20 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     alone, *changed, beside_another = parallel.sum_over_data_ranks(torch.stack(losses).double()).tolist()
     rounding = max(abs(beside_another - alone), alone * (1e-6 if parallel.plan.compute_bytes == 4 else 5e-4))
     return max(abs(loss - alone) for loss in changed) > 10 * rounding
+
+
+@torch.no_grad()
+def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
+    """Returns whether the loss without logits is another than that of the model's own logits, on one short row."""
+    model.eval()
+    ids = torch.from_numpy(np.random.default_rng(0).integers(parallel.shape.vocabulary, size=(1, 16)))
+    row = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    ours = token_loss_sum(model, dict(row, predict_at=torch.arange(15), targets=ids[0, 1:]), parallel)
+    with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
+        logits = model(**{name: tensor.to(parallel.device) for name, tensor in row.items()}, use_cache=False).logits
+    own = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
+    tolerance = 1e-4 if parallel.plan.compute_bytes == 4 else 2e-2  # of rounding, where logits are bf16
+    return bool(parallel.sum_over_data_ranks((ours - own).abs()) > tolerance * parallel.data_parallel_size * own)
 
 
 def evaluate(
@@ -923,6 +942,8 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     pipeline = Pipeline(plan, shape.hidden, accelerator.device, timeout)
     parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline)
     parallel.say(words)
+    if config.packing == "auto" and cluster.has_gpu and shape.unpackable and not on_moai:
+        parallel.say(f"packing   no: {shape.unpackable}, so rows are padded")
     if (gpus := torch.cuda.device_count()) > 1 and cluster.world_size == 1 and not on_moai:
         parallel.say(f"  note      1 of {gpus} GPUs; torchrun --nproc_per_node=gpu uses them all")
     return parallel
@@ -1190,18 +1211,19 @@ def start_process_group(config: Config) -> None:
         attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         how["store"] = dist.PrefixStore(attempt, store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **how)
-
-    def take_gpu() -> None:
-        gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-        if processes > gpus:
-            raise UserError(
-                f"torchrun --nproc_per_node started {processes} processes on node {platform.node()}, which has {gpus} "
-                "GPUs; use --nproc_per_node=gpu"
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
     if any(on_all_ranks(torch.cuda.is_available, gathered=True)):
-        on_all_ranks(take_gpu)
+        on_all_ranks(take_gpu)  # a rank without one must be reported by rank 0, so the group comes first
+
+
+def take_gpu() -> None:
+    """Makes the GPU of this rank's number on its node the current one. Raises UserError where there is none."""
+    gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if processes > gpus:
+        raise UserError(
+            f"torchrun --nproc_per_node started {processes} processes on node {platform.node()}, which has {gpus} "
+            "GPUs; use --nproc_per_node=gpu"
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def check_launcher() -> None:
@@ -2644,6 +2666,7 @@ LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its sav
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
+CHECKPOINT_VERSION = 2  # 1, or none: held-out documents were drawn before empty ones were dropped
 WRITING, DELETING = ".writing", ".deleting"
 
 
@@ -2877,6 +2900,7 @@ class Checkpoints:
             "save_seconds": self.seconds,
             "strategy": self.parallel.plan.strategy,
             "world_size": self.parallel.cluster.world_size,
+            "version": CHECKPOINT_VERSION,
         }
         self.pause_seconds = time.perf_counter() - began
         if self.asynchronous:
@@ -3042,6 +3066,11 @@ class Checkpoints:
             f"{flag_name(name)} is now {self.settings[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
             for name in changed
         ]
+        if "dataset_name_or_path" in changed and "version" not in run:
+            problems.append(
+                f"{folder} was written by an earlier version of the script, which drew held-out documents before it "
+                "dropped empty ones: where the data has both, the training documents are others now"
+            )
         if self.total_steps < run["total_steps"] and not changed:
             problems.append(
                 f"--num-train-epochs and --max-steps now give {self.total_steps} steps, but {folder} was trained "
@@ -4136,8 +4165,7 @@ def refuse_what_does_not_fit(choice: Choice, cluster: Cluster) -> None:
 
 
 def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
-    """Returns the fastest candidate that fits with headroom; of those too close to call, the simplest whose whole band
-    of reserved memory fits.
+    """Returns the fastest candidate that fits with headroom, or the preferred one of those too close to call with it.
 
     Raises UserError for flags that cannot work on the cluster, or with the model.
     """
@@ -4149,15 +4177,15 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
         return Choice(None, too_large, lever_to_fit(shape, cluster, config))
     fastest = fitting[0]
     contenders = [each for each in fitting if each.total_seconds <= fastest.total_seconds * (1 + TIME_BAND)]
-    chosen = min(contenders, key=lambda each: (each.memory_gib.reserved_high > cluster.memory_gib, simplicity(each)))
+    chosen = min(contenders, key=lambda each: preference(each, cluster))
     reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
     if chosen is not fastest:
-        reason = f"too close to call with {fastest.plan.describe()}; the simpler of them"
+        reason = f"too close to call with {fastest.plan.describe()}; {why_preferred(chosen, fastest, cluster)}"
     candidates = [dataclasses.replace(chosen, reason=reason)]
     for place, each in enumerate(fitting):
         if each is not chosen:
             slower = each.total_seconds / chosen.total_seconds - 1
-            words = "too close to call, and less simple" if place < len(contenders) else f"{slower:.0%} slower"
+            words = "too close to call, and not preferred" if place < len(contenders) else f"{slower:.0%} slower"
             candidates.append(dataclasses.replace(each, reason=words))
     return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
 
@@ -4170,18 +4198,35 @@ def check_block(shape: ModelShape, config: Config) -> None:
         )
 
 
-def simplicity(candidate: Candidate) -> tuple:
-    """Returns the sort key that breaks ties: the simplest plan first, and of those the one that takes least memory."""
+def preference(candidate: Candidate, cluster: Cluster) -> tuple:
+    """Returns the sort key of candidates that are too close to call: the lowest is chosen.
+
+    First a plan whose whole band of reserved memory fits, then one that recomputes less: published runs gain 10 to 20%
+    from that, and what the prediction charges small micro-batches for is uncertain. Then the simplest plan, and of
+    those the one that takes least memory.
+    """
     plan = candidate.plan
     return (
+        candidate.memory_gib.reserved_high > cluster.memory_gib,
+        1 / plan.recompute_every if plan.recompute_every else 0.0,
         ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
         plan.cpu_offload,
         not plan.reshard_after_forward,
         plan.dp_shard_size > 1 and plan.holds_gradients_back,
-        plan.activation_checkpointing not in ("none", "full"),
         plan.gradient_accumulation_steps,
         candidate.memory_gib.active,
     )
+
+
+def why_preferred(chosen: Candidate, fastest: Candidate, cluster: Cluster) -> str:
+    reasons = (
+        "its reserved memory surely fits",
+        "it recomputes less",
+        *["it is the simpler"] * 5,
+        "it takes less memory",
+    )
+    keys = zip(preference(chosen, cluster), preference(fastest, cluster), reasons, strict=True)
+    return next(reason for mine, others, reason in keys if mine != others)
 
 
 def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate]:
@@ -4359,12 +4404,14 @@ def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
 
 
 def even_sizes(documents: int) -> list[int]:
-    """Returns the micro-batch sizes to try: all documents and the powers of two below, each lowered to an even split.
+    """Returns the micro-batch sizes to try, largest first: all documents, powers of two, and one and a half times them.
 
-    Five documents, at most four at a time, are split into three and two: the size is three. Largest first.
+    Each is lowered to an even split. Five documents, at most four at a time, are split into three and two: the size is
+    three.
     """
-    powers = {documents, *(2**power for power in range(documents.bit_length()))}
-    return sorted({math.ceil(documents / math.ceil(documents / size)) for size in powers}, reverse=True)
+    powers = [2**power for power in range(documents.bit_length())]
+    sizes = {documents, *powers, *(min(documents, 3 * power // 2) for power in powers[1:])}
+    return sorted({math.ceil(documents / math.ceil(documents / size)) for size in sizes}, reverse=True)
 
 
 # ---- The plan: the model's sizes -----------------------------------------------------------------------------
@@ -4781,7 +4828,7 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
     """Returns the fastest candidate that fits; None where none does, or where the flags rule each other out."""
     with contextlib.suppress(UserError):
         fitting = (each for each in weigh(shape, cluster, config) if each.fits)
-        return min(fitting, key=lambda each: (each.total_seconds, simplicity(each)), default=None)
+        return min(fitting, key=lambda each: (each.total_seconds, preference(each, cluster)), default=None)
     return None
 
 

@@ -329,7 +329,24 @@ def check_published() -> tuple[float, bool]:
         f"{sum(held_out) / len(held_out):.1%} of those not fitted"
     )
     print("every group is ranked as published" if ranked else "A GROUP IS RANKED WRONGLY")
+    print_regret(rates)
     return sum(errors) / len(errors), ranked
+
+
+def print_regret(rates: list[float]) -> None:
+    """Prints what choosing by the predicted rates costs in each group of runs of one model on the same GPUs.
+
+    That is the published time of the run with the best predicted rate, over the best published time, less one.
+    """
+    groups: dict[tuple, list[tuple[float, float]]] = {}
+    for run, rate in zip(PUBLISHED, rates, strict=True):
+        key = (run.source, run.shape, run.gpu, run.nodes * run.ranks_per_node)
+        groups.setdefault(key, []).append((rate, run.tokens_per_second_per_gpu))
+    for (source, shape, gpu, count), runs in groups.items():
+        if len(runs) > 1:
+            regret = max(published for _, published in runs) / max(runs)[1] - 1
+            name = f"{source}, {shape.parameters / 1e9:.1f}B on {count} x {gpu}"
+            print(f"regret {regret:.1%} of {len(runs)} runs of {name}")
 
 
 # ----------------------------------------------------------------------------------------------------------------

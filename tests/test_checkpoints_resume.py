@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -727,3 +728,17 @@ def test_a_later_second_signal_leaves_at_once(tmp_path, monkeypatch, uninterrupt
     assert saved(tmp_path) == ["step-000002", "step-000003.writing"]
     assert start(tmp_path) == 0
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_run_of_an_earlier_version_says_why_its_data_differs(copy_of, stopped, capsys):
+    """An earlier version drew the held-out documents before it dropped empty ones, and its manifest has no version."""
+    folder = copy_of(stopped)
+    file = folder / "checkpoints" / "step-000005" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["sha256"], manifest["facts"]["version"]
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True, default=str).encode()).hexdigest()
+    file.write_text(json.dumps(manifest))
+    assert start(folder, max_train_samples=30) == 2
+    said = capsys.readouterr().err
+    assert "error: --dataset-name-or-path is now 30 training documents" in said
+    assert "was written by an earlier version of the script, which drew held-out documents before it" in said

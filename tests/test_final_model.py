@@ -190,7 +190,7 @@ def test_the_cards_command_is_the_runs_own(typed_run):
     assert json.loads(json.dumps(vars(config))) == ran
 
 
-def test_the_card_has_model_data_results_plan_and_licence(typed_run):
+def test_the_card_has_model_data_results_and_plan(typed_run):
     card = ModelCard.load(typed_run.folder / "README.md")
     steps, evaluations = read_metrics(typed_run.folder)
     assert card.data.to_dict() == dict(
@@ -208,9 +208,18 @@ def test_the_card_has_model_data_results_plan_and_licence(typed_run):
         assert f"| {name} | {value} |" in card.text
     assert "Plan: none, micro-batch 2 x 1 on 1 x " in card.text
     assert "predicted / measured, step 2" in card.text
-    assert "LLAMA 2 Community License" in card.text
+    assert "Licence" not in card.text  # that of a model folder is not known
     assert "## Samples" not in card.text
     assert ("![curves](curves.png)" in card.text) == (typed_run.folder / "curves.png").exists()
+
+
+def test_the_card_of_a_llama_2_names_its_licence(tmp_path):
+    shutil.copytree(TINY_LLAMA, tmp_path / "Llama-2-tiny")
+    flags = small_run(tmp_path / "run", model_name_or_path=tmp_path / "Llama-2-tiny", max_steps=1)
+    assert train_llama2.command_line(flags) == 0
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.license == "llama2"
+    assert "LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc." in card.text
 
 
 def test_a_run_without_steps_left_keeps_the_card(typed_run):

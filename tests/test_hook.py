@@ -56,16 +56,15 @@ def test_moai_refuses_flags_that_would_take_the_parallelism_from_it(monkeypatch,
 
 
 def test_each_rank_refuses_more_ranks_than_gpus_on_its_node(monkeypatch):
-    """Rank 0 has a GPU of its own, and is the one that speaks."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    """Rank 0 of the node has a GPU of its own; the error is everybody's, so that it is reported."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    torchruns = dict(RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500")
-    for name, value in torchruns.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        with pytest.raises(UserError, match="more processes than the 1 GPUs here; use gpu"):
-            enable_advanced_parallelization(Config(model_name_or_path=str(TINY_LLAMA), block_size=64))
+        with pytest.raises(
+            UserError, match=r"started 2 processes on node .*, which has 1 GPUs; use --nproc_per_node=gpu"
+        ):
+            train_llama2.take_gpu()
 
 
 @pytest.mark.parametrize(

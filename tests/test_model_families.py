@@ -132,6 +132,27 @@ def test_attention_dropout_rules_packing_out(families, tmp_path, capsys):
     assert "--packing yes cannot be had with this model: it drops out attention" in capsys.readouterr().err
 
 
+def test_auto_says_why_it_does_not_pack_on_a_gpu(families, monkeypatch, capsys):
+    monkeypatch.setattr(train_llama2, "find_cluster", lambda: train_llama2.parse_cluster("1xH100-80GB"))
+    model = str(families["llama with dropout"])
+    with train_llama2.enable_advanced_parallelization(train_llama2.Config(model_name_or_path=model, block_size=128)):
+        assert "packing   no: it drops out attention, which the kernel" in capsys.readouterr().out
+
+
+def test_logits_that_are_more_than_a_product_are_refused(families, tmp_path, monkeypatch, capsys):
+    """A model may scale its logits in its own code; the loss that skips them would be another one."""
+    forward = transformers.LlamaForCausalLM.forward
+
+    def halved(*arguments, **inputs):
+        output = forward(*arguments, **inputs)
+        output.logits = output.logits / 2
+        return output
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", halved)
+    assert train_llama2.command_line(small_run(tmp_path, model_name_or_path=families["llama"], **SHORT)) == 2
+    assert "its logits are not the product of its last hidden states and its head" in capsys.readouterr().err
+
+
 def test_a_routers_auxiliary_loss_is_trained_on_as_configured(families, tmp_path):
     """With one document a step, the loss is what transformers' own loss of that document is, the router's included."""
     (loss,), _ = train(tmp_path, families["mixtral"], batch_size=1, max_train_samples=1, block_size=512)

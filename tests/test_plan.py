@@ -532,6 +532,33 @@ def test_between_close_plans_one_whose_band_fits_is_chosen():
     assert choice.chosen.memory_gib.reserved_high <= cluster.memory_gib
 
 
+@pytest.mark.parametrize(
+    ("seconds", "reserved_high", "expected"),
+    [(1.06, 70.0, "none"), (1.08, 70.0, "full"), (1.06, 80.0, "full")],
+    ids=["too close to call", "slower", "its band does not fit"],
+)
+def test_less_recomputation_wins_where_its_whole_band_fits(monkeypatch, seconds, reserved_high, expected):
+    """Recomputing takes 1 s on a GPU of 79.1 GiB."""
+
+    def predict(shape, cluster, plan, config):
+        recomputes = plan.activation_checkpointing == "full"
+        memory = train_llama2.Memory(50.0, 55.0, 52.0, 60.0 if recomputes else reserved_high, {"weights": 50.0}, "loss")
+        return train_llama2.Candidate(plan, memory, {"total": 1.0 if recomputes else seconds}, 1, 0.5, True)
+
+    monkeypatch.setattr(train_llama2, "predict", predict)
+    monkeypatch.setattr(train_llama2, "RECOMPUTATION_LEVELS", ("none", "full"))
+    chosen = choose_plan(LLAMA_13B, parse_cluster("8xH100-80GB"), Config(parallelism="fsdp")).chosen
+    assert chosen.plan.activation_checkpointing == expected
+    if expected == "none":
+        assert chosen.reason.endswith("it recomputes less")
+
+
+def test_micro_batch_sizes_lie_between_powers_of_two_too():
+    """Of 8 documents, 6 at a time are split into 4 and 4, and 3 at a time into 3, 3 and 2."""
+    assert train_llama2.even_sizes(8) == [8, 4, 3, 2, 1]
+    assert train_llama2.even_sizes(48) == [48, 24, 16, 12, 8, 6, 4, 3, 2, 1]
+
+
 def test_fp32_on_a_gpu_is_timed_at_its_fp32_peak():
     """H100: 67 TFLOP/s of fp32 beside 989 of bf16."""
     cluster, plan = parse_cluster("8xH100"), plan_of(shards=8)
@@ -549,13 +576,13 @@ def test_the_fastest_or_a_simpler_close_one_is_chosen(monkeypatch):
     choice = weigh(monkeypatch, {"ddp": (1.06, True), "fsdp": (1.0, True)})
     assert choice.chosen.plan.strategy == "ddp"
     assert choice.chosen.reason.startswith("too close to call with fsdp, micro-batch 8 x 1")
-    assert choice.chosen.reason.endswith("the simpler of them")
-    assert choice.candidates[1].reason == "too close to call, and less simple"
+    assert choice.chosen.reason.endswith("it is the simpler")
+    assert choice.candidates[1].reason == "too close to call, and not preferred"
     # 12% behind the fastest is not close, although it is only 6% behind the chosen one and simpler than it
     choice = weigh(monkeypatch, {"ddp": (1.12, True), "fsdp": (1.06, True), "hsdp": (1.0, True)}, "2x4xH100-80GB")
     assert choice.chosen.plan.strategy == "fsdp"
     assert {each.plan.strategy: each.reason for each in choice.candidates[1:]} == {
-        "hsdp": "too close to call, and less simple", "ddp": "6% slower",
+        "hsdp": "too close to call, and not preferred", "ddp": "6% slower",
     }  # fmt: skip
 
 
