@@ -680,7 +680,7 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
             )
         parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
         parallel = padded
-    if parallel.plan.pipeline_parallel_size == 1 and loss_differs_from_logits(model, padded):
+    if loss_differs_from_logits(model, padded):
         raise UserError(
             f"--model-name-or-path {parallel.config.model_name_or_path}: its logits are not the product of its last "
             "hidden states and its head, so the script cannot compute its loss; use another model"
@@ -742,12 +742,15 @@ def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
     model.eval()
     ids = torch.from_numpy(np.random.default_rng(0).integers(parallel.shape.vocabulary, size=(1, 16)))
     row = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    ours = token_loss_sum(model, dict(row, predict_at=torch.arange(15), targets=ids[0, 1:]), parallel)
+    ours = parallel.pipeline.forward(model, dict(row, predict_at=torch.arange(15), targets=ids[0, 1:]), parallel)
+    parallel.pipeline.finish_sending()
     with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
         logits = model(**{name: tensor.to(parallel.device) for name, tensor in row.items()}, use_cache=False).logits
     own = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
+    own = own * parallel.pipeline.is_last  # every stage gets the logits, but only the last one has a loss
+    ours, own = parallel.sum_over_data_ranks(torch.stack([ours, own])).tolist()
     tolerance = 1e-4 if parallel.plan.compute_bytes == 4 else 2e-2  # of rounding, where logits are bf16
-    return bool(parallel.sum_over_data_ranks((ours - own).abs()) > tolerance * parallel.data_parallel_size * own)
+    return abs(ours - own) > tolerance * own
 
 
 def evaluate(
@@ -2300,17 +2303,18 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor
 def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
-    On a pipeline stage before the last, which has no head, it returns the hidden states. Calls without targets (generation) stay as they were. The head is still called as a module, so FSDP gathers it.
-    Models that also scale, cap or bias their logits, or whose base cannot be called apart from its head, compute all
-    of them. Where the config asks for a router's auxiliary loss, it is added in training.
+    A pipeline stage before the last, which has no head, returns its hidden states. Calls without targets (generation)
+    stay as they were. The head is still called as a module, so FSDP gathers it. Models that also scale, cap or bias
+    their logits, or whose base cannot be called apart from its head, compute all of them. Where the config asks for a
+    router's auxiliary loss, it is added in training.
     """
     plain_forward, head = model.forward, model.get_output_embeddings()
     own_forward = type(model).forward.__get__(model)  # without the pipeline that transformers adds for generation
     plain_head, text_config = head.forward, model.config.get_text_config()
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
     routes = getattr(text_config, "output_router_logits", False)
-    projects_only = getattr(head, "bias", None) is None and not routes and not any(getattr(text_config, name, None) for name in names)
-    projects_only = projects_only and model.base_model is not model
+    projects_only = getattr(head, "bias", None) is None and not routes and model.base_model is not model
+    projects_only = projects_only and not any(getattr(text_config, name, None) for name in names)
 
     @functools.wraps(plain_forward)
     def forward(*arguments: Any, predict_at=None, targets=None, **inputs: Any) -> Any:
@@ -3149,7 +3153,8 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     This needs host memory for a copy of each rank's share (under DDP, of everything).
     """
     plan, wanted = parallel.plan, parallel.config.async_save
-    copy_gib = checkpoint_bytes / GIB / plan.dp_shard_size / plan.pipeline_parallel_size * parallel.cluster.ranks_per_node
+    parts = plan.pipeline_parallel_size * plan.dp_shard_size
+    copy_gib = checkpoint_bytes / GIB / parts * parallel.cluster.ranks_per_node
     on_host = parallel.device.type == "cpu" or plan.cpu_offload
     resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
     usable_share = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted]
