@@ -257,7 +257,8 @@ class Config:
     parallelism: str = flag(
         "auto", "what the data-parallel ranks do", one_of("auto", "none", "ddp", "fsdp", "hsdp"))
     pipeline_parallel_size: int | None = flag(
-        None, "pipeline stages that the layers are cut into; auto: 1", number(int, minimum=1, unset="auto"))
+        None, "pipeline stages that the layers are cut into; auto: as many as nodes or a divisor, where that is faster",
+        number(int, minimum=1, unset="auto"))
     hsdp_shard_size: int | None = flag(
         None, "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
         number(int, minimum=1, unset="auto"))
@@ -407,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(argv)
     if config.plan:
         return print_plan(config)
-    with enable_advanced_parallelization(config) as parallel, StopSignals(parallel) as stop:
+    with enable_advanced_parallelization(config, trains_stages=True) as parallel, StopSignals(parallel) as stop:
         torch.manual_seed(config.seed)
         prepare_save_folder(parallel)
         tokenizer = load_tokenizer(parallel)
@@ -924,7 +925,7 @@ def rouge_scores(samples: Sequence[dict[str, str]]) -> dict[str, float]:
 MOAI_WORDS = "plan      moai: torch.moreh.option.enable_advanced_parallelization() was called, and the platform decides"
 
 
-def enable_advanced_parallelization(config: Config) -> Parallel:
+def enable_advanced_parallelization(config: Config, trains_stages: bool = False) -> Parallel:
     """Prepares this process to train on all devices there are, and returns the plan for it as a `Parallel`.
 
     Where `torch.moreh` exists, MoAI takes over: the platform shows its whole cluster as one device, and the script
@@ -933,6 +934,9 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     model in the plan's parallel form, and a plain `model(...)` and `loss.backward()` train it, in another script's loop
     too: `enable_advanced_parallelization(Config(model_name_or_path=...))`. Raises UserError where the model cannot be
     read, or the plan that was asked for cannot work.
+
+    `trains_stages` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages need it,
+    because a stage alone has no loss, so without `trains_stages` no plan with stages is chosen or accepted.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -952,6 +956,8 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     quieten_libraries(accelerator.is_local_main_process, config.quiet)
     cluster = find_cluster()
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
+    if not trains_stages:
+        shape = dataclasses.replace(shape, uncuttable="the calling loop does not say that it trains_stages")
     if on_moai:
         choice, plan, words = None, moai_plan(shape, config), MOAI_WORDS
     else:
@@ -3970,7 +3976,8 @@ class PlanCheck:
         """
         parallel, tokens = self.parallel, result.micro_batch_tokens
         plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens), compiled=self.compiled)
-        memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu)
+        of_first_stage = dict(has_gpu=parallel.cluster.has_gpu, stage=0)  # where rank 0 is
+        memory = predict_memory(parallel.shape, plan, max(tokens), **of_first_stage)
         attended = result.squared_lengths / result.tokens
         mean_tokens = sum(tokens) / len(tokens)
         predicted = predict_seconds(parallel.shape, parallel.cluster, plan, mean_tokens, attended)["total"]
@@ -4100,21 +4107,31 @@ class Plan:
     def holds_gradients_back(self) -> bool:
         return self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
 
+    @property
+    def bubble(self) -> float:
+        """The share of a step in which a stage waits for the first micro-batch to come, or the last to come back."""
+        waits = self.pipeline_parallel_size - 1
+        return waits / (self.gradient_accumulation_steps + waits)
+
     def shard_bytes(self, shape: ModelShape) -> float:
         """Returns the bytes of a rank's share of the weights, of the gradients, or of one moment."""
         return self.state_bytes * shape.parameters / self.dp_shard_size
 
     def describe(self) -> str:
         """Returns the plan in a few words, as the table shows it."""
-        shards = f" {self.dp_replicate_size}x{self.dp_shard_size}" if self.strategy == "hsdp" else ""
-        level = self.activation_checkpointing
+        level, layout = self.activation_checkpointing, self.strategy
+        if self.strategy == "hsdp":
+            layout = f"hsdp {self.dp_replicate_size}x{self.dp_shard_size}"
+        if self.pipeline_parallel_size > 1:
+            inside = {"none": "", "fsdp": f" x fsdp{self.dp_shard_size}"}.get(self.strategy, f" x {layout}")
+            layout = f"pp{self.pipeline_parallel_size}{inside}"
         parts = [
-            f"{self.pipeline_parallel_size} stages" if self.pipeline_parallel_size > 1 else "",
-            f"{self.strategy}{shards}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
+            f"{layout}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
             {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
             "reduce once" if self.dp_shard_size > 1 and self.holds_gradients_back else "",
             "offload" if self.cpu_offload else "",
+            f"bubble {self.bubble:.0%}" if self.bubble else "",
         ]
         return ", ".join(filter(None, parts))
 
@@ -4228,12 +4245,13 @@ def check_block(shape: ModelShape, config: Config) -> None:
 def preference(candidate: Candidate, cluster: Cluster) -> tuple:
     """Returns the sort key of candidates that are too close to call: the lowest is chosen.
 
-    First a plan whose whole band of reserved memory fits, then one that recomputes less: published runs gain 10 to 20%
-    from that, and what the prediction charges small micro-batches for is uncertain. Then the simplest plan, and of
-    those the one that takes least memory.
+    First the plan with fewest pipeline stages, then one whose whole band of reserved memory fits, then one that
+    recomputes less: published runs gain 10 to 20% from that, and what the prediction charges small micro-batches for is
+    uncertain. Then the simplest plan, and of those the one that takes least memory.
     """
     plan = candidate.plan
     return (
+        plan.pipeline_parallel_size,
         candidate.memory_gib.reserved_high > cluster.memory_gib,
         1 / plan.recompute_every if plan.recompute_every else 0.0,
         ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
@@ -4247,6 +4265,7 @@ def preference(candidate: Candidate, cluster: Cluster) -> tuple:
 
 def why_preferred(chosen: Candidate, fastest: Candidate, cluster: Cluster) -> str:
     reasons = (
+        "it needs fewer stages",
         "its reserved memory surely fits",
         "it recomputes less",
         *["it is the simpler"] * 5,
@@ -4295,15 +4314,17 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         return all_of_them if flag_value == "auto" else [{"yes": True, "no": False}.get(flag_value, flag_value)]
 
     plans = []
-    stages = pipeline_stages(shape, cluster, config)
-    for replicas, shards in data_parallel_layouts(cluster, config, stages):
+    for stages, replicas, shards in parallel_layouts(shape, cluster, config):
         rank_documents = math.ceil(config.batch_size / (replicas * shards))
         given_size = config.micro_batch_size
+        sizes = [min(given_size, rank_documents)] if given_size else micro_batch_sizes(rank_documents, stages)
+        # Offload beside stages would copy a stage's weights anew for each of many micro-batches.
+        may_offload = shards > 1 and stages == 1 and cluster.has_gpu
         open_axes = dict(
-            micro_batch_size=[min(given_size, rank_documents)] if given_size else even_sizes(rank_documents),
+            micro_batch_size=sizes,
             activation_checkpointing=values(config.activation_checkpointing, *RECOMPUTATION_LEVELS),
             gradient_sync=values(config.gradient_sync, "micro-batch", "step"),
-            cpu_offload=values(config.cpu_offload, False, *([True] if shards > 1 and cluster.has_gpu else [])),
+            cpu_offload=values(config.cpu_offload, False, *([True] if may_offload else [])),
             reshard_after_forward=values(config.reshard_after_forward, True, False) if shards > 1 else [True],
         )
         for values_of_plan in itertools.product(*open_axes.values()):
@@ -4324,12 +4345,34 @@ def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
     return ("micro-batch", "step")
 
 
-def pipeline_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
-    """Returns the number of pipeline stages. Raises UserError where model or cluster cannot be cut into them."""
+def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> list[tuple[int, int, int]]:
+    """Returns stages, dp_replicate_size and dp_shard_size of every layout that is open. Raises UserError for none.
+
+    Unless they are given, there are as many stages as nodes or a divisor, because stages pay where the network between
+    nodes is slow. One node has none.
+    """
+    stages = given_stages(shape, cluster, config)
+    layouts = [(stages, *inside) for inside in data_parallel_layouts(cluster, config, stages)]
+    if config.pipeline_parallel_size is None and config.parallelism != "ddp" and not shape.uncuttable:
+        for stages in range(2, min(cluster.nodes, shape.layers) + 1):
+            if cluster.nodes % stages == 0:
+                with contextlib.suppress(UserError):  # of flags that do not go with this number of stages
+                    layouts += [(stages, *inside) for inside in data_parallel_layouts(cluster, config, stages)]
+    return layouts
+
+
+def micro_batch_sizes(documents: int, stages: int) -> list[int]:
+    """Returns the micro-batch sizes to try. Stages get twice as many micro-batches as there are stages, or the most."""
+    sizes = even_sizes(documents)
+    return [size for size in sizes if stages == 1 or math.ceil(documents / size) >= 2 * stages] or sizes[-1:]
+
+
+def given_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
+    """Returns the number of stages asked for. Raises UserError where model or cluster cannot be cut into them."""
     stages = config.pipeline_parallel_size or 1
     shown = f"--pipeline-parallel-size {stages}"
     if stages > 1 and shape.uncuttable:
-        raise UserError(f"{shown} cannot be had with this model: {shape.uncuttable}; leave it out")
+        raise UserError(f"{shown} cannot be had here: {shape.uncuttable}; leave it out")
     if stages > shape.layers:
         raise UserError(f"{shown} needs a layer for each stage, and the model has {shape.layers}; use at most that")
     if cluster.world_size % stages:
@@ -4458,11 +4501,12 @@ class ModelShape:
     head_dim: int = 128
     unpackable: str = ""  # why packed rows cannot be had, where they cannot
     uncuttable: str = ""  # why pipeline stages cannot be had, where they cannot
+    has_head: bool = True  # a pipeline stage before the last has none
 
     @property
     def head_and_norm_parameters(self) -> int:
         """Output projection and final norm, which transformers keeps gathered between forward and backward."""
-        return self.vocabulary * self.hidden + self.hidden
+        return (self.vocabulary * self.hidden + self.hidden) * self.has_head
 
     @property
     def layer_parameters(self) -> int:
@@ -4477,7 +4521,21 @@ class ModelShape:
     @property
     def matmul_parameters(self) -> int:
         """Parameters a token is multiplied with: all but the input embedding, which is a look-up."""
-        return self.layers * self.layer_parameters + self.vocabulary * self.hidden
+        return self.layers * self.layer_parameters + self.vocabulary * self.hidden * self.has_head
+
+
+@functools.cache
+def shapes_of_stages(shape: ModelShape, stages: int) -> tuple[ModelShape, ...]:
+    """Returns the part of the model on each pipeline stage: the embedding is on the first, the head on the last."""
+    if stages == 1:
+        return (shape,)
+    parts = []
+    for stage, layers in enumerate(layers_of_stages(shape, stages)):
+        embedding = shape.embedding_parameters if stage == 0 else 0
+        head = shape.head_and_norm_parameters if stage == stages - 1 else 0
+        parameters = embedding + layers * shape.layer_parameters + head
+        parts.append(dataclasses.replace(shape, layers=layers, parameters=parameters, has_head=head > 0))
+    return tuple(parts)
 
 
 def model_shape(model_config: PretrainedConfig) -> ModelShape:
@@ -4554,19 +4612,38 @@ GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
 
 
-def predict_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True) -> Memory:
-    """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens."""
-    moments = memory_moments(shape, plan, tokens)
+MOMENTS_OF_HEAD = ("gathering the head", "loss", "cast of the head's gradient", "backward of the last norm")
+
+
+def predict_memory(
+    shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True, stage: int | None = None
+) -> Memory:
+    """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens.
+
+    It is that of a rank of `stage`, or of the pipeline stage that takes most.
+    """
+    parts = shapes_of_stages(shape, plan.pipeline_parallel_size)
+    # Of stages that hold the same, the first has the most micro-batches under way.
+    first_alike = {part.parameters: index for index, part in reversed(list(enumerate(parts)))}
+    stages = first_alike.values() if stage is None else [stage]
+    of_stages = [memory_of_stage(parts[index], plan, tokens, has_gpu, index) for index in stages]
+    return max(of_stages, key=lambda memory: memory.reserved)
+
+
+def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, stage: int) -> Memory:
+    """Returns the peak memory of a rank of one pipeline stage, whose part of the model is `shape`."""
+    moments = memory_moments(shape, plan, tokens, stage)
     name = max(moments, key=lambda each: sum(moments[each].values()))
     terms = {term: size / GIB for term, size in moments[name].items()}
     active = sum(terms.values())
-    pools = bytes_of_pools(StepMemory(shape, plan, tokens), moments) / GIB if has_gpu else active
+    pools = bytes_of_pools(StepMemory(shape, plan, tokens, stage), moments) / GIB if has_gpu else active
     layer = shape.layer_parameters / GIB
     low, expected, high = (
         pools * (1 + share) + layer * gaps + context * has_gpu
         for share, gaps, context in zip(GAPS_SHARE, GAPS_PER_LAYER_PARAMETER, CONTEXT_GIB, strict=True)
     )
-    return Memory(active, expected, low, high, terms, name)
+    of_stage = f"stage {stage + 1}, " if plan.pipeline_parallel_size > 1 else ""
+    return Memory(active, expected, low, high, terms, of_stage + name)
 
 
 def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> float:
@@ -4577,7 +4654,7 @@ def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> fl
     of them is in the moments already.
     """
     plan, shape = step.plan, step.shape
-    if plan.dp_shard_size == 1:
+    if not plan.uses_fsdp:
         return max(sum(terms.values()) for terms in moments.values())
     reduced = 0 if plan.holds_gradients_back else 1  # what is held back lies in the main stream's pool
     main = max(sum(terms.values()) - reduced * terms.get("gradients", 0.0) for terms in moments.values())
@@ -4585,10 +4662,15 @@ def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> fl
     return main + step.gradients(shape.parameters) + gathering
 
 
-def memory_moments(shape: ModelShape, plan: Plan, tokens: int) -> dict[str, dict[str, float]]:
-    """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens."""
-    step = StepMemory(shape, plan, tokens)
-    moments = sharded_moments(step) if plan.dp_shard_size > 1 else replicated_moments(step)
+def memory_moments(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -> dict[str, dict[str, float]]:
+    """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens.
+
+    `shape` is the part of the model on the pipeline stage `stage`.
+    """
+    step = StepMemory(shape, plan, tokens, stage)
+    moments = sharded_moments(step) if plan.uses_fsdp else replicated_moments(step)
+    if not shape.has_head:
+        moments = {name: terms for name, terms in moments.items() if name not in MOMENTS_OF_HEAD}
     # What StochasticAdamW makes of one parameter, in fp32 and as random bits: eight numbers of 4 bytes an element.
     # Fused AdamW makes nothing.
     largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
@@ -4677,7 +4759,7 @@ class StepMemory:
     shows how closely). h hidden, f intermediate, k key and value size, a heads, v vocabulary.
     """
 
-    def __init__(self, shape: ModelShape, plan: Plan, tokens: int):
+    def __init__(self, shape: ModelShape, plan: Plan, tokens: int, stage: int = 0):
         self.shape, self.plan, self.tokens = shape, plan, tokens
         h, f, k, a = shape.hidden, shape.intermediate, shape.kv_size, shape.heads
         in_fp32 = plan.compute_bytes == 4
@@ -4704,6 +4786,14 @@ class StepMemory:
             self.whole_layer = self.layer_input + plan.compute_bytes * (5 * h + 2 * k + 3 * f) + 4 * a + 8
         recomputed = map(plan.recomputes_layer, range(shape.layers))
         self.saved = [self.layer_input if each else self.whole_layer for each in recomputed]  # by layer, until backward
+        stages, micro_batches = plan.pipeline_parallel_size, plan.gradient_accumulation_steps
+        under_way = min(stages - stage, micro_batches)  # 1F1B (Narayanan et al. 2021), this one included
+        self.other_micro_batches = (under_way - 1) * (sum(self.saved) + self.rotary)
+        if (
+            stages > 1
+        ):  # The streams that were sent, which `Pipeline.send` keeps for a while, and the gradient received.
+            streams_kept = min(micro_batches, 2 * stages) + 1
+            self.other_micro_batches += streams_kept * (4 if in_fp32 or plan.autocasts else 2) * h
         # Logits and inputs of the head for one chunk of positions, in fp32.
         rows = min(tokens, HEAD_CHUNK_TOKENS)
         self.chunk = 4 * rows * (shape.vocabulary + h)
@@ -4742,7 +4832,7 @@ class StepMemory:
         """Gradients once those of `finished` parameters are reduced."""
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
-        if plan.dp_shard_size == 1:
+        if not plan.uses_fsdp:
             if plan.strategy == "ddp":  # its buckets, and beside them what earlier micro-batches add up
                 return state * (parameters + (parameters - finished) * accumulates)
             return state * (parameters if accumulates else finished)
@@ -4753,8 +4843,9 @@ class StepMemory:
         return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
 
     def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
-        """Returns the terms of a moment; `activations` are per token."""
-        passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
+        """Returns the terms of a moment; `activations` are per token of the micro-batch that is being worked on."""
+        activations = self.tokens * (activations + self.other_micro_batches)
+        passing = dict(gathered=gathered, activations=activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
 
 
@@ -4768,7 +4859,8 @@ def host_memory_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     matrices = shape.layers * [h * h, h * h, h * k, h * k, h * f, h * f, h * f] + [v * h]
     matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
     pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
-    return (2 * pinned + 2 * plan.shard_bytes(shape)) * cluster.ranks_per_node / GIB
+    of_rank = (2 * pinned + 2 * plan.shard_bytes(shape)) / plan.pipeline_parallel_size
+    return of_rank * cluster.ranks_per_node / GIB
 
 
 # ---- The plan: time ------------------------------------------------------------------------------------------
@@ -4799,57 +4891,72 @@ def predict_seconds(
     backward, 2 more where a layer is recomputed; causal flash attention 2 * layers * hidden * attended forward, 2.5
     times that backward (Dao 2023). FSDP gathers bf16 weights once or twice a micro-batch and reduces fp32 gradients
     (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
-    twice that (Patarasu and Yuan 2009).
+    twice that (Patarasu and Yuan 2009). The slowest pipeline stage sets the pace. In its bubble it waits for as many
+    micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch is sent forth and
+    its gradient back.
     """
-    gpu, steps = cluster.gpu, plan.gradient_accumulation_steps
+    gpu, steps, stages = cluster.gpu, plan.gradient_accumulation_steps, plan.pipeline_parallel_size
     shards, replicas = plan.dp_shard_size, plan.dp_replicate_size
-    recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
-    matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
-    attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
+    parts = shapes_of_stages(shape, stages)
     slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
     rate = cluster.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
     ramp = HALF_EFFICIENCY_TOKENS / tokens if cluster.has_gpu else 0
-    flops = matmul * (1 + ramp) + attention / gpu.attention_efficiency
+    flops = max(work_per_token(part, plan, attended, ramp, gpu.attention_efficiency) for part in parts)
     compute = steps * tokens * flops / rate
 
     gathers = 2 if plan.reshard_after_forward else 1
     ring_share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards) * 1e9
     reductions = steps if plan.gradient_sync == "micro-batch" else 1
-    moved_bytes = (steps * gathers * plan.compute_bytes + 4 * reductions) * shape.parameters
+    parameters = max(part.parameters for part in parts)
+    moved_bytes = (steps * gathers * plan.compute_bytes + 4 * reductions) * parameters
     gather_reduce = ring_share * moved_bytes / bus
-    across_nodes = plan.strategy == "hsdp" and cluster.nodes > 1
+    across_nodes = plan.strategy == "hsdp" and shards > 1 and plan.data_parallel_size > cluster.ranks_per_node
     replica_bus = cluster.network_gb_per_second * 1e9 if across_nodes else cluster.bus_gb_per_second(replicas) * 1e9
-    reduced_bytes = 4 if shards > 1 else plan.state_bytes
-    all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * shape.parameters / shards / replica_bus
-    shard_bytes = plan.shard_bytes(shape)
+    reduced_bytes = 4 if plan.uses_fsdp else plan.state_bytes
+    all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * parameters / shards / replica_bus
+    shard_bytes = max(map(plan.shard_bytes, parts))
     host_link = steps * shard_bytes * (gathers + 1) / (HOST_LINK_GB_PER_SECOND * 1e9) if plan.cpu_offload else 0.0
-    communication = gather_reduce + all_reduce + host_link
+    stream_bytes = (4 if plan.precision == "fp32" or plan.autocasts else 2) * shape.hidden
+    stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
+    point_to_point = steps * 2 * tokens * stream_bytes / stage_bus if stages > 1 else 0.0
+    bubble = (stages - 1) / steps * (compute + (1 - OVERLAP) * point_to_point)
+    communication = gather_reduce + all_reduce + host_link + point_to_point
     # fused AdamW reads weight, gradient and two moments and writes three of them; clipping reads the gradient again
     memory_rate = HOST_MEMORY_GB_PER_SECOND if plan.cpu_offload else gpu.hbm_gb_per_second
     optimizer = 8 * shard_bytes / (memory_rate * 1e9)
     exposed = communication - OVERLAP * min(communication, compute)
     return dict(
-        total=compute + exposed + optimizer,
+        total=compute + bubble + exposed + optimizer,
         compute=compute,
+        bubble=bubble,
         exposed_communication=exposed,
         optimizer=optimizer,
         communication=communication,
         gather_reduce=gather_reduce,
         all_reduce=all_reduce,
         host_link=host_link,
+        point_to_point=point_to_point,
     )
+
+
+def work_per_token(shape: ModelShape, plan: Plan, attended: float, ramp: float, attention_efficiency: float) -> float:
+    """Returns a token's FLOPs in this part of the model, as many as take equally long in large matmuls."""
+    recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
+    matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
+    attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
+    return matmul * (1 + ramp) + attention / attention_efficiency
 
 
 def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
     """Returns the name of the link that takes most of the communication time."""
     plan, seconds = candidate.plan, candidate.step_seconds
-    name = max(("gather_reduce", "all_reduce", "host_link"), key=lambda each: seconds[each])
+    name = max(("gather_reduce", "all_reduce", "host_link", "point_to_point"), key=lambda each: seconds[each])
     if not seconds[name]:
         return "no link"
     if name == "host_link":
         return f"host link {HOST_LINK_GB_PER_SECOND} GB/s"
-    inside = plan.dp_shard_size <= cluster.ranks_per_node if name == "gather_reduce" else cluster.nodes == 1
-    if inside:
+    neighbours = dict(gather_reduce=plan.dp_shard_size, all_reduce=plan.data_parallel_size)
+    if neighbours.get(name, cluster.world_size) <= cluster.ranks_per_node:
         return f"node link {cluster.gpu.link_gb_per_second:g} GB/s"
     return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
 
@@ -4934,14 +5041,20 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
         if found := best_of(shape, smaller_cluster, shorter):
             break
     found = found or min(weigh(shape, cluster, shorter), key=lambda each: each.memory_gib.active)
-    return flags_of(found.plan) + (f" --block-size {block} --resume-anyway" if block < config.block_size else "")
+    return flags_of(found.plan, cluster) + (
+        f" --block-size {block} --resume-anyway" if block < config.block_size else ""
+    )
 
 
-def flags_of(plan: Plan) -> str:
+def flags_of(plan: Plan, cluster: Cluster) -> str:
     """Returns the flags that ask for this plan, beside precision and packing."""
     flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
     if plan.strategy != "none":
         flags = {"--parallelism": plan.strategy, **flags}
+    if plan.pipeline_parallel_size > 1 and plan.strategy == "hsdp":
+        flags = {"--hsdp-shard-size": plan.dp_shard_size, **flags}
+    if cluster.nodes > 1 or plan.pipeline_parallel_size > 1:
+        flags = {"--pipeline-parallel-size": plan.pipeline_parallel_size, **flags}
     if plan.dp_shard_size > 1:
         flags["--gradient-sync"] = "step" if plan.holds_gradients_back else "micro-batch"
         flags["--reshard-after-forward"] = "yes" if plan.reshard_after_forward else "no"
@@ -4987,9 +5100,10 @@ def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
     memory, seconds = best.memory_gib, best.step_seconds
     terms = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.terms.items() if gib >= 0.05) or "next to nothing"
     assumed = ", ".join(f"{name} {source}" for name, source in cluster.gpu.sources.items())
+    bubble = f"bubble {seconds['bubble']:.2f} s, " if seconds["bubble"] else ""
     return [
         f"  peak      {memory.peak_moment}: {terms}; reserved {memory.reserved_low:.1f} to {memory.reserved_high:.1f}",
-        f"  step      compute {seconds['compute']:.2f} s, exposed communication "
+        f"  step      compute {seconds['compute']:.2f} s, {bubble}exposed communication "
         f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
         f"optimizer {seconds['optimizer']:.2f} s",
         f"  lever     {lever}",
@@ -4999,11 +5113,20 @@ def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
 
 
 def best_of_each_kind(choice: Choice) -> list[Candidate]:
-    """Returns the best candidate of each kind (strategy, offload, recomputation or none), the chosen one first."""
+    """Returns the best candidate of each kind (stages or none, strategy, offload, recomputation or none).
+
+    The chosen one comes first.
+    """
     best: dict[tuple, Candidate] = {}
     for each in choice.candidates:
         plan = each.plan
-        best.setdefault((plan.strategy, plan.cpu_offload, plan.activation_checkpointing == "none"), each)
+        kind = (
+            plan.pipeline_parallel_size > 1,
+            plan.strategy,
+            plan.cpu_offload,
+            plan.activation_checkpointing == "none",
+        )
+        best.setdefault(kind, each)
     return list(best.values())[:7]
 
 
