@@ -151,11 +151,11 @@ def first_line(error: BaseException) -> str:
 # 2. Flags
 # ----------------------------------------------------------------------------------------------------------------
 # Each flag is one field of `Config`: its default and its help stand there and nowhere else, and its reader turns the
-# word on the command line into a value or says which rule the word breaks. All problems are reported at once.
+# word on the command line into a value or says which rule the word breaks. All problems of values are reported at once.
 
 RECOMPUTATION_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # layers whose activations are recomputed
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-LARGEST_INTEGER = 2**31  # the upper limit of every integer flag that sets no limit of its own
+LARGEST_INTEGER = 2**31  # integer flags stay below this unless they set a limit of their own
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def text(unset: str | None = None) -> Reader:
     return Reader(str, "STR", unset)
 
 
-PATH = Reader(os.path.expanduser, "PATH")  # where a flag's = hides a ~ from the shell
+PATH = Reader(os.path.expanduser, "PATH")  # the shell leaves a ~ after --flag= as it is
 
 
 def one_of(*choices: str) -> Reader:
@@ -204,14 +204,14 @@ def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset
         if value <= above:
             raise ValueError(f"must be above {above}")
         if value >= below:
-            raise ValueError(f"must be below {below:g}")
+            raise ValueError(f"must be below {below:,}")
         return value
 
     return Reader(convert, kind.__name__.upper(), unset)
 
 
 def flag(default: Any, help: str, read: Reader | None = None, bare: str | None = None) -> Any:
-    """Returns a field of `Config`. A default of False makes a switch; `bare` is its value when no word follows."""
+    """Returns a field of `Config`. A default of False makes a switch. `bare` is what a flag without a word means."""
     return dataclasses.field(default=default, metadata=dict(help=help, read=read or text(), bare=bare))
 
 
@@ -245,7 +245,7 @@ class Config:
     max_steps: int | None = flag(None, "stop after this many optimizer steps", number(int, minimum=1, unset="none"))
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
-        None, "most documents per forward pass of a device", number(int, minimum=1, unset="auto"))
+        None, "most documents per forward pass of a device; packed: as many tokens as these have when full", number(int, minimum=1, unset="auto"))
     lr: float = flag(1e-5, "peak learning rate of AdamW; 0 measures without training", number(float, minimum=0))
     lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
     warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", number(float, minimum=0, below=1))
@@ -273,7 +273,7 @@ class Config:
         one_of("auto", *RECOMPUTATION_LEVELS))
     cpu_offload: str = flag("auto", "FSDP and HSDP: keep weights and optimizer in host memory", AUTO_YES_NO)
     precision: str = flag(
-        "auto", "compute precision over fp32 master weights, bf16 on GPU and fp32 on CPU; bf16-states keeps no fp32",
+        "auto", "compute precision over fp32 weights; auto: bf16 on GPU, fp32 on CPU; bf16-states: all states in bf16",
         one_of("auto", "bf16", "fp32", "bf16-states"))
     packing: str = flag(
         "auto", "lay documents end to end instead of padding them; auto: where variable-length flash attention runs",
@@ -292,7 +292,7 @@ class Config:
     save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", POSITIVE)
     resume: str = flag(
-        "auto", "auto: the newest checkpoint in --save-model-dir; a path: where to begin if there is none yet", PATH)
+        "auto", "auto: go on from the newest checkpoint in the folder; a path: begin from it if there is none", PATH)
     resume_anyway: bool = flag(False, "resume although flags or data that shape the losses have changed")
     async_save: str = flag(
         "auto", "write checkpoints while training goes on; auto: if host memory has room for a copy", AUTO_YES_NO)
@@ -516,8 +516,9 @@ def lost_contact(error: RuntimeError) -> bool:
 # 4. Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------
 # The loss of a step is the sum of the token losses of the whole global batch, divided by its number of label tokens, so
-# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. A step never waits
-# for the device. The validation loss weighs every token the same and counts each document once on any number of ranks.
+# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. Except
+# under CPU offload, a step never waits for the device. The validation loss weighs every token the same and counts each
+# document once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
@@ -525,7 +526,11 @@ SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails i
 
 @dataclass
 class TrainingState:
-    """Where the run stands. The tensors stay on the device, so counting costs no host sync."""
+    """Where the run stands. The tensors stay on the device, so counting costs no host sync.
+
+    `skipped` counts the updates skipped so far, `skipped_in_a_row` those at the end, and `longest_skip` is the longest
+    series yet, so that one that ended between two looks at it is seen. `tokens` are those trained on, without padding.
+    """
 
     skipped: Tensor
     skipped_in_a_row: Tensor
@@ -624,12 +629,14 @@ def clip_gradients(model: nn.Module, parallel: Parallel) -> Tensor:
 def token_loss_sum(model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
     """Returns the sum of the token losses of a micro-batch, in fp32, on the device. It can be differentiated.
 
+    `load_model` has made the model itself return that sum where `predict_at` and `targets` are among its inputs.
+
     A pipeline stage before the last has no losses and returns its hidden states (B, T, h).
     """
     inputs: dict[str, Any] = {
         name: tensor.to(parallel.device, non_blocking=True)
         for name, tensor in micro_batch.items()
-        if name != "labels"  # the head is given its targets
+        if name != "labels"  # `predict_at` and `targets` hold the same, without the ignored ones
     }
     if parallel.plan.packing:
         inputs["max_length"] = parallel.config.block_size  # an upper bound; a changing one would recompile the layers
@@ -651,8 +658,8 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 def stop_if_broken(state: TrainingState, saving: bool) -> None:
     """Raises RunError after too many skipped updates in a row. All ranks do, because all saw the same loss and norm.
 
-    Reading the count waits for the device, so this is done every fifth step, and before a save: a checkpoint saved in
-    the middle of such a series would make every resumed run fail. The steps in between change nothing.
+    Reading the count waits for the device, so this is done every fifth step, and before a save: the longest series is
+    saved too, so a checkpoint made after five skips in a row would stop every run that resumes from it.
     """
     if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
         raise RunError(
@@ -667,10 +674,10 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
 def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Parallel:
     """Proves before training that the loaded model, in its parallel form, computes what is meant.
 
-    Its loss is finite, no token sees a later one, and no packed document sees another. A model that lets tokens see
-    later ones goes on with its own attention where that passes; one that lets packed documents see each other is
-    padded from here on, which the returned `Parallel` says. Raises RunError for broken weights, and UserError for a
-    model that cannot be trained rightly.
+    Its loss is finite, no token sees a later one, and no packed document sees another. If tokens see later ones, the
+    model's own eager attention, with a mask and padded rows, is tried instead, and kept if it passes. If packed
+    documents see each other, rows are padded from here on. In both cases the returned `Parallel` holds the plan to go
+    on with. Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
     """
     with parallel.pipeline.watched():
         parallel = check_attention(model, parallel)
@@ -710,9 +717,9 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
 def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     """Returns whether a token's loss depends on what comes after it or, in packed rows, on the document before its own.
 
-    Compares the losses of the same labels in a few short rows. They differ by rounding too: by as much as they do
-    when the same row stands beside another one, or by what the precision explains. Ten times that is a leak. One host
-    sync.
+    Compares the loss of the same labels alone and beside different neighbours. Rounding alone makes such losses differ.
+    By how much is taken as the larger of two figures: the difference when the document is one of two rows, where
+    nothing can leak, and the relative error of the precision. More than ten times that is a leak. One host sync.
     """
     model.eval()
     tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=56)
@@ -724,7 +731,7 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     )
 
     def loss_of(*documents: np.ndarray, place: int = 0) -> Tensor:
-        """Returns the loss of one document's tokens, but for its last, in a row with others."""
+        """Returns the loss of document `place` of a row. Its last token is no target: `changed_end` differs there."""
         lengths = torch.tensor([len(each) for each in documents])
         start, end = int(lengths[:place].sum()), int(lengths[: place + 1].sum())
         inputs = dict(input_ids=torch.from_numpy(np.concatenate(documents))[None])
@@ -828,8 +835,8 @@ def summarise(
     """Returns the model's summaries of --rouge-samples documents, drawn by the seed, beside the documents' own.
 
     Each is a `reference` and a `summary`; every rank gets the same list. Returns None if the run was asked to stop
-    meanwhile. Sharded forward passes need all ranks: a data rank without documents repeats one, and `generate` keeps
-    running until all ranks have finished.
+    meanwhile. Sharded forward passes need all ranks: a data rank without documents repeats one, and `generate`
+    keeps a sharded model running until all ranks have finished.
     """
     config, size = parallel.config, parallel.data_parallel_size
     module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
@@ -867,7 +874,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     A cache holds keys and values of every layer, per token of prompt and summary and per beam.
     """
     shape, plan, config = parallel.shape, parallel.plan, parallel.config
-    step = StepMemory(shape, plan, tokens=1)
+    step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
@@ -1143,8 +1150,8 @@ class Parallel:
         """Wraps one micro-batch's forward and backward, and decides whether its gradients are reduced now or later.
 
         DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
-        gradient (4 bytes per parameter). HSDP reduces inside the sharded group each time, and only the all-reduce
-        across replicas, which carries 1/shards of it, waits for the last.
+        gradient (4 bytes per parameter). HSDP does the same inside the sharded group, and its all-reduce across
+        replicas, which carries 1/shards of it, always waits for the last.
         """
         if self.plan.uses_fsdp:
             model.set_requires_gradient_sync(is_last or self.plan.gradient_sync == "micro-batch")
@@ -1187,8 +1194,8 @@ def on_all_ranks(
 
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0
     acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act`
-    must not wait for other ranks: one that fails would leave them waiting. Costs one exchange of messages in host
-    memory.
+    should not wait for other ranks, as one that fails would leave them waiting. One that must wait reaches its wait
+    even when it fails (`node_main_first`), or fails on all ranks alike. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = problems = failure = cause = None
@@ -1237,7 +1244,7 @@ def start_process_group(config: Config) -> None:
         how["store"] = dist.PrefixStore(attempt, store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **how)
     if any(on_all_ranks(torch.cuda.is_available, gathered=True)):
-        on_all_ranks(take_gpu)  # a rank without one must be reported by rank 0, so the group comes first
+        on_all_ranks(take_gpu)  # all need one if any has one; rank 0 reports a rank without, so the group comes first
 
 
 def take_gpu() -> None:
@@ -1294,8 +1301,17 @@ HELD_OUT_SHARE = 0.05  # of the training split, held out where the data has no v
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".bz2", ".xz")  # what datasets opens by itself
-UNREAD_FORMATS = (".tsv", ".txt", ".arrow", ".ndjson", ".xlsx", ".pkl", ".zip", ".zst")  # look like data
-NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+UNREAD_FORMATS = (
+    ".tsv",
+    ".txt",
+    ".arrow",
+    ".ndjson",
+    ".xlsx",
+    ".pkl",
+    ".zip",
+    ".zst",
+)  # look like data, and are reported
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside data
 SPLIT_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -1434,9 +1450,7 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     local, files, lines = len(paths) > 1 or is_local(paths[0]), {}, []
     try:
         if local and any((Path(paths[0]) / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(paths[0])
-            splits = saved if isinstance(saved, dict) else {"train": saved}
-            splits = {split_of(str(name)): split for name, split in splits.items()}
+            splits = saved_splits(paths, config)
         elif local:
             file_format, files, lines = find_data_files(paths, config)
             # one call per split, because a single call requires the same columns in all of them
@@ -1461,8 +1475,21 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     return splits, lines
 
 
+def saved_splits(paths: list[str], config: Config) -> dict[str, Dataset]:
+    """Returns the splits of a folder written by `save_to_disk`; those whose names mean the same split are joined."""
+    import datasets
+
+    if len(paths) > 1:
+        raise UserError(f"{shown_data(config)}: {paths[0]} is a folder of save_to_disk; name it alone")
+    saved = datasets.load_from_disk(paths[0])
+    by_split: dict[str, list[Dataset]] = {}
+    for name, split in saved.items() if isinstance(saved, dict) else [("train", saved)]:
+        by_split.setdefault(split_of(str(name)), []).append(split)
+    return {name: datasets.concatenate_datasets(those) for name, those in by_split.items()}
+
+
 def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
-    """Returns the rows of all files. Where their columns differ, the files are read one by one for the two of texts."""
+    """Returns the rows of all files. Where their columns differ, only article and summary are kept of each."""
     import datasets
 
     # without keep_default_na=False pandas reads the text "None" as a missing value
@@ -1524,7 +1551,7 @@ def format_of(file: Path) -> str | None:
 def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, list[Path]], list[str]]:
     """Returns the format, the files by split, and lines that say what is read and what is not.
 
-    A file's name tells its split, or its folder's; the default is train. Hidden files are never data.
+    A file's name tells its split, or its folder's; the default is train. Hidden files in a folder are skipped.
     """
     shown, files, lines = shown_data(config), {}, []
     for path in map(Path, paths):
@@ -1561,7 +1588,7 @@ def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, li
 
 
 def without_empty_shards(files: list[Path]) -> list[Path]:
-    """Returns the parquet files that hold a row, or all of them where none does: `datasets` fails on the others."""
+    """Returns the parquet files that hold a row, because `datasets` fails on empty ones; all if every one is empty."""
     import pyarrow.parquet
 
     return [file for file in files if pyarrow.parquet.read_metadata(file).num_rows] or files
@@ -1608,7 +1635,7 @@ def csv_problem(file: Path, config: Config) -> str:
     """
     separator = separator_of(file, config)
     with open_file(file, newline="") as stream:
-        rows, number = csv.reader(stream, delimiter=separator, strict=True), 1
+        rows, number = csv.reader(stream, delimiter=separator, strict=True), 0
         try:
             header = next(rows, [])
             if missing := [name for name in (config.article_column, config.summary_column) if name not in header]:
@@ -1855,7 +1882,10 @@ def epoch_batches(documents: Documents, epoch: int, config: Config) -> list[np.n
 
 
 def evaluation_batches(documents: Documents, parallel: Parallel) -> list[np.ndarray]:
-    """Returns every document once, longest first, in batches of one micro-batch per data rank (packed: about four)."""
+    """Returns every document once, longest first, in batches of one micro-batch's documents per data rank.
+
+    Packed, they are four times as many: short documents share a row, and a larger choice fills rows better.
+    """
     order = np.argsort(-documents.lengths, kind="stable")
     size = parallel.data_parallel_size * parallel.plan.micro_batch_size * (4 if parallel.plan.packing else 1)
     return np.split(order, range(size, len(order), size))
@@ -2020,7 +2050,8 @@ def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 # 7. Model
 # ----------------------------------------------------------------------------------------------------------------
 # Any causal LM of transformers, with fp32 master weights. Under FSDP and HSDP each rank reads its own shard from the
-# files and never holds the whole. Attention never builds a T x T mask, and the loss never builds all logits.
+# files and never holds the whole. For Llama and most others, attention
+# builds no T x T mask and the loss never builds all logits.
 
 HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
 COMPILE_SECONDS = 120.0  # estimated time to compile the layers
@@ -2132,15 +2163,17 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
                 "folder again"
             ) from error
 
-    return on_all_ranks(load)
+    return on_all_ranks(
+        load
+    )  # its collectives come after what may fail on one rank: `check_weights` has read the files
 
 
 @contextlib.contextmanager
 def tied_weights_in_one_group() -> Iterator[None]:
-    """Inside, FSDP shards tied embeddings as one parameter, in the group of what is left beside the layers.
+    """Inside, FSDP shards tied embeddings as one parameter, in the root group, which holds all that is not in a layer.
 
-    transformers ties embedding and head after it has wrapped them. FSDP2 then pads the shared matrix in two groups,
-    and where the ranks do not divide the vocabulary it trains wrongly from the second step on
+    transformers ties embedding and head after it has wrapped them. The matrix then belongs to two FSDP groups, which
+    pad it each for itself, and where the ranks do not divide the vocabulary it trains wrongly from the second step on
     (https://github.com/pytorch/pytorch/issues/176076).
     """
     resolve = transformers.PreTrainedModel._resolve_parallel_plans
@@ -2294,8 +2327,8 @@ def varlen_flash_attention(
 ) -> Tensor:
     """Returns causal attention inside each document; query (T, heads, d), key and value (T, kv heads, d), on CUDA.
 
-    It is torch's own flash kernel, in half precision: autocast leaves query and key in fp32. torch 2.11 has no
-    `enable_gqa`, so there the key and value heads are repeated.
+    It is torch's own flash kernel, which takes half precision only. Under autocast the rotary embedding leaves query
+    and key in fp32, so they are cast. torch 2.11 has no `enable_gqa`, so there the key and value heads are repeated.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -2348,7 +2381,7 @@ def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True) -> None:
             output = own_forward(*arguments, **inputs)
             logits = output.logits.flatten(0, 1).index_select(0, predict_at).float()
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            if routes and model.training:  # a mean over the tokens, so it weighs as much as the labels do
+            if routes and model.training:  # it is a mean over tokens, and this loss a sum over labels
                 loss = loss + text_config.router_aux_loss_coef * output.aux_loss * (targets != IGNORE_INDEX).sum()
             return loss
         hidden = model.base_model(*arguments, **inputs).last_hidden_state
@@ -2420,7 +2453,8 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
             parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
             return False
-    # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
+    # Layers that recompute or not, one row or several, training or evaluation, static lengths before dynamic ones:
+    # about 10 kinds of graph, and torch's limit is 8.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer into 11 graphs, which save more between them
@@ -2690,7 +2724,8 @@ def number_layers_of_stage(model: PreTrainedModel) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 # 8. Checkpoints
 # ----------------------------------------------------------------------------------------------------------------
-# A checkpoint exists whole or not at all: it is written under another name, flushed, and renamed when it is complete.
+# A checkpoint exists whole or not at all: it is written under another name, flushed (the tensors by torch's storage
+# writer), and renamed when it is complete.
 # Any kill costs at most the steps since the last one. The same command resumes from the newest, on any number of ranks
 # and under any plan, with the losses of an uninterrupted run up to rounding.
 
@@ -2698,7 +2733,7 @@ LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its sav
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
-CHECKPOINT_VERSION = 2  # 1, or none: held-out documents were drawn before empty ones were dropped
+CHECKPOINT_VERSION = 2  # without one: held-out documents were drawn before empty ones were dropped
 WRITING, DELETING = ".writing", ".deleting"
 
 
@@ -2797,9 +2832,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class StopSignals:
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
-    A second signal ends the process at once, as does any signal before `listen()`: while data and model are loaded
-    there is nothing to save. A context manager; leaving it restores the former handlers. Agreement is an all-reduce of
-    two CPU integers over gloo: about 0.1 ms, no device sync.
+    A second one, two seconds or more later, ends the process at once, as does any signal before `listen()`: while data
+    and model are loaded there is nothing to save. A SIGTERM after Slurm's SIGUSR1 counts as the first.
+    Agreement is an all-reduce of two CPU integers over gloo: about 0.1 ms, no device sync. A context manager; leaving
+    it restores the former handlers.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -2919,7 +2955,9 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # saved already: the step after it was abandoned
+        if (
+            self.saved_step == state.step
+        ):  # the background write just waited for was of this step: a stop abandoned the one after
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -2927,7 +2965,7 @@ class Checkpoints:
             tensors[f"rng.cuda.{self.parallel.rank}"] = torch.cuda.get_rng_state()
         run = {
             **state.as_numbers(),
-            "curve": self.settings,
+            "curve": self.settings,  # what decides the loss curve; compared when resuming
             "total_steps": self.total_steps,
             "save_seconds": self.seconds,
             "strategy": self.parallel.plan.strategy,
@@ -3964,7 +4002,7 @@ class PlanCheck:
         if number == 2:
             self.quantities = self.compare(result, clock() - self.first_step_ended)
             return
-        if on_gpu:  # the peaks before are of loading and evaluating
+        if on_gpu:  # the peak so far is of loading, evaluating and the first step
             self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
             torch.cuda.reset_peak_memory_stats()
         self.first_step_ended = clock()
@@ -4017,12 +4055,13 @@ class PlanCheck:
 # 11. The plan
 # ----------------------------------------------------------------------------------------------------------------
 # What one optimizer step takes in memory and time is worked out from the model's sizes alone, for every way to execute
-# it, and the fastest that fits is chosen. Sizes are in bytes and in elements; T is the tokens of one micro-batch.
+# it, and the fastest that fits is chosen. Sizes are in bytes and in elements; "tokens" are those of one micro-batch,
+# padding included. A "moment" is a point of the step at which memory may peak; Adam's are its first and second moment.
 # Nothing in this section talks to other ranks, except where the devices are found.
 
 USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
-STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
+STEP_FACTOR = 1.35  # predicted times claim to be right within this factor; published runs are (tests/check_plan.py)
 TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
 PLAN_FLAGS = (  # decided by the plan unless they are given
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
@@ -4671,8 +4710,8 @@ def memory_moments(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -
     moments = sharded_moments(step) if plan.uses_fsdp else replicated_moments(step)
     if not shape.has_head:
         moments = {name: terms for name, terms in moments.items() if name not in MOMENTS_OF_HEAD}
-    # What StochasticAdamW makes of one parameter, in fp32 and as random bits: eight numbers of 4 bytes an element.
-    # Fused AdamW makes nothing.
+    # StochasticAdamW's temporaries for the largest parameter: fp32 copies and random bits, eight numbers of 4 bytes an
+    # element. Fused AdamW has none.
     largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
     rounding = 8 * 4 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
     if plan.cpu_offload:  # transformers loads every shard through the device
@@ -4843,7 +4882,8 @@ class StepMemory:
         return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
 
     def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
-        """Returns the terms of a moment; `activations` are per token of the micro-batch that is being worked on."""
+        """Returns the terms of a moment in bytes. `activations` are bytes per token of the micro-batch being worked on,
+        and `finished` is the number of parameters whose gradients are complete."""
         activations = self.tokens * (activations + self.other_micro_batches)
         passing = dict(gathered=gathered, activations=activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
@@ -5000,7 +5040,7 @@ def changes_that_may_help(cluster: Cluster, config: Config, to_fit: bool) -> Ite
             yield words, words, dataclasses.replace(config, **changes), cluster
     if not to_fit:
         larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
-        yield "batch", f"--batch-size {larger.batch_size} (another curve)", larger, cluster
+        yield "batch", f"--batch-size {larger.batch_size} (changes the loss curve)", larger, cluster
         return
     if cluster.has_gpu and config.precision in ("auto", "bf16"):
         words = "--precision bf16-states (a trade: no fp32 weights)"
@@ -5029,9 +5069,10 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
 
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
-    """Returns the flags of the fastest plan for a device a tenth too small for this one, or of the smallest plan.
+    """Returns the flags of the fastest plan predicted to need at most 0.9 of what the failed one was predicted to.
 
-    All flags of the plan are given, because the planner would otherwise use the freed memory elsewhere.
+    The block is shortened if no plan does, and failing that it is the smallest plan. All flags of the
+    plan are given, because the planner would otherwise use the freed memory elsewhere.
     """
     too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
