@@ -245,7 +245,8 @@ class Config:
     max_steps: int | None = flag(None, "stop after this many optimizer steps", number(int, minimum=1, unset="none"))
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
-        None, "most documents per forward pass of a device; packed: as many tokens as these have when full", number(int, minimum=1, unset="auto"))
+        None, "most documents per forward pass of a device; packed: as many tokens as these have when full",
+        number(int, minimum=1, unset="auto"))
     lr: float = flag(1e-5, "peak learning rate of AdamW; 0 measures without training", number(float, minimum=0))
     lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
     warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", number(float, minimum=0, below=1))
