@@ -193,6 +193,12 @@ class Network:
             for device in ("lo", "cable"):
                 self.ip("-n", self.tag + node, "link", "set", device, "up")
 
+    def bytes_sent(self) -> int:
+        """Returns the bytes that have gone through the cable so far, both ways."""
+        words = ["ip", "-s", "-j", "-n", self.tag + "a", "link", "show", "cable"]
+        [cable] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        return cable["stats64"]["tx"]["bytes"] + cable["stats64"]["rx"]["bytes"]
+
     def cable(self, state: str) -> None:
         self.ip("-n", self.tag + "a", "link", "set", "cable", state)
 
@@ -215,7 +221,7 @@ class Network:
         return found
 
     @contextlib.contextmanager
-    def training(self, save_model_dir: Path) -> Iterator[dict[str, subprocess.Popen]]:
+    def training(self, save_model_dir: Path, **flags: object) -> Iterator[dict[str, subprocess.Popen]]:
         """Runs the same command on both nodes; yields their agents. Afterwards nothing of it is left."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -229,7 +235,7 @@ class Network:
                 launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=node-a:{port}", "--rdzv_id=summaries"]
                 with self.log_path(node).open("wb") as log:
                     agents[node] = subprocess.Popen(
-                        [*launcher, str(SCRIPT), *small_run(save_model_dir, **TRAINING)],
+                        [*launcher, str(SCRIPT), *small_run(save_model_dir, **{**TRAINING, **flags})],
                         env={
                             **os.environ,
                             "HF_HOME": str(self.folder / f"cache-{node}"),
@@ -350,3 +356,21 @@ def test_two_nodes_train_like_one_through_cut_cable_and_sigterm(tmp_path, networ
     for mine, expected, name in zip(read_metrics(tmp_path), one_node, ("loss", "eval_loss"), strict=True):
         assert [line["step"] for line in mine] == [line["step"] for line in expected]
         assert [line[name] for line in mine] == pytest.approx([line[name] for line in expected], rel=1e-5)
+
+
+def test_stages_on_two_nodes_send_less_than_fsdp(tmp_path, network, one_node):
+    """Both train as one process does. Counted are the bytes on the cable between the third step and the last."""
+    sent = {}
+    for name, flags in (("fsdp", {}), ("stages", dict(pipeline_parallel_size=2))):
+        folder = tmp_path / name
+        with network.training(folder, **flags) as agents:
+            assert until(lambda: steps_so_far(folder) >= 3 or left(agents)), network.logs()  # noqa: B023
+            first, before = steps_so_far(folder), network.bytes_sent()
+            assert until(lambda: steps_so_far(folder) == STEPS or left(agents)), network.logs()  # noqa: B023
+            assert first < STEPS == steps_so_far(folder), network.logs()
+            sent[name] = (network.bytes_sent() - before) / (STEPS - first)
+            assert until(lambda: left(agents)), network.logs()
+        for mine, expected in zip(read_metrics(folder)[0], one_node[0], strict=True):
+            assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    print(f"bytes a step on the cable: {sent}")
+    assert sent["stages"] < sent["fsdp"] / 2
