@@ -151,11 +151,11 @@ def first_line(error: BaseException) -> str:
 # 2. Flags
 # ----------------------------------------------------------------------------------------------------------------
 # Each flag is one field of `Config`: its default and its help stand there and nowhere else, and its reader turns the
-# word on the command line into a value or says which rule the word breaks. All problems are reported at once.
+# word on the command line into a value or says which rule the word breaks. All problems of values are reported at once.
 
 RECOMPUTATION_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # layers whose activations are recomputed
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-LARGEST_INTEGER = 2**31  # the upper limit of every integer flag that sets no limit of its own
+LARGEST_INTEGER = 2**31  # integer flags stay below this unless they set a limit of their own
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def text(unset: str | None = None) -> Reader:
     return Reader(str, "STR", unset)
 
 
-PATH = Reader(os.path.expanduser, "PATH")  # where a flag's = hides a ~ from the shell
+PATH = Reader(os.path.expanduser, "PATH")  # the shell leaves a ~ after --flag= as it is
 
 
 def one_of(*choices: str) -> Reader:
@@ -204,14 +204,14 @@ def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset
         if value <= above:
             raise ValueError(f"must be above {above}")
         if value >= below:
-            raise ValueError(f"must be below {below:g}")
+            raise ValueError(f"must be below {below:,}")
         return value
 
     return Reader(convert, kind.__name__.upper(), unset)
 
 
 def flag(default: Any, help: str, read: Reader | None = None, bare: str | None = None) -> Any:
-    """Returns a field of `Config`. A default of False makes a switch; `bare` is its value when no word follows."""
+    """Returns a field of `Config`. A default of False makes a switch. `bare` is what a flag without a word means."""
     return dataclasses.field(default=default, metadata=dict(help=help, read=read or text(), bare=bare))
 
 
@@ -245,7 +245,8 @@ class Config:
     max_steps: int | None = flag(None, "stop after this many optimizer steps", number(int, minimum=1, unset="none"))
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
-        None, "most documents per forward pass of a device", number(int, minimum=1, unset="auto"))
+        None, "most documents per forward pass of a device; packed: as many tokens as these have when full",
+        number(int, minimum=1, unset="auto"))
     lr: float = flag(1e-5, "peak learning rate of AdamW; 0 measures without training", number(float, minimum=0))
     lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
     warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", number(float, minimum=0, below=1))
@@ -257,7 +258,8 @@ class Config:
     parallelism: str = flag(
         "auto", "what the data-parallel ranks do", one_of("auto", "none", "ddp", "fsdp", "hsdp"))
     pipeline_parallel_size: int | None = flag(
-        None, "pipeline stages that the layers are cut into; auto: 1", number(int, minimum=1, unset="auto"))
+        None, "pipeline stages that the layers are cut into; auto: as many as nodes or a divisor, where that is faster",
+        number(int, minimum=1, unset="auto"))
     hsdp_shard_size: int | None = flag(
         None, "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
         number(int, minimum=1, unset="auto"))
@@ -272,7 +274,7 @@ class Config:
         one_of("auto", *RECOMPUTATION_LEVELS))
     cpu_offload: str = flag("auto", "FSDP and HSDP: keep weights and optimizer in host memory", AUTO_YES_NO)
     precision: str = flag(
-        "auto", "compute precision over fp32 master weights, bf16 on GPU and fp32 on CPU; bf16-states keeps no fp32",
+        "auto", "compute precision over fp32 weights; auto: bf16 on GPU, fp32 on CPU; bf16-states: all states in bf16",
         one_of("auto", "bf16", "fp32", "bf16-states"))
     packing: str = flag(
         "auto", "lay documents end to end instead of padding them; auto: where variable-length flash attention runs",
@@ -291,7 +293,7 @@ class Config:
     save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", POSITIVE)
     resume: str = flag(
-        "auto", "auto: the newest checkpoint in --save-model-dir; a path: where to begin if there is none yet", PATH)
+        "auto", "auto: go on from the newest checkpoint in the folder; a path: begin from it if there is none", PATH)
     resume_anyway: bool = flag(False, "resume although flags or data that shape the losses have changed")
     async_save: str = flag(
         "auto", "write checkpoints while training goes on; auto: if host memory has room for a copy", AUTO_YES_NO)
@@ -407,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(argv)
     if config.plan:
         return print_plan(config)
-    with enable_advanced_parallelization(config) as parallel, StopSignals(parallel) as stop:
+    with enable_advanced_parallelization(config, trains_stages=True) as parallel, StopSignals(parallel) as stop:
         torch.manual_seed(config.seed)
         prepare_save_folder(parallel)
         tokenizer = load_tokenizer(parallel)
@@ -515,8 +517,9 @@ def lost_contact(error: RuntimeError) -> bool:
 # 4. Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------
 # The loss of a step is the sum of the token losses of the whole global batch, divided by its number of label tokens, so
-# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. A step never waits
-# for the device. The validation loss weighs every token the same and counts each document once on any number of ranks.
+# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. Except
+# under CPU offload, a step never waits for the device. The validation loss weighs every token the same and counts each
+# document once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
@@ -524,7 +527,11 @@ SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails i
 
 @dataclass
 class TrainingState:
-    """Where the run stands. The tensors stay on the device, so counting costs no host sync."""
+    """Where the run stands. The tensors stay on the device, so counting costs no host sync.
+
+    `skipped` counts the updates skipped so far, `skipped_in_a_row` those at the end, and `longest_skip` is the longest
+    series yet, so that one that ended between two looks at it is seen. `tokens` are those trained on, without padding.
+    """
 
     skipped: Tensor
     skipped_in_a_row: Tensor
@@ -623,12 +630,14 @@ def clip_gradients(model: nn.Module, parallel: Parallel) -> Tensor:
 def token_loss_sum(model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
     """Returns the sum of the token losses of a micro-batch, in fp32, on the device. It can be differentiated.
 
+    `load_model` has made the model itself return that sum where `predict_at` and `targets` are among its inputs.
+
     A pipeline stage before the last has no losses and returns its hidden states (B, T, h).
     """
     inputs: dict[str, Any] = {
         name: tensor.to(parallel.device, non_blocking=True)
         for name, tensor in micro_batch.items()
-        if name != "labels"  # the head is given its targets
+        if name != "labels"  # `predict_at` and `targets` hold the same, without the ignored ones
     }
     if parallel.plan.packing:
         inputs["max_length"] = parallel.config.block_size  # an upper bound; a changing one would recompile the layers
@@ -650,8 +659,8 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 def stop_if_broken(state: TrainingState, saving: bool) -> None:
     """Raises RunError after too many skipped updates in a row. All ranks do, because all saw the same loss and norm.
 
-    Reading the count waits for the device, so this is done every fifth step, and before a save: a checkpoint saved in
-    the middle of such a series would make every resumed run fail. The steps in between change nothing.
+    Reading the count waits for the device, so this is done every fifth step, and before a save: the longest series is
+    saved too, so a checkpoint made after five skips in a row would stop every run that resumes from it.
     """
     if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
         raise RunError(
@@ -666,10 +675,10 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
 def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Parallel:
     """Proves before training that the loaded model, in its parallel form, computes what is meant.
 
-    Its loss is finite, no token sees a later one, and no packed document sees another. A model that lets tokens see
-    later ones goes on with its own attention where that passes; one that lets packed documents see each other is
-    padded from here on, which the returned `Parallel` says. Raises RunError for broken weights, and UserError for a
-    model that cannot be trained rightly.
+    Its loss is finite, no token sees a later one, and no packed document sees another. If tokens see later ones, the
+    model's own eager attention, with a mask and padded rows, is tried instead, and kept if it passes. If packed
+    documents see each other, rows are padded from here on. In both cases the returned `Parallel` holds the plan to go
+    on with. Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
     """
     with parallel.pipeline.watched():
         parallel = check_attention(model, parallel)
@@ -709,9 +718,9 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
 def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     """Returns whether a token's loss depends on what comes after it or, in packed rows, on the document before its own.
 
-    Compares the losses of the same labels in a few short rows. They differ by rounding too: by as much as they do
-    when the same row stands beside another one, or by what the precision explains. Ten times that is a leak. One host
-    sync.
+    Compares the loss of the same labels alone and beside different neighbours. Rounding alone makes such losses differ.
+    By how much is taken as the larger of two figures: the difference when the document is one of two rows, where
+    nothing can leak, and the relative error of the precision. More than ten times that is a leak. One host sync.
     """
     model.eval()
     tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=56)
@@ -723,7 +732,7 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     )
 
     def loss_of(*documents: np.ndarray, place: int = 0) -> Tensor:
-        """Returns the loss of one document's tokens, but for its last, in a row with others."""
+        """Returns the loss of document `place` of a row. Its last token is no target: `changed_end` differs there."""
         lengths = torch.tensor([len(each) for each in documents])
         start, end = int(lengths[:place].sum()), int(lengths[: place + 1].sum())
         inputs = dict(input_ids=torch.from_numpy(np.concatenate(documents))[None])
@@ -827,8 +836,8 @@ def summarise(
     """Returns the model's summaries of --rouge-samples documents, drawn by the seed, beside the documents' own.
 
     Each is a `reference` and a `summary`; every rank gets the same list. Returns None if the run was asked to stop
-    meanwhile. Sharded forward passes need all ranks: a data rank without documents repeats one, and `generate` keeps
-    running until all ranks have finished.
+    meanwhile. Sharded forward passes need all ranks: a data rank without documents repeats one, and `generate`
+    keeps a sharded model running until all ranks have finished.
     """
     config, size = parallel.config, parallel.data_parallel_size
     module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
@@ -866,7 +875,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     A cache holds keys and values of every layer, per token of prompt and summary and per beam.
     """
     shape, plan, config = parallel.shape, parallel.plan, parallel.config
-    step = StepMemory(shape, plan, tokens=1)
+    step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
@@ -924,7 +933,7 @@ def rouge_scores(samples: Sequence[dict[str, str]]) -> dict[str, float]:
 MOAI_WORDS = "plan      moai: torch.moreh.option.enable_advanced_parallelization() was called, and the platform decides"
 
 
-def enable_advanced_parallelization(config: Config) -> Parallel:
+def enable_advanced_parallelization(config: Config, trains_stages: bool = False) -> Parallel:
     """Prepares this process to train on all devices there are, and returns the plan for it as a `Parallel`.
 
     Where `torch.moreh` exists, MoAI takes over: the platform shows its whole cluster as one device, and the script
@@ -933,6 +942,9 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     model in the plan's parallel form, and a plain `model(...)` and `loss.backward()` train it, in another script's loop
     too: `enable_advanced_parallelization(Config(model_name_or_path=...))`. Raises UserError where the model cannot be
     read, or the plan that was asked for cannot work.
+
+    `trains_stages` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages need it,
+    because a stage alone has no loss, so without `trains_stages` no plan with stages is chosen or accepted.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -952,6 +964,8 @@ def enable_advanced_parallelization(config: Config) -> Parallel:
     quieten_libraries(accelerator.is_local_main_process, config.quiet)
     cluster = find_cluster()
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
+    if not trains_stages:
+        shape = dataclasses.replace(shape, uncuttable="the calling loop does not say that it trains_stages")
     if on_moai:
         choice, plan, words = None, moai_plan(shape, config), MOAI_WORDS
     else:
@@ -1137,8 +1151,8 @@ class Parallel:
         """Wraps one micro-batch's forward and backward, and decides whether its gradients are reduced now or later.
 
         DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
-        gradient (4 bytes per parameter). HSDP reduces inside the sharded group each time, and only the all-reduce
-        across replicas, which carries 1/shards of it, waits for the last.
+        gradient (4 bytes per parameter). HSDP does the same inside the sharded group, and its all-reduce across
+        replicas, which carries 1/shards of it, always waits for the last.
         """
         if self.plan.uses_fsdp:
             model.set_requires_gradient_sync(is_last or self.plan.gradient_sync == "micro-batch")
@@ -1181,8 +1195,8 @@ def on_all_ranks(
 
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0
     acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act`
-    must not wait for other ranks: one that fails would leave them waiting. Costs one exchange of messages in host
-    memory.
+    should not wait for other ranks, as one that fails would leave them waiting. One that must wait reaches its wait
+    even when it fails (`node_main_first`), or fails on all ranks alike. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = problems = failure = cause = None
@@ -1231,7 +1245,7 @@ def start_process_group(config: Config) -> None:
         how["store"] = dist.PrefixStore(attempt, store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **how)
     if any(on_all_ranks(torch.cuda.is_available, gathered=True)):
-        on_all_ranks(take_gpu)  # a rank without one must be reported by rank 0, so the group comes first
+        on_all_ranks(take_gpu)  # all need one if any has one; rank 0 reports a rank without, so the group comes first
 
 
 def take_gpu() -> None:
@@ -1288,8 +1302,17 @@ HELD_OUT_SHARE = 0.05  # of the training split, held out where the data has no v
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".bz2", ".xz")  # what datasets opens by itself
-UNREAD_FORMATS = (".tsv", ".txt", ".arrow", ".ndjson", ".xlsx", ".pkl", ".zip", ".zst")  # look like data
-NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+UNREAD_FORMATS = (
+    ".tsv",
+    ".txt",
+    ".arrow",
+    ".ndjson",
+    ".xlsx",
+    ".pkl",
+    ".zip",
+    ".zst",
+)  # look like data, and are reported
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside data
 SPLIT_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -1428,9 +1451,7 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     local, files, lines = len(paths) > 1 or is_local(paths[0]), {}, []
     try:
         if local and any((Path(paths[0]) / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(paths[0])
-            splits = saved if isinstance(saved, dict) else {"train": saved}
-            splits = {split_of(str(name)): split for name, split in splits.items()}
+            splits = saved_splits(paths, config)
         elif local:
             file_format, files, lines = find_data_files(paths, config)
             # one call per split, because a single call requires the same columns in all of them
@@ -1455,8 +1476,21 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     return splits, lines
 
 
+def saved_splits(paths: list[str], config: Config) -> dict[str, Dataset]:
+    """Returns the splits of a folder written by `save_to_disk`; those whose names mean the same split are joined."""
+    import datasets
+
+    if len(paths) > 1:
+        raise UserError(f"{shown_data(config)}: {paths[0]} is a folder of save_to_disk; name it alone")
+    saved = datasets.load_from_disk(paths[0])
+    by_split: dict[str, list[Dataset]] = {}
+    for name, split in saved.items() if isinstance(saved, dict) else [("train", saved)]:
+        by_split.setdefault(split_of(str(name)), []).append(split)
+    return {name: datasets.concatenate_datasets(those) for name, those in by_split.items()}
+
+
 def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
-    """Returns the rows of all files. Where their columns differ, the files are read one by one for the two of texts."""
+    """Returns the rows of all files. Where their columns differ, only article and summary are kept of each."""
     import datasets
 
     # without keep_default_na=False pandas reads the text "None" as a missing value
@@ -1518,7 +1552,7 @@ def format_of(file: Path) -> str | None:
 def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, list[Path]], list[str]]:
     """Returns the format, the files by split, and lines that say what is read and what is not.
 
-    A file's name tells its split, or its folder's; the default is train. Hidden files are never data.
+    A file's name tells its split, or its folder's; the default is train. Hidden files in a folder are skipped.
     """
     shown, files, lines = shown_data(config), {}, []
     for path in map(Path, paths):
@@ -1555,7 +1589,7 @@ def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, li
 
 
 def without_empty_shards(files: list[Path]) -> list[Path]:
-    """Returns the parquet files that hold a row, or all of them where none does: `datasets` fails on the others."""
+    """Returns the parquet files that hold a row, because `datasets` fails on empty ones; all if every one is empty."""
     import pyarrow.parquet
 
     return [file for file in files if pyarrow.parquet.read_metadata(file).num_rows] or files
@@ -1602,7 +1636,7 @@ def csv_problem(file: Path, config: Config) -> str:
     """
     separator = separator_of(file, config)
     with open_file(file, newline="") as stream:
-        rows, number = csv.reader(stream, delimiter=separator, strict=True), 1
+        rows, number = csv.reader(stream, delimiter=separator, strict=True), 0
         try:
             header = next(rows, [])
             if missing := [name for name in (config.article_column, config.summary_column) if name not in header]:
@@ -1849,7 +1883,10 @@ def epoch_batches(documents: Documents, epoch: int, config: Config) -> list[np.n
 
 
 def evaluation_batches(documents: Documents, parallel: Parallel) -> list[np.ndarray]:
-    """Returns every document once, longest first, in batches of one micro-batch per data rank (packed: about four)."""
+    """Returns every document once, longest first, in batches of one micro-batch's documents per data rank.
+
+    Packed, they are four times as many: short documents share a row, and a larger choice fills rows better.
+    """
     order = np.argsort(-documents.lengths, kind="stable")
     size = parallel.data_parallel_size * parallel.plan.micro_batch_size * (4 if parallel.plan.packing else 1)
     return np.split(order, range(size, len(order), size))
@@ -2014,7 +2051,8 @@ def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 # 7. Model
 # ----------------------------------------------------------------------------------------------------------------
 # Any causal LM of transformers, with fp32 master weights. Under FSDP and HSDP each rank reads its own shard from the
-# files and never holds the whole. Attention never builds a T x T mask, and the loss never builds all logits.
+# files and never holds the whole. For Llama and most others, attention
+# builds no T x T mask and the loss never builds all logits.
 
 HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
 COMPILE_SECONDS = 120.0  # estimated time to compile the layers
@@ -2126,15 +2164,17 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
                 "folder again"
             ) from error
 
-    return on_all_ranks(load)
+    return on_all_ranks(
+        load
+    )  # its collectives come after what may fail on one rank: `check_weights` has read the files
 
 
 @contextlib.contextmanager
 def tied_weights_in_one_group() -> Iterator[None]:
-    """Inside, FSDP shards tied embeddings as one parameter, in the group of what is left beside the layers.
+    """Inside, FSDP shards tied embeddings as one parameter, in the root group, which holds all that is not in a layer.
 
-    transformers ties embedding and head after it has wrapped them. FSDP2 then pads the shared matrix in two groups,
-    and where the ranks do not divide the vocabulary it trains wrongly from the second step on
+    transformers ties embedding and head after it has wrapped them. The matrix then belongs to two FSDP groups, which
+    pad it each for itself, and where the ranks do not divide the vocabulary it trains wrongly from the second step on
     (https://github.com/pytorch/pytorch/issues/176076).
     """
     resolve = transformers.PreTrainedModel._resolve_parallel_plans
@@ -2288,8 +2328,8 @@ def varlen_flash_attention(
 ) -> Tensor:
     """Returns causal attention inside each document; query (T, heads, d), key and value (T, kv heads, d), on CUDA.
 
-    It is torch's own flash kernel, in half precision: autocast leaves query and key in fp32. torch 2.11 has no
-    `enable_gqa`, so there the key and value heads are repeated.
+    It is torch's own flash kernel, which takes half precision only. Under autocast the rotary embedding leaves query
+    and key in fp32, so they are cast. torch 2.11 has no `enable_gqa`, so there the key and value heads are repeated.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -2342,7 +2382,7 @@ def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True) -> None:
             output = own_forward(*arguments, **inputs)
             logits = output.logits.flatten(0, 1).index_select(0, predict_at).float()
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            if routes and model.training:  # a mean over the tokens, so it weighs as much as the labels do
+            if routes and model.training:  # it is a mean over tokens, and this loss a sum over labels
                 loss = loss + text_config.router_aux_loss_coef * output.aux_loss * (targets != IGNORE_INDEX).sum()
             return loss
         hidden = model.base_model(*arguments, **inputs).last_hidden_state
@@ -2414,7 +2454,8 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
             parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
             return False
-    # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
+    # Layers that recompute or not, one row or several, training or evaluation, static lengths before dynamic ones:
+    # about 10 kinds of graph, and torch's limit is 8.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer into 11 graphs, which save more between them
@@ -2684,7 +2725,8 @@ def number_layers_of_stage(model: PreTrainedModel) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 # 8. Checkpoints
 # ----------------------------------------------------------------------------------------------------------------
-# A checkpoint exists whole or not at all: it is written under another name, flushed, and renamed when it is complete.
+# A checkpoint exists whole or not at all: it is written under another name, flushed (the tensors by torch's storage
+# writer), and renamed when it is complete.
 # Any kill costs at most the steps since the last one. The same command resumes from the newest, on any number of ranks
 # and under any plan, with the losses of an uninterrupted run up to rounding.
 
@@ -2692,7 +2734,7 @@ LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its sav
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
-CHECKPOINT_VERSION = 2  # 1, or none: held-out documents were drawn before empty ones were dropped
+CHECKPOINT_VERSION = 2  # without one: held-out documents were drawn before empty ones were dropped
 WRITING, DELETING = ".writing", ".deleting"
 
 
@@ -2791,9 +2833,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class StopSignals:
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
-    A second signal ends the process at once, as does any signal before `listen()`: while data and model are loaded
-    there is nothing to save. A context manager; leaving it restores the former handlers. Agreement is an all-reduce of
-    two CPU integers over gloo: about 0.1 ms, no device sync.
+    A second one, two seconds or more later, ends the process at once, as does any signal before `listen()`: while data
+    and model are loaded there is nothing to save. A SIGTERM after Slurm's SIGUSR1 counts as the first.
+    Agreement is an all-reduce of two CPU integers over gloo: about 0.1 ms, no device sync. A context manager; leaving
+    it restores the former handlers.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -2913,7 +2956,9 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # saved already: the step after it was abandoned
+        if (
+            self.saved_step == state.step
+        ):  # the background write just waited for was of this step: a stop abandoned the one after
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -2921,7 +2966,7 @@ class Checkpoints:
             tensors[f"rng.cuda.{self.parallel.rank}"] = torch.cuda.get_rng_state()
         run = {
             **state.as_numbers(),
-            "curve": self.settings,
+            "curve": self.settings,  # what decides the loss curve; compared when resuming
             "total_steps": self.total_steps,
             "save_seconds": self.seconds,
             "strategy": self.parallel.plan.strategy,
@@ -3958,7 +4003,7 @@ class PlanCheck:
         if number == 2:
             self.quantities = self.compare(result, clock() - self.first_step_ended)
             return
-        if on_gpu:  # the peaks before are of loading and evaluating
+        if on_gpu:  # the peak so far is of loading, evaluating and the first step
             self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
             torch.cuda.reset_peak_memory_stats()
         self.first_step_ended = clock()
@@ -3970,7 +4015,8 @@ class PlanCheck:
         """
         parallel, tokens = self.parallel, result.micro_batch_tokens
         plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens), compiled=self.compiled)
-        memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu)
+        of_first_stage = dict(has_gpu=parallel.cluster.has_gpu, stage=0)  # where rank 0 is
+        memory = predict_memory(parallel.shape, plan, max(tokens), **of_first_stage)
         attended = result.squared_lengths / result.tokens
         mean_tokens = sum(tokens) / len(tokens)
         predicted = predict_seconds(parallel.shape, parallel.cluster, plan, mean_tokens, attended)["total"]
@@ -4010,12 +4056,13 @@ class PlanCheck:
 # 11. The plan
 # ----------------------------------------------------------------------------------------------------------------
 # What one optimizer step takes in memory and time is worked out from the model's sizes alone, for every way to execute
-# it, and the fastest that fits is chosen. Sizes are in bytes and in elements; T is the tokens of one micro-batch.
+# it, and the fastest that fits is chosen. Sizes are in bytes and in elements; "tokens" are those of one micro-batch,
+# padding included. A "moment" is a point of the step at which memory may peak; Adam's are its first and second moment.
 # Nothing in this section talks to other ranks, except where the devices are found.
 
 USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
-STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
+STEP_FACTOR = 1.35  # predicted times claim to be right within this factor; published runs are (tests/check_plan.py)
 TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
 PLAN_FLAGS = (  # decided by the plan unless they are given
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
@@ -4100,21 +4147,31 @@ class Plan:
     def holds_gradients_back(self) -> bool:
         return self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
 
+    @property
+    def bubble(self) -> float:
+        """The share of a step in which a stage waits for the first micro-batch to come, or the last to come back."""
+        waits = self.pipeline_parallel_size - 1
+        return waits / (self.gradient_accumulation_steps + waits)
+
     def shard_bytes(self, shape: ModelShape) -> float:
         """Returns the bytes of a rank's share of the weights, of the gradients, or of one moment."""
         return self.state_bytes * shape.parameters / self.dp_shard_size
 
     def describe(self) -> str:
         """Returns the plan in a few words, as the table shows it."""
-        shards = f" {self.dp_replicate_size}x{self.dp_shard_size}" if self.strategy == "hsdp" else ""
-        level = self.activation_checkpointing
+        level, layout = self.activation_checkpointing, self.strategy
+        if self.strategy == "hsdp":
+            layout = f"hsdp {self.dp_replicate_size}x{self.dp_shard_size}"
+        if self.pipeline_parallel_size > 1:
+            inside = {"none": "", "fsdp": f" x fsdp{self.dp_shard_size}"}.get(self.strategy, f" x {layout}")
+            layout = f"pp{self.pipeline_parallel_size}{inside}"
         parts = [
-            f"{self.pipeline_parallel_size} stages" if self.pipeline_parallel_size > 1 else "",
-            f"{self.strategy}{shards}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
+            f"{layout}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
             {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
             "reduce once" if self.dp_shard_size > 1 and self.holds_gradients_back else "",
             "offload" if self.cpu_offload else "",
+            f"bubble {self.bubble:.0%}" if self.bubble else "",
         ]
         return ", ".join(filter(None, parts))
 
@@ -4228,12 +4285,13 @@ def check_block(shape: ModelShape, config: Config) -> None:
 def preference(candidate: Candidate, cluster: Cluster) -> tuple:
     """Returns the sort key of candidates that are too close to call: the lowest is chosen.
 
-    First a plan whose whole band of reserved memory fits, then one that recomputes less: published runs gain 10 to 20%
-    from that, and what the prediction charges small micro-batches for is uncertain. Then the simplest plan, and of
-    those the one that takes least memory.
+    First the plan with fewest pipeline stages, then one whose whole band of reserved memory fits, then one that
+    recomputes less: published runs gain 10 to 20% from that, and what the prediction charges small micro-batches for is
+    uncertain. Then the simplest plan, and of those the one that takes least memory.
     """
     plan = candidate.plan
     return (
+        plan.pipeline_parallel_size,
         candidate.memory_gib.reserved_high > cluster.memory_gib,
         1 / plan.recompute_every if plan.recompute_every else 0.0,
         ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
@@ -4247,6 +4305,7 @@ def preference(candidate: Candidate, cluster: Cluster) -> tuple:
 
 def why_preferred(chosen: Candidate, fastest: Candidate, cluster: Cluster) -> str:
     reasons = (
+        "it needs fewer stages",
         "its reserved memory surely fits",
         "it recomputes less",
         *["it is the simpler"] * 5,
@@ -4295,15 +4354,17 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         return all_of_them if flag_value == "auto" else [{"yes": True, "no": False}.get(flag_value, flag_value)]
 
     plans = []
-    stages = pipeline_stages(shape, cluster, config)
-    for replicas, shards in data_parallel_layouts(cluster, config, stages):
+    for stages, replicas, shards in parallel_layouts(shape, cluster, config):
         rank_documents = math.ceil(config.batch_size / (replicas * shards))
         given_size = config.micro_batch_size
+        sizes = [min(given_size, rank_documents)] if given_size else micro_batch_sizes(rank_documents, stages)
+        # Offload beside stages would copy a stage's weights anew for each of many micro-batches.
+        may_offload = shards > 1 and stages == 1 and cluster.has_gpu
         open_axes = dict(
-            micro_batch_size=[min(given_size, rank_documents)] if given_size else even_sizes(rank_documents),
+            micro_batch_size=sizes,
             activation_checkpointing=values(config.activation_checkpointing, *RECOMPUTATION_LEVELS),
             gradient_sync=values(config.gradient_sync, "micro-batch", "step"),
-            cpu_offload=values(config.cpu_offload, False, *([True] if shards > 1 and cluster.has_gpu else [])),
+            cpu_offload=values(config.cpu_offload, False, *([True] if may_offload else [])),
             reshard_after_forward=values(config.reshard_after_forward, True, False) if shards > 1 else [True],
         )
         for values_of_plan in itertools.product(*open_axes.values()):
@@ -4324,12 +4385,34 @@ def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
     return ("micro-batch", "step")
 
 
-def pipeline_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
-    """Returns the number of pipeline stages. Raises UserError where model or cluster cannot be cut into them."""
+def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> list[tuple[int, int, int]]:
+    """Returns stages, dp_replicate_size and dp_shard_size of every layout that is open. Raises UserError for none.
+
+    Unless they are given, there are as many stages as nodes or a divisor, because stages pay where the network between
+    nodes is slow. One node has none.
+    """
+    stages = given_stages(shape, cluster, config)
+    layouts = [(stages, *inside) for inside in data_parallel_layouts(cluster, config, stages)]
+    if config.pipeline_parallel_size is None and config.parallelism != "ddp" and not shape.uncuttable:
+        for stages in range(2, min(cluster.nodes, shape.layers) + 1):
+            if cluster.nodes % stages == 0:
+                with contextlib.suppress(UserError):  # of flags that do not go with this number of stages
+                    layouts += [(stages, *inside) for inside in data_parallel_layouts(cluster, config, stages)]
+    return layouts
+
+
+def micro_batch_sizes(documents: int, stages: int) -> list[int]:
+    """Returns the micro-batch sizes to try. Stages get twice as many micro-batches as there are stages, or the most."""
+    sizes = even_sizes(documents)
+    return [size for size in sizes if stages == 1 or math.ceil(documents / size) >= 2 * stages] or sizes[-1:]
+
+
+def given_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
+    """Returns the number of stages asked for. Raises UserError where model or cluster cannot be cut into them."""
     stages = config.pipeline_parallel_size or 1
     shown = f"--pipeline-parallel-size {stages}"
     if stages > 1 and shape.uncuttable:
-        raise UserError(f"{shown} cannot be had with this model: {shape.uncuttable}; leave it out")
+        raise UserError(f"{shown} cannot be had here: {shape.uncuttable}; leave it out")
     if stages > shape.layers:
         raise UserError(f"{shown} needs a layer for each stage, and the model has {shape.layers}; use at most that")
     if cluster.world_size % stages:
@@ -4458,11 +4541,12 @@ class ModelShape:
     head_dim: int = 128
     unpackable: str = ""  # why packed rows cannot be had, where they cannot
     uncuttable: str = ""  # why pipeline stages cannot be had, where they cannot
+    has_head: bool = True  # a pipeline stage before the last has none
 
     @property
     def head_and_norm_parameters(self) -> int:
         """Output projection and final norm, which transformers keeps gathered between forward and backward."""
-        return self.vocabulary * self.hidden + self.hidden
+        return (self.vocabulary * self.hidden + self.hidden) * self.has_head
 
     @property
     def layer_parameters(self) -> int:
@@ -4477,7 +4561,21 @@ class ModelShape:
     @property
     def matmul_parameters(self) -> int:
         """Parameters a token is multiplied with: all but the input embedding, which is a look-up."""
-        return self.layers * self.layer_parameters + self.vocabulary * self.hidden
+        return self.layers * self.layer_parameters + self.vocabulary * self.hidden * self.has_head
+
+
+@functools.cache
+def shapes_of_stages(shape: ModelShape, stages: int) -> tuple[ModelShape, ...]:
+    """Returns the part of the model on each pipeline stage: the embedding is on the first, the head on the last."""
+    if stages == 1:
+        return (shape,)
+    parts = []
+    for stage, layers in enumerate(layers_of_stages(shape, stages)):
+        embedding = shape.embedding_parameters if stage == 0 else 0
+        head = shape.head_and_norm_parameters if stage == stages - 1 else 0
+        parameters = embedding + layers * shape.layer_parameters + head
+        parts.append(dataclasses.replace(shape, layers=layers, parameters=parameters, has_head=head > 0))
+    return tuple(parts)
 
 
 def model_shape(model_config: PretrainedConfig) -> ModelShape:
@@ -4554,19 +4652,38 @@ GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
 
 
-def predict_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True) -> Memory:
-    """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens."""
-    moments = memory_moments(shape, plan, tokens)
+MOMENTS_OF_HEAD = ("gathering the head", "loss", "cast of the head's gradient", "backward of the last norm")
+
+
+def predict_memory(
+    shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True, stage: int | None = None
+) -> Memory:
+    """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens.
+
+    It is that of a rank of `stage`, or of the pipeline stage that takes most.
+    """
+    parts = shapes_of_stages(shape, plan.pipeline_parallel_size)
+    # Of stages that hold the same, the first has the most micro-batches under way.
+    first_alike = {part.parameters: index for index, part in reversed(list(enumerate(parts)))}
+    stages = first_alike.values() if stage is None else [stage]
+    of_stages = [memory_of_stage(parts[index], plan, tokens, has_gpu, index) for index in stages]
+    return max(of_stages, key=lambda memory: memory.reserved)
+
+
+def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, stage: int) -> Memory:
+    """Returns the peak memory of a rank of one pipeline stage, whose part of the model is `shape`."""
+    moments = memory_moments(shape, plan, tokens, stage)
     name = max(moments, key=lambda each: sum(moments[each].values()))
     terms = {term: size / GIB for term, size in moments[name].items()}
     active = sum(terms.values())
-    pools = bytes_of_pools(StepMemory(shape, plan, tokens), moments) / GIB if has_gpu else active
+    pools = bytes_of_pools(StepMemory(shape, plan, tokens, stage), moments) / GIB if has_gpu else active
     layer = shape.layer_parameters / GIB
     low, expected, high = (
         pools * (1 + share) + layer * gaps + context * has_gpu
         for share, gaps, context in zip(GAPS_SHARE, GAPS_PER_LAYER_PARAMETER, CONTEXT_GIB, strict=True)
     )
-    return Memory(active, expected, low, high, terms, name)
+    of_stage = f"stage {stage + 1}, " if plan.pipeline_parallel_size > 1 else ""
+    return Memory(active, expected, low, high, terms, of_stage + name)
 
 
 def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> float:
@@ -4577,7 +4694,7 @@ def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> fl
     of them is in the moments already.
     """
     plan, shape = step.plan, step.shape
-    if plan.dp_shard_size == 1:
+    if not plan.uses_fsdp:
         return max(sum(terms.values()) for terms in moments.values())
     reduced = 0 if plan.holds_gradients_back else 1  # what is held back lies in the main stream's pool
     main = max(sum(terms.values()) - reduced * terms.get("gradients", 0.0) for terms in moments.values())
@@ -4585,12 +4702,17 @@ def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> fl
     return main + step.gradients(shape.parameters) + gathering
 
 
-def memory_moments(shape: ModelShape, plan: Plan, tokens: int) -> dict[str, dict[str, float]]:
-    """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens."""
-    step = StepMemory(shape, plan, tokens)
-    moments = sharded_moments(step) if plan.dp_shard_size > 1 else replicated_moments(step)
-    # What StochasticAdamW makes of one parameter, in fp32 and as random bits: eight numbers of 4 bytes an element.
-    # Fused AdamW makes nothing.
+def memory_moments(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -> dict[str, dict[str, float]]:
+    """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens.
+
+    `shape` is the part of the model on the pipeline stage `stage`.
+    """
+    step = StepMemory(shape, plan, tokens, stage)
+    moments = sharded_moments(step) if plan.uses_fsdp else replicated_moments(step)
+    if not shape.has_head:
+        moments = {name: terms for name, terms in moments.items() if name not in MOMENTS_OF_HEAD}
+    # StochasticAdamW's temporaries for the largest parameter: fp32 copies and random bits, eight numbers of 4 bytes an
+    # element. Fused AdamW has none.
     largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
     rounding = 8 * 4 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
     if plan.cpu_offload:  # transformers loads every shard through the device
@@ -4677,7 +4799,7 @@ class StepMemory:
     shows how closely). h hidden, f intermediate, k key and value size, a heads, v vocabulary.
     """
 
-    def __init__(self, shape: ModelShape, plan: Plan, tokens: int):
+    def __init__(self, shape: ModelShape, plan: Plan, tokens: int, stage: int = 0):
         self.shape, self.plan, self.tokens = shape, plan, tokens
         h, f, k, a = shape.hidden, shape.intermediate, shape.kv_size, shape.heads
         in_fp32 = plan.compute_bytes == 4
@@ -4704,6 +4826,14 @@ class StepMemory:
             self.whole_layer = self.layer_input + plan.compute_bytes * (5 * h + 2 * k + 3 * f) + 4 * a + 8
         recomputed = map(plan.recomputes_layer, range(shape.layers))
         self.saved = [self.layer_input if each else self.whole_layer for each in recomputed]  # by layer, until backward
+        stages, micro_batches = plan.pipeline_parallel_size, plan.gradient_accumulation_steps
+        under_way = min(stages - stage, micro_batches)  # 1F1B (Narayanan et al. 2021), this one included
+        self.other_micro_batches = (under_way - 1) * (sum(self.saved) + self.rotary)
+        if (
+            stages > 1
+        ):  # The streams that were sent, which `Pipeline.send` keeps for a while, and the gradient received.
+            streams_kept = min(micro_batches, 2 * stages) + 1
+            self.other_micro_batches += streams_kept * (4 if in_fp32 or plan.autocasts else 2) * h
         # Logits and inputs of the head for one chunk of positions, in fp32.
         rows = min(tokens, HEAD_CHUNK_TOKENS)
         self.chunk = 4 * rows * (shape.vocabulary + h)
@@ -4742,7 +4872,7 @@ class StepMemory:
         """Gradients once those of `finished` parameters are reduced."""
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
-        if plan.dp_shard_size == 1:
+        if not plan.uses_fsdp:
             if plan.strategy == "ddp":  # its buckets, and beside them what earlier micro-batches add up
                 return state * (parameters + (parameters - finished) * accumulates)
             return state * (parameters if accumulates else finished)
@@ -4753,8 +4883,10 @@ class StepMemory:
         return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
 
     def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
-        """Returns the terms of a moment; `activations` are per token."""
-        passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
+        """Returns the terms of a moment in bytes. `activations` are bytes per token of the micro-batch being worked on,
+        and `finished` is the number of parameters whose gradients are complete."""
+        activations = self.tokens * (activations + self.other_micro_batches)
+        passing = dict(gathered=gathered, activations=activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
 
 
@@ -4768,7 +4900,8 @@ def host_memory_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     matrices = shape.layers * [h * h, h * h, h * k, h * k, h * f, h * f, h * f] + [v * h]
     matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
     pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
-    return (2 * pinned + 2 * plan.shard_bytes(shape)) * cluster.ranks_per_node / GIB
+    of_rank = (2 * pinned + 2 * plan.shard_bytes(shape)) / plan.pipeline_parallel_size
+    return of_rank * cluster.ranks_per_node / GIB
 
 
 # ---- The plan: time ------------------------------------------------------------------------------------------
@@ -4799,57 +4932,72 @@ def predict_seconds(
     backward, 2 more where a layer is recomputed; causal flash attention 2 * layers * hidden * attended forward, 2.5
     times that backward (Dao 2023). FSDP gathers bf16 weights once or twice a micro-batch and reduces fp32 gradients
     (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
-    twice that (Patarasu and Yuan 2009).
+    twice that (Patarasu and Yuan 2009). The slowest pipeline stage sets the pace. In its bubble it waits for as many
+    micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch is sent forth and
+    its gradient back.
     """
-    gpu, steps = cluster.gpu, plan.gradient_accumulation_steps
+    gpu, steps, stages = cluster.gpu, plan.gradient_accumulation_steps, plan.pipeline_parallel_size
     shards, replicas = plan.dp_shard_size, plan.dp_replicate_size
-    recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
-    matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
-    attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
+    parts = shapes_of_stages(shape, stages)
     slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
     rate = cluster.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
     ramp = HALF_EFFICIENCY_TOKENS / tokens if cluster.has_gpu else 0
-    flops = matmul * (1 + ramp) + attention / gpu.attention_efficiency
+    flops = max(work_per_token(part, plan, attended, ramp, gpu.attention_efficiency) for part in parts)
     compute = steps * tokens * flops / rate
 
     gathers = 2 if plan.reshard_after_forward else 1
     ring_share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards) * 1e9
     reductions = steps if plan.gradient_sync == "micro-batch" else 1
-    moved_bytes = (steps * gathers * plan.compute_bytes + 4 * reductions) * shape.parameters
+    parameters = max(part.parameters for part in parts)
+    moved_bytes = (steps * gathers * plan.compute_bytes + 4 * reductions) * parameters
     gather_reduce = ring_share * moved_bytes / bus
-    across_nodes = plan.strategy == "hsdp" and cluster.nodes > 1
+    across_nodes = plan.strategy == "hsdp" and shards > 1 and plan.data_parallel_size > cluster.ranks_per_node
     replica_bus = cluster.network_gb_per_second * 1e9 if across_nodes else cluster.bus_gb_per_second(replicas) * 1e9
-    reduced_bytes = 4 if shards > 1 else plan.state_bytes
-    all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * shape.parameters / shards / replica_bus
-    shard_bytes = plan.shard_bytes(shape)
+    reduced_bytes = 4 if plan.uses_fsdp else plan.state_bytes
+    all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * parameters / shards / replica_bus
+    shard_bytes = max(map(plan.shard_bytes, parts))
     host_link = steps * shard_bytes * (gathers + 1) / (HOST_LINK_GB_PER_SECOND * 1e9) if plan.cpu_offload else 0.0
-    communication = gather_reduce + all_reduce + host_link
+    stream_bytes = (4 if plan.precision == "fp32" or plan.autocasts else 2) * shape.hidden
+    stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
+    point_to_point = steps * 2 * tokens * stream_bytes / stage_bus if stages > 1 else 0.0
+    bubble = (stages - 1) / steps * (compute + (1 - OVERLAP) * point_to_point)
+    communication = gather_reduce + all_reduce + host_link + point_to_point
     # fused AdamW reads weight, gradient and two moments and writes three of them; clipping reads the gradient again
     memory_rate = HOST_MEMORY_GB_PER_SECOND if plan.cpu_offload else gpu.hbm_gb_per_second
     optimizer = 8 * shard_bytes / (memory_rate * 1e9)
     exposed = communication - OVERLAP * min(communication, compute)
     return dict(
-        total=compute + exposed + optimizer,
+        total=compute + bubble + exposed + optimizer,
         compute=compute,
+        bubble=bubble,
         exposed_communication=exposed,
         optimizer=optimizer,
         communication=communication,
         gather_reduce=gather_reduce,
         all_reduce=all_reduce,
         host_link=host_link,
+        point_to_point=point_to_point,
     )
+
+
+def work_per_token(shape: ModelShape, plan: Plan, attended: float, ramp: float, attention_efficiency: float) -> float:
+    """Returns a token's FLOPs in this part of the model, as many as take equally long in large matmuls."""
+    recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
+    matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
+    attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
+    return matmul * (1 + ramp) + attention / attention_efficiency
 
 
 def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
     """Returns the name of the link that takes most of the communication time."""
     plan, seconds = candidate.plan, candidate.step_seconds
-    name = max(("gather_reduce", "all_reduce", "host_link"), key=lambda each: seconds[each])
+    name = max(("gather_reduce", "all_reduce", "host_link", "point_to_point"), key=lambda each: seconds[each])
     if not seconds[name]:
         return "no link"
     if name == "host_link":
         return f"host link {HOST_LINK_GB_PER_SECOND} GB/s"
-    inside = plan.dp_shard_size <= cluster.ranks_per_node if name == "gather_reduce" else cluster.nodes == 1
-    if inside:
+    neighbours = dict(gather_reduce=plan.dp_shard_size, all_reduce=plan.data_parallel_size)
+    if neighbours.get(name, cluster.world_size) <= cluster.ranks_per_node:
         return f"node link {cluster.gpu.link_gb_per_second:g} GB/s"
     return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
 
@@ -4893,7 +5041,7 @@ def changes_that_may_help(cluster: Cluster, config: Config, to_fit: bool) -> Ite
             yield words, words, dataclasses.replace(config, **changes), cluster
     if not to_fit:
         larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
-        yield "batch", f"--batch-size {larger.batch_size} (another curve)", larger, cluster
+        yield "batch", f"--batch-size {larger.batch_size} (changes the loss curve)", larger, cluster
         return
     if cluster.has_gpu and config.precision in ("auto", "bf16"):
         words = "--precision bf16-states (a trade: no fp32 weights)"
@@ -4922,9 +5070,10 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
 
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
-    """Returns the flags of the fastest plan for a device a tenth too small for this one, or of the smallest plan.
+    """Returns the flags of the fastest plan predicted to need at most 0.9 of what the failed one was predicted to.
 
-    All flags of the plan are given, because the planner would otherwise use the freed memory elsewhere.
+    The block is shortened if no plan does, and failing that it is the smallest plan. All flags of the
+    plan are given, because the planner would otherwise use the freed memory elsewhere.
     """
     too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
@@ -4934,14 +5083,20 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
         if found := best_of(shape, smaller_cluster, shorter):
             break
     found = found or min(weigh(shape, cluster, shorter), key=lambda each: each.memory_gib.active)
-    return flags_of(found.plan) + (f" --block-size {block} --resume-anyway" if block < config.block_size else "")
+    return flags_of(found.plan, cluster) + (
+        f" --block-size {block} --resume-anyway" if block < config.block_size else ""
+    )
 
 
-def flags_of(plan: Plan) -> str:
+def flags_of(plan: Plan, cluster: Cluster) -> str:
     """Returns the flags that ask for this plan, beside precision and packing."""
     flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
     if plan.strategy != "none":
         flags = {"--parallelism": plan.strategy, **flags}
+    if plan.pipeline_parallel_size > 1 and plan.strategy == "hsdp":
+        flags = {"--hsdp-shard-size": plan.dp_shard_size, **flags}
+    if cluster.nodes > 1 or plan.pipeline_parallel_size > 1:
+        flags = {"--pipeline-parallel-size": plan.pipeline_parallel_size, **flags}
     if plan.dp_shard_size > 1:
         flags["--gradient-sync"] = "step" if plan.holds_gradients_back else "micro-batch"
         flags["--reshard-after-forward"] = "yes" if plan.reshard_after_forward else "no"
@@ -4987,9 +5142,10 @@ def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
     memory, seconds = best.memory_gib, best.step_seconds
     terms = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.terms.items() if gib >= 0.05) or "next to nothing"
     assumed = ", ".join(f"{name} {source}" for name, source in cluster.gpu.sources.items())
+    bubble = f"bubble {seconds['bubble']:.2f} s, " if seconds["bubble"] else ""
     return [
         f"  peak      {memory.peak_moment}: {terms}; reserved {memory.reserved_low:.1f} to {memory.reserved_high:.1f}",
-        f"  step      compute {seconds['compute']:.2f} s, exposed communication "
+        f"  step      compute {seconds['compute']:.2f} s, {bubble}exposed communication "
         f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
         f"optimizer {seconds['optimizer']:.2f} s",
         f"  lever     {lever}",
@@ -4999,11 +5155,20 @@ def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
 
 
 def best_of_each_kind(choice: Choice) -> list[Candidate]:
-    """Returns the best candidate of each kind (strategy, offload, recomputation or none), the chosen one first."""
+    """Returns the best candidate of each kind (stages or none, strategy, offload, recomputation or none).
+
+    The chosen one comes first.
+    """
     best: dict[tuple, Candidate] = {}
     for each in choice.candidates:
         plan = each.plan
-        best.setdefault((plan.strategy, plan.cpu_offload, plan.activation_checkpointing == "none"), each)
+        kind = (
+            plan.pipeline_parallel_size > 1,
+            plan.strategy,
+            plan.cpu_offload,
+            plan.activation_checkpointing == "none",
+        )
+        best.setdefault(kind, each)
     return list(best.values())[:7]
 
 
