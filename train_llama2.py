@@ -17,7 +17,7 @@ The file goes from the overview to the details, roughly in the order in which `m
     4. Training and evaluation the step, the learning rate, the validation loss, summaries and ROUGE
     5. The hook                what makes a script for one device run on many
     6. Data                    documents, tokens, masks, and how they are dealt to ranks and micro-batches
-    7. Model                   loading, attention, the loss without logits, compiling, AdamW
+    7. Model                   loading, attention, the loss without logits, compiling, AdamW, pipeline stages
     8. Checkpoints             the save folder, stop signals, writing and resuming
     9. The final model         a Hugging Face folder with its model card
    10. Reporting               progress, metrics.jsonl, curves, and whether the plan was right
@@ -706,7 +706,7 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
             )
         parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
         parallel = padded
-    if parallel.plan.pipeline_parallel_size == 1 and loss_differs_from_logits(model, padded):
+    if loss_differs_from_logits(model, padded):
         raise UserError(
             f"--model-name-or-path {parallel.config.model_name_or_path}: its logits are not the product of its last "
             "hidden states and its head, so the script cannot compute its loss; use another model"
