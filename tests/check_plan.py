@@ -68,11 +68,11 @@ def flash_attention(module, query, key, value, mask, scaling=None, **ignored):
 
 
 @contextlib.contextmanager
-def fake_ranks(world_size: int) -> Iterator[None]:
-    """Makes this process rank 0 of `world_size` inside the context. Its collectives move nothing."""
+def fake_ranks(world_size: int, rank: int = 0) -> Iterator[None]:
+    """Makes this process a rank of `world_size` inside the context. Its collectives and messages move nothing."""
     private = FakeTensorMode(allow_non_fake_inputs=True)
     original, _sharding_prop.detect_fake_mode = _sharding_prop.detect_fake_mode, lambda *_, **__: private
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
@@ -80,25 +80,27 @@ def fake_ranks(world_size: int) -> Iterator[None]:
         _sharding_prop.detect_fake_mode = original
 
 
-def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int) -> float:
-    """Returns the peak over two optimizer steps that PyTorch's tracker counts for rank 0."""
+def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, stage: int = 0) -> float:
+    """Returns the peak over two optimizer steps that PyTorch's tracker counts for the first rank of a stage."""
     AttentionInterface.register("tracked_attention", flash_attention)
-    sharded = plan.dp_shard_size > 1
-    with fake_ranks(plan.dp_shard_size * plan.dp_replicate_size), warnings.catch_warnings():
+    sharded, stages = plan.uses_fsdp, plan.pipeline_parallel_size
+    parallel = SimpleNamespace(
+        plan=plan, shape=script.model_shape(model_config), config=script.Config(), device=torch.device("cpu")
+    )
+    with fake_ranks(stages * plan.data_parallel_size, stage * plan.data_parallel_size), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 model_config, dtype=plan.state_dtype, attn_implementation="tracked_attention"
             )
-        if sharded:
-            settings = DistributedConfig(
-                fsdp_size=plan.dp_shard_size,
-                dp_replicate_size=plan.dp_replicate_size,
-                fsdp_mixed_precision=plan.precision != "fp32",
-            )
+        if sharded or stages > 1:
+            settings = DistributedConfig(pp_size=stages, fsdp_mixed_precision=plan.precision != "fp32")
+            settings.fsdp_size, settings.dp_replicate_size = plan.dp_shard_size, plan.dp_replicate_size
             _, mesh = initialize_distributed_mesh(settings)
             model.config.distributed_config = settings
-            model = type(model).maybe_distribute_model(model, settings, mesh)
+            with script.stages_of_the_plan(parallel):
+                model = type(model).maybe_distribute_model(model, settings, mesh)
+        pipeline = TrackedPipeline(plan, model_config.hidden_size, parallel.device)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             model.tie_weights()
@@ -107,7 +109,7 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int) -
                 model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=plan.recompute_every)
             if not plan.reshard_after_forward:
                 model.set_reshard_after_forward(False)
-            script.use_token_loss(model)
+            script.use_token_loss(model, pipeline.is_last)
             optimizer = script.build_optimizer(model, script.Config())
             tracker = FSDPMemTracker(model, optimizer) if sharded else MemTracker()
             if not sharded:
@@ -115,25 +117,57 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int) -
             row = torch.zeros(rows, length, dtype=torch.long)
             with tracker:
                 for _ in range(2):
-                    train_once(model, optimizer, plan, row, tracker)
+                    train_once(model, optimizer, pipeline, parallel, row, tracker)
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     return next(size for name, size in peak.items() if getattr(name, "value", name) == "Total") / GIB
 
 
+class TrackedPipeline(script.Pipeline):
+    """The script's pipeline. It empties what the script frees, because the tracker's hooks keep it for ever."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.passed: list[torch.Tensor] = []  # between stages: received, or sent
+
+    def receive(self, *arguments) -> torch.Tensor:
+        self.passed.append(super().receive(*arguments))
+        return self.passed[-1]
+
+    def send(self, tensor: torch.Tensor, *arguments) -> None:
+        super().send(tensor, *arguments)
+        self.passed.append(tensor)
+
+    def empty_what_is_done(self) -> None:
+        kept = [tensor for _, tensor in self.sends] + [tensor for both in self.under_way for tensor in both]
+        kept_storages = {tensor.untyped_storage()._cdata for tensor in kept if tensor is not None}
+        for tensor in self.passed:
+            if tensor.untyped_storage()._cdata not in kept_storages:
+                tensor.untyped_storage().resize_(0)
+        self.passed = [tensor for tensor in self.passed if tensor.untyped_storage()._cdata in kept_storages]
+
+
 def train_once(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, row: torch.Tensor, tracker: MemTracker
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pipeline: TrackedPipeline,
+    parallel: SimpleNamespace,
+    row: torch.Tensor,
+    tracker: MemTracker,
 ) -> None:
     """Takes the script's optimizer step, without the parts that allocate nothing."""
-    sharded, predict_at = plan.dp_shard_size > 1, torch.arange(row.numel() - 1)
-    for index in range(plan.gradient_accumulation_steps):
-        last = index == plan.gradient_accumulation_steps - 1
-        if sharded:
-            model.set_requires_gradient_sync(last or plan.gradient_sync == "micro-batch")
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocasts):
-            loss = model(input_ids=row, predict_at=predict_at, targets=row.flatten()[1:], use_cache=False)
-        loss.backward()
-        del loss
-        tracker.reset_mod_stats()  # forgets the modules' figures and keeps the peak
+    plan, micro_batches = parallel.plan, parallel.plan.gradient_accumulation_steps
+    micro_batch = dict(input_ids=row, predict_at=torch.arange(row.numel() - 1), targets=row.flatten()[1:])
+    for action, index in pipeline.schedule(micro_batches):
+        if plan.uses_fsdp:
+            model.set_requires_gradient_sync(index == micro_batches - 1 or plan.gradient_sync == "micro-batch")
+        if action == "forward":
+            tracker.reset_mod_stats()  # forgets the modules' figures and keeps the peak
+            pipeline.forward(model, micro_batch, parallel)
+        else:
+            pipeline.backward(1.0)
+            pipeline.empty_what_is_done()
+    pipeline.finish_sending()
+    pipeline.empty_what_is_done()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -182,16 +216,17 @@ def memory_cases(full: bool) -> Iterator[tuple[str, LlamaConfig, Plan, int, int]
         yield "13b", llama("13b", 5), replace(plan, precision="bf16-states"), 2, 2048
 
 
-def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int) -> tuple[float, str]:
-    """Returns the active GiB at the peak of the plan's prediction, and the moment at which it is.
+def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int = 0) -> tuple[float, str]:
+    """Returns the active GiB at the peak of the plan's prediction for a stage, and the moment at which it is.
 
     The tracker runs on a CPU, where torch's linear_cross_entropy casts the head, its gradient and two chunks of its
     input to fp32. CUDA's matmuls take bf16 and give fp32, so the script does not count these casts, and they are added
     here; the copies of a chunk's logits in bf16 are CUDA's alone. On CUDA the last layer is gathered before the head's
     backward pass, and the head's fp32 gradients are there until the last layer's; not so for the tracker.
     """
-    moments = script.memory_moments(shape, plan, tokens)
-    if plan.precision != "fp32":
+    part = script.shapes_of_stages(shape, plan.pipeline_parallel_size)[stage]
+    moments = script.memory_moments(part, plan, tokens, stage)
+    if plan.precision != "fp32" and part.has_head:
         rows = min(tokens, script.HEAD_CHUNK_TOKENS)
         casts = 8 * shape.head_and_norm_parameters + 8 * shape.hidden * rows
         moments["loss"]["temporaries"] += casts - 4 * shape.vocabulary * rows
