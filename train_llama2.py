@@ -518,11 +518,10 @@ def lost_contact(error: RuntimeError) -> bool:
 # ----------------------------------------------------------------------------------------------------------------
 # The loss of a step is the sum of the token losses of the whole global batch, divided by its number of label tokens, so
 # it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. Except
-# under CPU offload, a step never waits for the device. The validation loss weighs every token the same and counts each
+# under CPU offload a step never waits for the device. The validation loss weighs every token the same and counts each
 # document once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
-SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
 
 
 @dataclass
@@ -670,113 +669,6 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------
-
-
-def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Parallel:
-    """Proves before training that the loaded model, in its parallel form, computes what is meant.
-
-    Its loss is finite, no token sees a later one, and no packed document sees another. If tokens see later ones, the
-    model's own eager attention, with a mask and padded rows, is tried instead, and kept if it passes. If packed
-    documents see each other, rows are padded from here on. In both cases the returned `Parallel` holds the plan to go
-    on with. Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
-    """
-    with parallel.pipeline.watched():
-        parallel = check_attention(model, parallel)
-        loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
-    if not math.isfinite(loss):
-        raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
-    return parallel
-
-
-def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
-    """Returns the `Parallel` under which no token of the model sees what it must not. Raises UserError for none."""
-    padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
-    if parallel.plan.packing and attention_leaks(model, parallel):
-        if parallel.config.packing == "yes":
-            raise UserError("--packing yes: the packed documents of this model see each other; use no")
-        parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
-        parallel = padded
-    if attention_leaks(model, padded):
-        # for a model that computes attention itself, and asks its config whether to make the mask
-        parallel.accelerator.unwrap_model(model).config._attn_implementation = "eager"
-        if attention_leaks(model, padded):
-            raise UserError(
-                f"--model-name-or-path {parallel.config.model_name_or_path}: tokens of this model see later ones, so "
-                "it would train on what it is to predict; use a causal language model"
-            )
-        parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
-        parallel = padded
-    if loss_differs_from_logits(model, padded):
-        raise UserError(
-            f"--model-name-or-path {parallel.config.model_name_or_path}: its logits are not the product of its last "
-            "hidden states and its head, so the script cannot compute its loss; use another model"
-        )
-    return parallel
-
-
-@torch.no_grad()
-def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
-    """Returns whether a token's loss depends on what comes after it or, in packed rows, on the document before its own.
-
-    Compares the loss of the same labels alone and beside different neighbours. Rounding alone makes such losses differ.
-    By how much is taken as the larger of two figures: the difference when the document is one of two rows, where
-    nothing can leak, and the relative error of the precision. More than ten times that is a leak. One host sync.
-    """
-    model.eval()
-    tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=56)
-    document, changed_end, another, after = (
-        tokens[:16],
-        np.append(tokens[:15], tokens[55]),
-        tokens[16:32],
-        tokens[32:55],
-    )
-
-    def loss_of(*documents: np.ndarray, place: int = 0) -> Tensor:
-        """Returns the loss of document `place` of a row. Its last token is no target: `changed_end` differs there."""
-        lengths = torch.tensor([len(each) for each in documents])
-        start, end = int(lengths[:place].sum()), int(lengths[: place + 1].sum())
-        inputs = dict(input_ids=torch.from_numpy(np.concatenate(documents))[None])
-        inputs |= dict(predict_at=torch.arange(start, end - 2), targets=inputs["input_ids"][0, start + 1 : end - 1])
-        if parallel.plan.packing:
-            inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-            inputs["cu_seq_lens"] = F.pad(lengths.cumsum(0), (1, 0)).int()
-        else:  # what follows the document is padding
-            inputs["attention_mask"] = (torch.arange(int(lengths.sum())) < end).long()[None]
-        return parallel.pipeline.forward(model, inputs, parallel)
-
-    rows = torch.from_numpy(np.stack([document, another]))
-    beside = dict(
-        input_ids=rows, predict_at=torch.arange(14), targets=rows[0, 1:15], attention_mask=torch.ones_like(rows)
-    )
-    padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
-    try:
-        losses = [loss_of(document), loss_of(changed_end), loss_of(document, after)]
-        if parallel.plan.packing:
-            losses.append(loss_of(another, document, place=1))
-        losses.append(parallel.pipeline.forward(model, beside, padded))
-    except (AttributeError, TypeError):  # a model that cannot do without its mask
-        return True
-    parallel.pipeline.finish_sending()
-    alone, *changed, beside_another = parallel.sum_over_data_ranks(torch.stack(losses).double()).tolist()
-    rounding = max(abs(beside_another - alone), alone * (1e-6 if parallel.plan.compute_bytes == 4 else 5e-4))
-    return max(abs(loss - alone) for loss in changed) > 10 * rounding
-
-
-@torch.no_grad()
-def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
-    """Returns whether the loss without logits is another than that of the model's own logits, on one short row."""
-    model.eval()
-    ids = torch.from_numpy(np.random.default_rng(0).integers(parallel.shape.vocabulary, size=(1, 16)))
-    row = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    ours = parallel.pipeline.forward(model, dict(row, predict_at=torch.arange(15), targets=ids[0, 1:]), parallel)
-    parallel.pipeline.finish_sending()
-    with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
-        logits = model(**{name: tensor.to(parallel.device) for name, tensor in row.items()}, use_cache=False).logits
-    own = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
-    own = own * parallel.pipeline.is_last  # every stage gets the logits, but only the last one has a loss
-    ours, own = parallel.sum_over_data_ranks(torch.stack([ours, own])).tolist()
-    tolerance = 1e-4 if parallel.plan.compute_bytes == 4 else 2e-2  # of rounding, where logits are bf16
-    return abs(ours - own) > tolerance * own
 
 
 def evaluate(
@@ -2430,6 +2322,118 @@ def loss_of_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(hidden, weight).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+# ---- Model: checks before training ---------------------------------------------------------------------------
+
+SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
+
+
+def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Parallel:
+    """Proves before training that the loaded model, in its parallel form, computes what is meant.
+
+    Its loss is finite, no token sees a later one, and no packed document sees another. If tokens see later ones, the
+    model's own eager attention, with a mask and padded rows, is tried instead, and kept if it passes. If packed
+    documents see each other, rows are padded from here on. In both cases the returned `Parallel` holds the plan to go
+    on with. Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
+    """
+    with parallel.pipeline.watched():
+        parallel = check_attention(model, parallel)
+        loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
+    if not math.isfinite(loss):
+        raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
+    return parallel
+
+
+def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
+    """Returns the `Parallel` under which no token of the model sees what it must not. Raises UserError for none."""
+    padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
+    if parallel.plan.packing and attention_leaks(model, parallel):
+        if parallel.config.packing == "yes":
+            raise UserError("--packing yes: the packed documents of this model see each other; use no")
+        parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
+        parallel = padded
+    if attention_leaks(model, padded):
+        # for a model that computes attention itself, and asks its config whether to make the mask
+        parallel.accelerator.unwrap_model(model).config._attn_implementation = "eager"
+        if attention_leaks(model, padded):
+            raise UserError(
+                f"--model-name-or-path {parallel.config.model_name_or_path}: tokens of this model see later ones, so "
+                "it would train on what it is to predict; use a causal language model"
+            )
+        parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
+        parallel = padded
+    if loss_differs_from_logits(model, padded):
+        raise UserError(
+            f"--model-name-or-path {parallel.config.model_name_or_path}: its logits are not the product of its last "
+            "hidden states and its head, so the script cannot compute its loss; use another model"
+        )
+    return parallel
+
+
+@torch.no_grad()
+def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
+    """Returns whether a token's loss depends on what comes after it or, in packed rows, on the document before its own.
+
+    Compares the loss of the same labels alone and beside different neighbours. Rounding alone makes such losses differ.
+    By how much is taken as the larger of two figures: the difference when the document is one of two rows, where
+    nothing can leak, and the relative error of the precision. More than ten times that is a leak. One host sync.
+    """
+    model.eval()
+    tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=56)
+    document, changed_end, another, after = (
+        tokens[:16],
+        np.append(tokens[:15], tokens[55]),
+        tokens[16:32],
+        tokens[32:55],
+    )
+
+    def loss_of(*documents: np.ndarray, place: int = 0) -> Tensor:
+        """Returns the loss of document `place` of a row. Its last token is no target: `changed_end` differs there."""
+        lengths = torch.tensor([len(each) for each in documents])
+        start, end = int(lengths[:place].sum()), int(lengths[: place + 1].sum())
+        inputs = dict(input_ids=torch.from_numpy(np.concatenate(documents))[None])
+        inputs |= dict(predict_at=torch.arange(start, end - 2), targets=inputs["input_ids"][0, start + 1 : end - 1])
+        if parallel.plan.packing:
+            inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+            inputs["cu_seq_lens"] = F.pad(lengths.cumsum(0), (1, 0)).int()
+        else:  # what follows the document is padding
+            inputs["attention_mask"] = (torch.arange(int(lengths.sum())) < end).long()[None]
+        return parallel.pipeline.forward(model, inputs, parallel)
+
+    rows = torch.from_numpy(np.stack([document, another]))
+    beside = dict(
+        input_ids=rows, predict_at=torch.arange(14), targets=rows[0, 1:15], attention_mask=torch.ones_like(rows)
+    )
+    padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
+    try:
+        losses = [loss_of(document), loss_of(changed_end), loss_of(document, after)]
+        if parallel.plan.packing:
+            losses.append(loss_of(another, document, place=1))
+        losses.append(parallel.pipeline.forward(model, beside, padded))
+    except (AttributeError, TypeError):  # a model that cannot do without its mask
+        return True
+    parallel.pipeline.finish_sending()
+    alone, *changed, beside_another = parallel.sum_over_data_ranks(torch.stack(losses).double()).tolist()
+    rounding = max(abs(beside_another - alone), alone * (1e-6 if parallel.plan.compute_bytes == 4 else 5e-4))
+    return max(abs(loss - alone) for loss in changed) > 10 * rounding
+
+
+@torch.no_grad()
+def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
+    """Returns whether the loss without logits is another than that of the model's own logits, on one short row."""
+    model.eval()
+    ids = torch.from_numpy(np.random.default_rng(0).integers(parallel.shape.vocabulary, size=(1, 16)))
+    row = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    ours = parallel.pipeline.forward(model, dict(row, predict_at=torch.arange(15), targets=ids[0, 1:]), parallel)
+    parallel.pipeline.finish_sending()
+    with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
+        logits = model(**{name: tensor.to(parallel.device) for name, tensor in row.items()}, use_cache=False).logits
+    own = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
+    own = own * parallel.pipeline.is_last  # every stage gets the logits, but only the last one has a loss
+    ours, own = parallel.sum_over_data_ranks(torch.stack([ours, own])).tolist()
+    tolerance = 1e-4 if parallel.plan.compute_bytes == 4 else 2e-2  # of rounding, where logits are bf16
+    return abs(ours - own) > tolerance * own
 
 
 # ---- Model: compiling ----------------------------------------------------------------------------------------
