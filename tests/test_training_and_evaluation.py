@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import json
 import math
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -347,3 +352,65 @@ def test_as_many_documents_are_summarised_together_as_memory_holds_caches(beams,
     config = train_llama2.Config(num_beams=beams, rouge_samples=100)
     parallel = train_llama2.Parallel(config, None, cluster, None, shape, plan, None)
     assert train_llama2.prompts_at_a_time(parallel) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# On a GPU
+# ----------------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@contextlib.contextmanager
+def gpu_step(**flags: object) -> Iterator[Callable[[], None]]:
+    """Inside, a call takes one training step of a tiny Llama on one GPU, with four micro-batches; two are taken."""
+    config = train_llama2.parse_config(small_run(Path("unused"), batch_size=8, micro_batch_size=2, **flags))
+    with train_llama2.enable_advanced_parallelization(config) as parallel:
+        tokenizer = train_llama2.load_tokenizer(parallel)
+        documents, _ = train_llama2.load_data(tokenizer, parallel)
+        model = train_llama2.load_model(parallel)
+        optimizer = train_llama2.build_optimizer(model, config)
+        train_llama2.compile_layers(model, parallel, steps=10**6)
+        batch = train_llama2.global_batch(documents, np.arange(8), parallel)
+        state = train_llama2.TrainingState.fresh(parallel.device)
+
+        def step() -> None:
+            train_llama2.training_step(model, optimizer, batch, 1e-5, state, parallel)
+
+        step()
+        step()
+        yield step
+
+
+def kernel_launches(step: Callable[[], None]) -> int:
+    """Counts with CUPTI, or with `counters()["launches"]` of the module that $COUNTERS_MODULE names."""
+    if name := os.environ.get("COUNTERS_MODULE"):
+        counters = importlib.import_module(name).counters
+        before = counters()["launches"]
+        step()
+        return counters()["launches"] - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    return sum(event.count for event in profile.key_averages() if "LaunchKernel" in event.key)
+
+
+@needs_gpu
+@pytest.mark.parametrize("packing", ["yes", "no"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-states"])
+def test_a_step_never_waits_for_the_gpu(packing, precision):
+    with gpu_step(packing=packing, precision=precision, compile="no") as step:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_compiled_layers_launch_fewer_kernels(tmp_path):
+    with gpu_step(compile="no") as step:
+        eager = kernel_launches(step)
+        assert kernel_launches(step) == eager, "a step launches as many as the one before"
+    fresh_accelerate()
+    with gpu_step(compile="yes") as step:
+        assert 0 < kernel_launches(step) < 0.8 * eager
