@@ -4454,7 +4454,7 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1) -> 
     if config.parallelism == "auto":
         ranks = cluster.world_size // stages
         groups = ranks > cluster.ranks_per_node > 1
-        several = ["ddp", "fsdp", "hsdp"] if groups else ["ddp", "fsdp"]
+        several = [*(["ddp"] if stages == 1 else []), "fsdp", *(["hsdp"] if groups else [])]
         strategies = several if ranks > 1 else ["none"]
     if config.cpu_offload == "yes":
         if not cluster.has_gpu:
@@ -4828,14 +4828,15 @@ class StepMemory:
             # Its input, and what matmuls and attention read or write: two norms' outputs, query, attention output and
             # its projection 5h, key and value 2k, gate, up and their product 3f. The rest is computed again from them.
             self.whole_layer = self.layer_input + plan.compute_bytes * (5 * h + 2 * k + 3 * f) + 4 * a + 8
-        recomputed = map(plan.recomputes_layer, range(shape.layers))
+        recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
+        self.layers_kept_whole = recomputed.count(False)
         self.saved = [self.layer_input if each else self.whole_layer for each in recomputed]  # by layer, until backward
         stages, micro_batches = plan.pipeline_parallel_size, plan.gradient_accumulation_steps
         under_way = min(stages - stage, micro_batches)  # 1F1B (Narayanan et al. 2021), this one included
         self.other_micro_batches = (under_way - 1) * (sum(self.saved) + self.rotary)
-        if (
-            stages > 1
-        ):  # The streams that were sent, which `Pipeline.send` keeps for a while, and the gradient received.
+        # Autocast's bf16 copies of the weights are saved with each micro-batch.
+        self.other_copies = (under_way - 1) * 2 * plan.autocasts * self.layers_kept_whole * shape.layer_parameters
+        if stages > 1:  # what was sent, which `Pipeline.send` keeps for a while, and the gradient received
             streams_kept = min(micro_batches, 2 * stages) + 1
             self.other_micro_batches += streams_kept * (4 if in_fp32 or plan.autocasts else 2) * h
         # Logits and inputs of the head for one chunk of positions, in fp32.
@@ -4890,7 +4891,7 @@ class StepMemory:
         """Returns the terms of a moment in bytes. `activations` are bytes per token of the micro-batch being worked on,
         and `finished` is the number of parameters whose gradients are complete."""
         activations = self.tokens * (activations + self.other_micro_batches)
-        passing = dict(gathered=gathered, activations=activations, temporaries=temporaries)
+        passing = dict(gathered=gathered + self.other_copies, activations=activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
 
 

@@ -165,7 +165,7 @@ def train_once(
             pipeline.forward(model, micro_batch, parallel)
         else:
             pipeline.backward(1.0)
-            pipeline.empty_what_is_done()
+        pipeline.empty_what_is_done()
     pipeline.finish_sending()
     pipeline.empty_what_is_done()
     optimizer.step()
