@@ -17,7 +17,7 @@ The file goes from the overview to the details, roughly in the order in which `m
     4. Training and evaluation the step, the learning rate, the validation loss, summaries and ROUGE
     5. The hook                what makes a script for one device run on many
     6. Data                    documents, tokens, masks, and how they are dealt to ranks and micro-batches
-    7. Model                   loading, attention, the loss without logits, compiling, AdamW
+    7. Model                   loading, attention, the loss without logits, compiling, AdamW, pipeline stages
     8. Checkpoints             the save folder, stop signals, writing and resuming
     9. The final model         a Hugging Face folder with its model card
    10. Reporting               progress, metrics.jsonl, curves, and whether the plan was right
@@ -37,6 +37,7 @@ Every rank runs the same code, so every rank calls every function at the same po
 from __future__ import annotations
 
 import argparse
+import atexit
 import bisect
 import bz2
 import collections
@@ -73,7 +74,7 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -150,11 +151,11 @@ def first_line(error: BaseException) -> str:
 # 2. Flags
 # ----------------------------------------------------------------------------------------------------------------
 # Each flag is one field of `Config`: its default and its help stand there and nowhere else, and its reader turns the
-# word on the command line into a value or says which rule the word breaks. All problems are reported at once.
+# word on the command line into a value or says which rule the word breaks. All problems of values are reported at once.
 
 RECOMPUTATION_LEVELS = ("none", "every-4", "every-3", "every-2", "full")  # layers whose activations are recomputed
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-LARGEST_INTEGER = 2**31  # the upper limit of every integer flag that sets no limit of its own
+LARGEST_INTEGER = 2**31  # integer flags stay below this unless they set a limit of their own
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def text(unset: str | None = None) -> Reader:
     return Reader(str, "STR", unset)
 
 
-PATH = Reader(os.path.expanduser, "PATH")  # where a flag's = hides a ~ from the shell
+PATH = Reader(os.path.expanduser, "PATH")  # the shell leaves a ~ after --flag= as it is
 
 
 def one_of(*choices: str) -> Reader:
@@ -203,14 +204,14 @@ def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset
         if value <= above:
             raise ValueError(f"must be above {above}")
         if value >= below:
-            raise ValueError(f"must be below {below:g}")
+            raise ValueError(f"must be below {below:,}")
         return value
 
     return Reader(convert, kind.__name__.upper(), unset)
 
 
 def flag(default: Any, help: str, read: Reader | None = None, bare: str | None = None) -> Any:
-    """Returns a field of `Config`. A default of False makes a switch; `bare` is its value when no word follows."""
+    """Returns a field of `Config`. A default of False makes a switch. `bare` is what a flag without a word means."""
     return dataclasses.field(default=default, metadata=dict(help=help, read=read or text(), bare=bare))
 
 
@@ -244,7 +245,8 @@ class Config:
     max_steps: int | None = flag(None, "stop after this many optimizer steps", number(int, minimum=1, unset="none"))
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
-        None, "most documents per forward pass of a device", number(int, minimum=1, unset="auto"))
+        None, "most documents per forward pass of a device; packed: as many tokens as these have when full",
+        number(int, minimum=1, unset="auto"))
     lr: float = flag(1e-5, "peak learning rate of AdamW; 0 measures without training", number(float, minimum=0))
     lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
     warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", number(float, minimum=0, below=1))
@@ -272,7 +274,7 @@ class Config:
         one_of("auto", *RECOMPUTATION_LEVELS))
     cpu_offload: str = flag("auto", "FSDP and HSDP: keep weights and optimizer in host memory", AUTO_YES_NO)
     precision: str = flag(
-        "auto", "compute precision over fp32 master weights, bf16 on GPU and fp32 on CPU; bf16-states keeps no fp32",
+        "auto", "compute precision over fp32 weights; auto: bf16 on GPU, fp32 on CPU; bf16-states: all states in bf16",
         one_of("auto", "bf16", "fp32", "bf16-states"))
     packing: str = flag(
         "auto", "lay documents end to end instead of padding them; auto: where variable-length flash attention runs",
@@ -291,7 +293,7 @@ class Config:
     save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", POSITIVE)
     resume: str = flag(
-        "auto", "auto: the newest checkpoint in --save-model-dir; a path: where to begin if there is none yet", PATH)
+        "auto", "auto: go on from the newest checkpoint in the folder; a path: begin from it if there is none", PATH)
     resume_anyway: bool = flag(False, "resume although flags or data that shape the losses have changed")
     async_save: str = flag(
         "auto", "write checkpoints while training goes on; auto: if host memory has room for a copy", AUTO_YES_NO)
@@ -488,6 +490,22 @@ def command_line(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """Ends this process as `sys.exit` does, except that a rank skips the end of the Python interpreter.
+
+    Modules and models keep gloo's threads alive beyond `destroy_process_group`. One that asks for the GIL while Python
+    ends, to release its last message, aborts the process: "terminate called without an active exception".
+    """
+    if "LOCAL_RANK" not in os.environ:
+        sys.exit(code)
+    threading._shutdown()  # waits for threads, then atexit and flushing: what Python does first
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+            stream.flush()
+    os._exit(code)
+
+
 def lost_contact(error: RuntimeError) -> bool:
     """Returns whether another rank is out of reach. NCCL and the store raise DistError, gloo a RuntimeError."""
     words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -499,8 +517,9 @@ def lost_contact(error: RuntimeError) -> bool:
 # 4. Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------
 # The loss of a step is the sum of the token losses of the whole global batch, divided by its number of label tokens, so
-# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. A step never waits
-# for the device. The validation loss weighs every token the same and counts each document once on any number of ranks.
+# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. Except
+# under CPU offload, a step never waits for the device. The validation loss weighs every token the same and counts each
+# document once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
@@ -508,7 +527,11 @@ SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails i
 
 @dataclass
 class TrainingState:
-    """Where the run stands. The tensors stay on the device, so counting costs no host sync."""
+    """Where the run stands. The tensors stay on the device, so counting costs no host sync.
+
+    `skipped` counts the updates skipped so far, `skipped_in_a_row` those at the end, and `longest_skip` is the longest
+    series yet, so that one that ended between two looks at it is seen. `tokens` are those trained on, without padding.
+    """
 
     skipped: Tensor
     skipped_in_a_row: Tensor
@@ -607,12 +630,14 @@ def clip_gradients(model: nn.Module, parallel: Parallel) -> Tensor:
 def token_loss_sum(model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
     """Returns the sum of the token losses of a micro-batch, in fp32, on the device. It can be differentiated.
 
+    `load_model` has made the model itself return that sum where `predict_at` and `targets` are among its inputs.
+
     A pipeline stage before the last has no losses and returns its hidden states (B, T, h).
     """
     inputs: dict[str, Any] = {
         name: tensor.to(parallel.device, non_blocking=True)
         for name, tensor in micro_batch.items()
-        if name != "labels"  # the head is given its targets
+        if name != "labels"  # `predict_at` and `targets` hold the same, without the ignored ones
     }
     if parallel.plan.packing:
         inputs["max_length"] = parallel.config.block_size  # an upper bound; a changing one would recompile the layers
@@ -634,8 +659,8 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 def stop_if_broken(state: TrainingState, saving: bool) -> None:
     """Raises RunError after too many skipped updates in a row. All ranks do, because all saw the same loss and norm.
 
-    Reading the count waits for the device, so this is done every fifth step, and before a save: a checkpoint saved in
-    the middle of such a series would make every resumed run fail. The steps in between change nothing.
+    Reading the count waits for the device, so this is done every fifth step, and before a save: the longest series is
+    saved too, so a checkpoint made after five skips in a row would stop every run that resumes from it.
     """
     if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
         raise RunError(
@@ -650,10 +675,10 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
 def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Parallel:
     """Proves before training that the loaded model, in its parallel form, computes what is meant.
 
-    Its loss is finite, no token sees a later one, and no packed document sees another. A model that lets tokens see
-    later ones goes on with its own attention where that passes; one that lets packed documents see each other is
-    padded from here on, which the returned `Parallel` says. Raises RunError for broken weights, and UserError for a
-    model that cannot be trained rightly.
+    Its loss is finite, no token sees a later one, and no packed document sees another. If tokens see later ones, the
+    model's own eager attention, with a mask and padded rows, is tried instead, and kept if it passes. If packed
+    documents see each other, rows are padded from here on. In both cases the returned `Parallel` holds the plan to go
+    on with. Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
     """
     with parallel.pipeline.watched():
         parallel = check_attention(model, parallel)
@@ -693,9 +718,9 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
 def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     """Returns whether a token's loss depends on what comes after it or, in packed rows, on the document before its own.
 
-    Compares the losses of the same labels in a few short rows. They differ by rounding too: by as much as they do
-    when the same row stands beside another one, or by what the precision explains. Ten times that is a leak. One host
-    sync.
+    Compares the loss of the same labels alone and beside different neighbours. Rounding alone makes such losses differ.
+    By how much is taken as the larger of two figures: the difference when the document is one of two rows, where
+    nothing can leak, and the relative error of the precision. More than ten times that is a leak. One host sync.
     """
     model.eval()
     tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=56)
@@ -707,7 +732,7 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     )
 
     def loss_of(*documents: np.ndarray, place: int = 0) -> Tensor:
-        """Returns the loss of one document's tokens, but for its last, in a row with others."""
+        """Returns the loss of document `place` of a row. Its last token is no target: `changed_end` differs there."""
         lengths = torch.tensor([len(each) for each in documents])
         start, end = int(lengths[:place].sum()), int(lengths[: place + 1].sum())
         inputs = dict(input_ids=torch.from_numpy(np.concatenate(documents))[None])
@@ -811,8 +836,8 @@ def summarise(
     """Returns the model's summaries of --rouge-samples documents, drawn by the seed, beside the documents' own.
 
     Each is a `reference` and a `summary`; every rank gets the same list. Returns None if the run was asked to stop
-    meanwhile. Sharded forward passes need all ranks: a data rank without documents repeats one, and `generate` keeps
-    running until all ranks have finished.
+    meanwhile. Sharded forward passes need all ranks: a data rank without documents repeats one, and `generate`
+    keeps a sharded model running until all ranks have finished.
     """
     config, size = parallel.config, parallel.data_parallel_size
     module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
@@ -850,7 +875,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     A cache holds keys and values of every layer, per token of prompt and summary and per beam.
     """
     shape, plan, config = parallel.shape, parallel.plan, parallel.config
-    step = StepMemory(shape, plan, tokens=1)
+    step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
@@ -947,8 +972,7 @@ def enable_advanced_parallelization(config: Config, trains_stages: bool = False)
         choice = choose_plan(shape, cluster, config)
         refuse_what_does_not_fit(choice, cluster)
         plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
-    timeout = timedelta(minutes=config.dist_timeout_minutes)
-    pipeline = Pipeline(plan, shape.hidden, accelerator.device, timeout)
+    pipeline = Pipeline(plan, shape.hidden, accelerator.device, timedelta(minutes=config.dist_timeout_minutes))
     parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline)
     parallel.say(words)
     if config.packing == "auto" and cluster.has_gpu and shape.unpackable and not on_moai:
@@ -1067,8 +1091,8 @@ class Parallel:
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type in ORDERLY_EXITS:
             if self.accelerator.num_processes > 1:
-                # gloo's threads need the GIL to send their last message. Destroying a DDP model or ending Python holds
-                # it and waits for those threads, so that without this pause a run sometimes hung or aborted.
+                # gloo's threads need the GIL to release their last message. Destroying a DDP model waits for them while
+                # it holds the GIL, and the end of Python aborts: see `leave`, which other scripts do not call.
                 time.sleep(0.1)
             self.accelerator.end_training()
         elif issubclass(error_type, torch.OutOfMemoryError):
@@ -1127,8 +1151,8 @@ class Parallel:
         """Wraps one micro-batch's forward and backward, and decides whether its gradients are reduced now or later.
 
         DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
-        gradient (4 bytes per parameter). HSDP reduces inside the sharded group each time, and only the all-reduce
-        across replicas, which carries 1/shards of it, waits for the last.
+        gradient (4 bytes per parameter). HSDP does the same inside the sharded group, and its all-reduce across
+        replicas, which carries 1/shards of it, always waits for the last.
         """
         if self.plan.uses_fsdp:
             model.set_requires_gradient_sync(is_last or self.plan.gradient_sync == "micro-batch")
@@ -1171,8 +1195,8 @@ def on_all_ranks(
 
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0
     acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act`
-    must not wait for other ranks: one that fails would leave them waiting. Costs one exchange of messages in host
-    memory.
+    should not wait for other ranks, as one that fails would leave them waiting. One that must wait reaches its wait
+    even when it fails (`node_main_first`), or fails on all ranks alike. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = problems = failure = cause = None
@@ -1221,7 +1245,7 @@ def start_process_group(config: Config) -> None:
         how["store"] = dist.PrefixStore(attempt, store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **how)
     if any(on_all_ranks(torch.cuda.is_available, gathered=True)):
-        on_all_ranks(take_gpu)  # a rank without one must be reported by rank 0, so the group comes first
+        on_all_ranks(take_gpu)  # all need one if any has one; rank 0 reports a rank without, so the group comes first
 
 
 def take_gpu() -> None:
@@ -1278,8 +1302,17 @@ HELD_OUT_SHARE = 0.05  # of the training split, held out where the data has no v
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".bz2", ".xz")  # what datasets opens by itself
-UNREAD_FORMATS = (".tsv", ".txt", ".arrow", ".ndjson", ".xlsx", ".pkl", ".zip", ".zst")  # look like data
-NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+UNREAD_FORMATS = (
+    ".tsv",
+    ".txt",
+    ".arrow",
+    ".ndjson",
+    ".xlsx",
+    ".pkl",
+    ".zip",
+    ".zst",
+)  # look like data, and are reported
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside data
 SPLIT_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -1418,9 +1451,7 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     local, files, lines = len(paths) > 1 or is_local(paths[0]), {}, []
     try:
         if local and any((Path(paths[0]) / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(paths[0])
-            splits = saved if isinstance(saved, dict) else {"train": saved}
-            splits = {split_of(str(name)): split for name, split in splits.items()}
+            splits = saved_splits(paths, config)
         elif local:
             file_format, files, lines = find_data_files(paths, config)
             # one call per split, because a single call requires the same columns in all of them
@@ -1445,8 +1476,21 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     return splits, lines
 
 
+def saved_splits(paths: list[str], config: Config) -> dict[str, Dataset]:
+    """Returns the splits of a folder written by `save_to_disk`; those whose names mean the same split are joined."""
+    import datasets
+
+    if len(paths) > 1:
+        raise UserError(f"{shown_data(config)}: {paths[0]} is a folder of save_to_disk; name it alone")
+    saved = datasets.load_from_disk(paths[0])
+    by_split: dict[str, list[Dataset]] = {}
+    for name, split in saved.items() if isinstance(saved, dict) else [("train", saved)]:
+        by_split.setdefault(split_of(str(name)), []).append(split)
+    return {name: datasets.concatenate_datasets(those) for name, those in by_split.items()}
+
+
 def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
-    """Returns the rows of all files. Where their columns differ, the files are read one by one for the two of texts."""
+    """Returns the rows of all files. Where their columns differ, only article and summary are kept of each."""
     import datasets
 
     # without keep_default_na=False pandas reads the text "None" as a missing value
@@ -1508,7 +1552,7 @@ def format_of(file: Path) -> str | None:
 def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, list[Path]], list[str]]:
     """Returns the format, the files by split, and lines that say what is read and what is not.
 
-    A file's name tells its split, or its folder's; the default is train. Hidden files are never data.
+    A file's name tells its split, or its folder's; the default is train. Hidden files in a folder are skipped.
     """
     shown, files, lines = shown_data(config), {}, []
     for path in map(Path, paths):
@@ -1545,7 +1589,7 @@ def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, li
 
 
 def without_empty_shards(files: list[Path]) -> list[Path]:
-    """Returns the parquet files that hold a row, or all of them where none does: `datasets` fails on the others."""
+    """Returns the parquet files that hold a row, because `datasets` fails on empty ones; all if every one is empty."""
     import pyarrow.parquet
 
     return [file for file in files if pyarrow.parquet.read_metadata(file).num_rows] or files
@@ -1592,7 +1636,7 @@ def csv_problem(file: Path, config: Config) -> str:
     """
     separator = separator_of(file, config)
     with open_file(file, newline="") as stream:
-        rows, number = csv.reader(stream, delimiter=separator, strict=True), 1
+        rows, number = csv.reader(stream, delimiter=separator, strict=True), 0
         try:
             header = next(rows, [])
             if missing := [name for name in (config.article_column, config.summary_column) if name not in header]:
@@ -1839,7 +1883,10 @@ def epoch_batches(documents: Documents, epoch: int, config: Config) -> list[np.n
 
 
 def evaluation_batches(documents: Documents, parallel: Parallel) -> list[np.ndarray]:
-    """Returns every document once, longest first, in batches of one micro-batch per data rank (packed: about four)."""
+    """Returns every document once, longest first, in batches of one micro-batch's documents per data rank.
+
+    Packed, they are four times as many: short documents share a row, and a larger choice fills rows better.
+    """
     order = np.argsort(-documents.lengths, kind="stable")
     size = parallel.data_parallel_size * parallel.plan.micro_batch_size * (4 if parallel.plan.packing else 1)
     return np.split(order, range(size, len(order), size))
@@ -2004,7 +2051,8 @@ def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 # 7. Model
 # ----------------------------------------------------------------------------------------------------------------
 # Any causal LM of transformers, with fp32 master weights. Under FSDP and HSDP each rank reads its own shard from the
-# files and never holds the whole. Attention never builds a T x T mask, and the loss never builds all logits.
+# files and never holds the whole. For Llama and most others, attention
+# builds no T x T mask and the loss never builds all logits.
 
 HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
 COMPILE_SECONDS = 120.0  # estimated time to compile the layers
@@ -2116,15 +2164,17 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
                 "folder again"
             ) from error
 
-    return on_all_ranks(load)
+    return on_all_ranks(
+        load
+    )  # its collectives come after what may fail on one rank: `check_weights` has read the files
 
 
 @contextlib.contextmanager
 def tied_weights_in_one_group() -> Iterator[None]:
-    """Inside, FSDP shards tied embeddings as one parameter, in the group of what is left beside the layers.
+    """Inside, FSDP shards tied embeddings as one parameter, in the root group, which holds all that is not in a layer.
 
-    transformers ties embedding and head after it has wrapped them. FSDP2 then pads the shared matrix in two groups,
-    and where the ranks do not divide the vocabulary it trains wrongly from the second step on
+    transformers ties embedding and head after it has wrapped them. The matrix then belongs to two FSDP groups, which
+    pad it each for itself, and where the ranks do not divide the vocabulary it trains wrongly from the second step on
     (https://github.com/pytorch/pytorch/issues/176076).
     """
     resolve = transformers.PreTrainedModel._resolve_parallel_plans
@@ -2278,8 +2328,8 @@ def varlen_flash_attention(
 ) -> Tensor:
     """Returns causal attention inside each document; query (T, heads, d), key and value (T, kv heads, d), on CUDA.
 
-    It is torch's own flash kernel, in half precision: autocast leaves query and key in fp32. torch 2.11 has no
-    `enable_gqa`, so there the key and value heads are repeated.
+    It is torch's own flash kernel, which takes half precision only. Under autocast the rotary embedding leaves query
+    and key in fp32, so they are cast. torch 2.11 has no `enable_gqa`, so there the key and value heads are repeated.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -2332,7 +2382,7 @@ def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True) -> None:
             output = own_forward(*arguments, **inputs)
             logits = output.logits.flatten(0, 1).index_select(0, predict_at).float()
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            if routes and model.training:  # a mean over the tokens, so it weighs as much as the labels do
+            if routes and model.training:  # it is a mean over tokens, and this loss a sum over labels
                 loss = loss + text_config.router_aux_loss_coef * output.aux_loss * (targets != IGNORE_INDEX).sum()
             return loss
         hidden = model.base_model(*arguments, **inputs).last_hidden_state
@@ -2404,9 +2454,11 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
             parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
             return False
-    # Layers that recompute and those that do not, one row and several, training and evaluation: 10 kinds of graph
+    # Layers that recompute or not, one row or several, training or evaluation, static lengths before dynamic ones:
+    # about 10 kinds of graph, and torch's limit is 8.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
+    torch._dynamo.config.optimize_ddp = False  # it would cut a layer into 11 graphs, which save more between them
     for module in parallel.accelerator.unwrap_model(model).modules():
         if isinstance(module, GradientCheckpointingLayer):  # what transformers' decoder layers are
             module.compile(dynamic=True)
@@ -2504,22 +2556,24 @@ class Pipeline:
     https://github.com/pytorch/pytorch/issues/159942.)
     """
 
-    def __init__(self, plan: Plan, hidden: int = 0, device: torch.device | None = None, timeout: timedelta | None = None):
+    def __init__(
+        self, plan: Plan, hidden: int = 0, device: torch.device | None = None, timeout: timedelta | None = None
+    ):
         self.stages, self.hidden, self.device = plan.pipeline_parallel_size, hidden, device
         # what passes between layers: fp32 under autocast, bf16 where FSDP casts the weights or all states are bf16
         self.dtype = torch.float32 if plan.precision == "fp32" or plan.autocasts else torch.bfloat16
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        ranks_of_stage = plan.data_parallel_size * plan.tensor_parallel_size
-        self.stage = rank // ranks_of_stage if self.stages > 1 else 0
-        self.ranks = [rank + (stage - self.stage) * ranks_of_stage for stage in range(self.stages)]
-        self.is_last = self.stage == self.stages - 1
-        self.before = self.ranks[self.stage - 1] if self.stage > 0 else None
-        self.after = None if self.is_last else self.ranks[self.stage + 1]
-        self.forth = self.back = None
+        self.stage, self.ranks = 0, []  # the ranks that work on this rank's documents, one a stage
+        self.before = self.after = self.forth = self.back = None
         if self.stages > 1:
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+            ranks_of_stage = world_size // self.stages
+            self.stage = rank // ranks_of_stage
+            self.ranks = list(range(rank % ranks_of_stage, world_size, ranks_of_stage))
+            self.before, self.after = ([None, *self.ranks, None][self.stage + place] for place in (0, 2))
             # a group for each direction: in one, a send forward and a send back could wait for each other under NCCL
             make_group = functools.partial(dist.new_group, self.ranks, timeout, use_local_synchronization=True)
             self.forth, self.back = make_group(), make_group()
+        self.is_last = self.after is None
         self.under_way: collections.deque = collections.deque()  # (entered, left) of micro-batches not gone back yet
         self.sends: collections.deque = collections.deque()  # with their tensors, which must outlive them
         self.is_watched, self.noted = False, ("", 0.0)
@@ -2591,15 +2645,18 @@ class Pipeline:
         return squares.sqrt().to(norm.dtype)
 
     def whole_tensors(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the name and the whole of each tensor of any stage, in the model's order, one at a time."""
+        """Yields the name and the whole of each tensor of any stage, one at a time, stage after stage."""
+        if self.stages == 1:
+            yield from ((name, unsharded(tensor)) for name, tensor in tensors.items())
+            return
         described = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-        of_ranks = [described] if self.stages == 1 else on_all_ranks(lambda: described, gathered=True)
-        for stage, rank in enumerate(self.ranks):
-            for name, shape, dtype in of_ranks[rank if self.stages > 1 else 0]:
-                whole = unsharded(tensors[name]) if stage == self.stage else None
-                if self.stages > 1:
-                    whole = torch.empty(shape, dtype=dtype, device=self.device) if whole is None else whole
-                    dist.broadcast(whole, rank, group=self.forth)
+        of_each_rank = on_all_ranks(lambda: described, gathered=True)
+        for owner in self.ranks:
+            for name, shape, dtype in of_each_rank[owner]:
+                whole = torch.empty(shape, dtype=dtype, device=self.device)
+                if name in tensors:
+                    whole = unsharded(tensors[name]).to(self.device)
+                dist.broadcast(whole, owner, group=self.forth)
                 yield name, whole
 
     def note(self, words: str) -> None:
@@ -2668,7 +2725,8 @@ def number_layers_of_stage(model: PreTrainedModel) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 # 8. Checkpoints
 # ----------------------------------------------------------------------------------------------------------------
-# A checkpoint exists whole or not at all: it is written under another name, flushed, and renamed when it is complete.
+# A checkpoint exists whole or not at all: it is written under another name, flushed (the tensors by torch's storage
+# writer), and renamed when it is complete.
 # Any kill costs at most the steps since the last one. The same command resumes from the newest, on any number of ranks
 # and under any plan, with the losses of an uninterrupted run up to rounding.
 
@@ -2676,7 +2734,7 @@ LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its sav
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
-CHECKPOINT_VERSION = 2  # 1, or none: held-out documents were drawn before empty ones were dropped
+CHECKPOINT_VERSION = 2  # without one: held-out documents were drawn before empty ones were dropped
 WRITING, DELETING = ".writing", ".deleting"
 
 
@@ -2775,9 +2833,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class StopSignals:
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
-    A second signal ends the process at once, as does any signal before `listen()`: while data and model are loaded
-    there is nothing to save. A context manager; leaving it restores the former handlers. Agreement is an all-reduce of
-    two CPU integers over gloo: about 0.1 ms, no device sync.
+    A second one, two seconds or more later, ends the process at once, as does any signal before `listen()`: while data
+    and model are loaded there is nothing to save. A SIGTERM after Slurm's SIGUSR1 counts as the first.
+    Agreement is an all-reduce of two CPU integers over gloo: about 0.1 ms, no device sync. A context manager; leaving
+    it restores the former handlers.
     """
 
     HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -2897,7 +2956,9 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # saved already: the step after it was abandoned
+        if (
+            self.saved_step == state.step
+        ):  # the background write just waited for was of this step: a stop abandoned the one after
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -2905,7 +2966,7 @@ class Checkpoints:
             tensors[f"rng.cuda.{self.parallel.rank}"] = torch.cuda.get_rng_state()
         run = {
             **state.as_numbers(),
-            "curve": self.settings,
+            "curve": self.settings,  # what decides the loss curve; compared when resuming
             "total_steps": self.total_steps,
             "save_seconds": self.seconds,
             "strategy": self.parallel.plan.strategy,
@@ -3942,7 +4003,7 @@ class PlanCheck:
         if number == 2:
             self.quantities = self.compare(result, clock() - self.first_step_ended)
             return
-        if on_gpu:  # the peaks before are of loading and evaluating
+        if on_gpu:  # the peak so far is of loading, evaluating and the first step
             self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
             torch.cuda.reset_peak_memory_stats()
         self.first_step_ended = clock()
@@ -3995,12 +4056,13 @@ class PlanCheck:
 # 11. The plan
 # ----------------------------------------------------------------------------------------------------------------
 # What one optimizer step takes in memory and time is worked out from the model's sizes alone, for every way to execute
-# it, and the fastest that fits is chosen. Sizes are in bytes and in elements; T is the tokens of one micro-batch.
+# it, and the fastest that fits is chosen. Sizes are in bytes and in elements; "tokens" are those of one micro-batch,
+# padding included. A "moment" is a point of the step at which memory may peak; Adam's are its first and second moment.
 # Nothing in this section talks to other ranks, except where the devices are found.
 
 USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
-STEP_FACTOR = 1.35  # and the factor that predicted step times do; published runs lie within it (tests/check_plan.py)
+STEP_FACTOR = 1.35  # predicted times claim to be right within this factor; published runs are (tests/check_plan.py)
 TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
 PLAN_FLAGS = (  # decided by the plan unless they are given
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
@@ -4352,7 +4414,7 @@ def given_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
     if stages > 1 and shape.uncuttable:
         raise UserError(f"{shown} cannot be had here: {shape.uncuttable}; leave it out")
     if stages > shape.layers:
-        raise UserError(f"{shown} needs a layer for each stage, and this model has {shape.layers}; use at most those")
+        raise UserError(f"{shown} needs a layer for each stage, and the model has {shape.layers}; use at most that")
     if cluster.world_size % stages:
         raise UserError(
             f"{shown} needs equally many processes in each stage, and {cluster.world_size} were started; use a divisor "
@@ -4368,7 +4430,7 @@ def given_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
 def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
     """Returns the layers of each stage, so that the slowest takes as little time as it can; the head counts as work.
 
-    Of the stages before the last, the later ones take what does not divide: the earlier hold more micro-batches.
+    Where that leaves a choice, later stages take more layers, because they hold fewer micro-batches.
     """
     if stages == 1:
         return [shape.layers]
@@ -4377,7 +4439,7 @@ def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
     def slowest(of_last: int) -> float:
         return max(math.ceil((shape.layers - of_last) / (stages - 1)), of_last + head)
 
-    last = min(range(1, shape.layers - stages + 2), key=slowest)
+    last = min(range(shape.layers - stages + 1, 0, -1), key=slowest)
     each, rest = divmod(shape.layers - last, stages - 1)
     return [each] * (stages - 1 - rest) + [each + 1] * rest + [last]
 
@@ -4403,14 +4465,13 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1) -> 
     return [replicas_and_shards(strategy, cluster, config.hsdp_shard_size, stages) for strategy in strategies]
 
 
-def replicas_and_shards(
-    strategy: str, cluster: Cluster, hsdp_shard_size: int | None, stages: int
-) -> tuple[int, int]:
+def replicas_and_shards(strategy: str, cluster: Cluster, hsdp_shard_size: int | None, stages: int) -> tuple[int, int]:
     """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
     world, of_stage = cluster.world_size // stages, " for each stage" if stages > 1 else ""
     if strategy == "none" and world > 1:
         raise UserError(
-            f"--parallelism none runs one process{of_stage}, but {world} were started; use ddp, fsdp or auto"
+            f"--parallelism none runs one process{of_stage}, but {world} were started; use "
+            f"{'' if of_stage else 'ddp, '}fsdp or auto"
         )
     if strategy in ("ddp", "fsdp") and world < 2:
         raise UserError(
@@ -4583,12 +4644,12 @@ def has_sliding_windows(model_config: PretrainedConfig) -> bool:
 
 # ---- The plan: memory ----------------------------------------------------------------------------------------
 
-# Beyond the tensors: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published), and the caching allocator's
-# slack (0.2 to 0.37 of active memory published without expandable segments, which the hook turns on).
+# Beyond the pools of the caching allocator, low, expected and high: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6
+# GiB published), and gaps between tensors, with the expandable segments that the hook turns on: a share of the whole,
+# and bytes per parameter of a layer, whose weights and gradients come and go. The rows of tests/README.md lie within.
 CONTEXT_GIB = (0.5, 1.0, 1.6)
-ALLOCATOR_SLACK = (0.0, 0.08, 0.20)
-
-
+GAPS_SHARE = (0.0, 0.01, 0.04)
+GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
 MOMENTS_OF_HEAD = ("gathering the head", "loss", "cast of the head's gradient", "backward of the last norm")
 
 
@@ -4613,11 +4674,30 @@ def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, s
     name = max(moments, key=lambda each: sum(moments[each].values()))
     terms = {term: size / GIB for term, size in moments[name].items()}
     active = sum(terms.values())
+    pools = bytes_of_pools(StepMemory(shape, plan, tokens, stage), moments) / GIB if has_gpu else active
+    layer = shape.layer_parameters / GIB
     low, expected, high = (
-        active * (1 + slack) + context * has_gpu for slack, context in zip(ALLOCATOR_SLACK, CONTEXT_GIB, strict=True)
+        pools * (1 + share) + layer * gaps + context * has_gpu
+        for share, gaps, context in zip(GAPS_SHARE, GAPS_PER_LAYER_PARAMETER, CONTEXT_GIB, strict=True)
     )
     of_stage = f"stage {stage + 1}, " if plan.pipeline_parallel_size > 1 else ""
     return Memory(active, expected, low, high, terms, of_stage + name)
+
+
+def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> float:
+    """Returns what the allocator's pools hold, one per stream, after each has been at its peak.
+
+    FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
+    Reduced gradients end up all there at once. Gathering takes the buffers of two layers and of the head, and one layer
+    of them is in the moments already.
+    """
+    plan, shape = step.plan, step.shape
+    if not plan.uses_fsdp:
+        return max(sum(terms.values()) for terms in moments.values())
+    reduced = 0 if plan.holds_gradients_back else 1  # what is held back lies in the main stream's pool
+    main = max(sum(terms.values()) - reduced * terms.get("gradients", 0.0) for terms in moments.values())
+    gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
+    return main + step.gradients(shape.parameters) + gathering
 
 
 def memory_moments(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -> dict[str, dict[str, float]]:
@@ -4629,8 +4709,8 @@ def memory_moments(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -
     moments = sharded_moments(step) if plan.uses_fsdp else replicated_moments(step)
     if not shape.has_head:
         moments = {name: terms for name, terms in moments.items() if name not in MOMENTS_OF_HEAD}
-    # What StochasticAdamW makes of one parameter, in fp32 and as random bits: eight numbers of 4 bytes an element.
-    # Fused AdamW makes nothing.
+    # StochasticAdamW's temporaries for the largest parameter: fp32 copies and random bits, eight numbers of 4 bytes an
+    # element. Fused AdamW has none.
     largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
     rounding = 8 * 4 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
     if plan.cpu_offload:  # transformers loads every shard through the device
@@ -4642,32 +4722,33 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     """FSDP2, wrapped as transformers does it: embedding and each layer alone, last norm and head kept gathered."""
     shape, plan, saved, rotary = step.shape, step.plan, step.saved, step.rotary
     layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
-    h, f, layers, width = shape.hidden, shape.intermediate, shape.layers, plan.compute_bytes
+    layers, width = shape.layers, plan.compute_bytes
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
     all_saved, beside_head = sum(saved), kept or width * layer  # the last layer is gathered ahead
     moments = {
+        # In the forward pass a layer's gathered buffer is freed once the next one's has been copied out of its own.
+        "gathering the head": step.moment(all_saved + step.stream + rotary, 0, kept + width * (layer + 2 * head), 0),
         "loss": step.moment(
-            all_saved + step.norm + step.stream + rotary + step.scalars, step.head_buffers, kept + width * head, 0
+            all_saved + step.norm + step.stream + rotary + step.scalars,
+            step.head_buffers,
+            beside_head + width * head,
+            0,
         ),
         "backward of the last norm": step.moment(
             all_saved + step.norm_backward + rotary, 0, beside_head + (width + 4) * head, head
         ),
     }
     if plan.holds_gradients_back:
-        held = step.moment(step.layer_input + 4 * width * h + rotary, 0, 3 * width * layer, 0)
+        held = step.moment(step.layer_input + 4 * width * shape.hidden + rotary, 0, 3 * width * layer, 0)
         moments["end of the first backward"] = held
-    # A layer's backward peaks in its MLP, with the gradients of gate, up and the stream and the weight gradient of the
-    # down projection; or at its end, in the backward of its first norm, with all its weights' gradients.
-    mlp = step.tokens * (step.whole_layer + 2 * width * f + width * h) + width * h * f
-    attention = step.tokens * (step.norm_backward + (step.stream if width == 2 else 0)) + width * layer
     for i in reversed(range(layers)):
         ahead = layer if i else embedding  # gathered before its turn
-        reducing = 4 * layer if i < layers - 1 else 0  # fp32 gradient of the next layer; the head's is gone by then
-        gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead)
-        own = step.layer_input if plan.recomputes_layer(i) else 0
+        reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of what came before
+        gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead) + reducing
         finished = head + (layers - 1 - i) * layer
-        moments[f"backward of layer {i}"] = step.moment(
-            sum(saved[:i]) + own + rotary, max(mlp, attention), gathered + reducing, finished
+        moments[f"backward of layer {i}"] = largest(
+            step.moment(sum(saved[:i]) + own + rotary, width * computed, gathered, finished)
+            for own, computed in step.backward_of_layer(plan.recomputes_layer(i))
         )
     return moments
 
@@ -4676,24 +4757,37 @@ def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     """One process, or DDP: whole weights, and under autocast bf16 copies of them, cached until the forward pass ends
     and saved for the backward pass of layers that are not recomputed."""
     shape, plan, saved, rotary = step.shape, step.plan, step.saved, 2 * step.rotary
-    layer, head, h, f = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden, shape.intermediate
+    layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
     copy_bytes = 2 if plan.autocasts else 0  # per parameter
     copies = [0 if plan.recomputes_layer(i) else copy_bytes * layer for i in range(shape.layers)]
-    cache = copy_bytes * (shape.layers * layer + head)
-    norm = 3 * 4 * h  # in fp32: its input, the normalised input, its output
+    cache = sum(copies) if plan.compiled else copy_bytes * shape.layers * layer  # a compiled layer casts for itself
+    all_saved, norm = sum(saved), (3 * 4 if plan.autocasts else 8) * h  # autocast's norms are in fp32 throughout
+    head_copy = copy_bytes * head
     moments = {
-        "end of forward": step.moment(sum(saved) + norm + step.stream + rotary, step.chunk, cache, 0),
-        "loss": step.moment(
-            sum(saved) + norm + rotary + step.scalars, step.head_buffers, sum(copies) + copy_bytes * head, 0
+        "end of forward": step.moment(all_saved + norm + step.stream + rotary, step.chunk, cache + head_copy, 0),
+        "loss": step.moment(all_saved + norm + rotary + step.scalars, step.head_buffers, sum(copies) + head_copy, 0),
+        "cast of the head's gradient": step.moment(
+            all_saved + norm + step.stream + rotary, head_copy, sum(copies), head
         ),
+        "backward of the last norm": step.moment(all_saved + 24 * h + rotary, 0, sum(copies), head),
     }
     for i in reversed(range(shape.layers)):
-        own = (step.layer_input if plan.recomputes_layer(i) else 0) + step.whole_layer + 2 * plan.compute_bytes * f
-        finished = head + (shape.layers - 1 - i) * layer + h * f  # with its down projection, whose copy is gone
-        gathered = sum(copies[:i]) + copy_bytes * (layer - h * f)
-        moments[f"backward of layer {i}"] = step.moment(sum(saved[:i]) + own + rotary, 0, gathered, finished)
+        before, finished = sum(saved[:i]) + rotary, head + (shape.layers - 1 - i) * layer
+        moments[f"backward of layer {i}"] = largest(
+            step.moment(
+                before + own,
+                plan.state_bytes * computed if plan.strategy == "ddp" else 0,  # before they are moved to a bucket
+                sum(copies[:i]) + copy_bytes * (layer - computed),
+                finished + computed,
+            )
+            for own, computed in step.backward_of_layer(plan.recomputes_layer(i))
+        )
     moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)  # the stream's fp32 gradient
     return moments
+
+
+def largest(moments: Iterable[dict[str, float]]) -> dict[str, float]:
+    return max(moments, key=lambda terms: sum(terms.values()))
 
 
 class StepMemory:
@@ -4719,10 +4813,15 @@ class StepMemory:
         self.scalars = 4 * 8 + 3 * 4
         # What a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32.
         self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h
-        # What a layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key and value
-        # 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Autocast copies the input of each projection to bf16.
-        streams = 32 * h + 8 * k if in_fp32 else 36 * h + 6 * k if plan.autocasts else 20 * h + 4 * k
+        # What an eager layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key
+        # and value 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Under autocast the norms save fp32 alone,
+        # 16h, and the inputs of five projections are copied to bf16, 10h.
+        streams = 32 * h + 8 * k if in_fp32 else (30 if plan.autocasts else 20) * h + 4 * k
         self.whole_layer = streams + (16 if in_fp32 else 8) * f + 4 * a + 8
+        if plan.compiled:
+            # Its input, and what matmuls and attention read or write: two norms' outputs, query, attention output and
+            # its projection 5h, key and value 2k, gate, up and their product 3f. The rest is computed again from them.
+            self.whole_layer = self.layer_input + plan.compute_bytes * (5 * h + 2 * k + 3 * f) + 4 * a + 8
         recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
         self.layers_kept_whole = recomputed.count(False)
         self.saved = [self.layer_input if each else self.whole_layer for each in recomputed]  # by layer, until backward
@@ -4735,16 +4834,37 @@ class StepMemory:
             streams_kept = min(micro_batches, 2 * stages) + 1
             self.other_micro_batches += streams_kept * (4 if in_fp32 or plan.autocasts else 2) * h
         # Logits and inputs of the head for one chunk of positions, in fp32.
-        self.chunk = 4 * min(tokens, HEAD_CHUNK_TOKENS) * (shape.vocabulary + h)
-        # The head's loss: a chunk, the gradient of the head as computed, and in fp32 that of a chunk.
-        self.head_buffers = self.chunk + (plan.compute_bytes + 4) * shape.head_and_norm_parameters
+        rows = min(tokens, HEAD_CHUNK_TOKENS)
+        self.chunk = 4 * rows * (shape.vocabulary + h)
+        # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
+        logits = 0 if in_fp32 else 2 * 2 * rows * shape.vocabulary
+        self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
+
+    def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
+        """Returns where the backward pass of a layer may peak: bytes per token, and parameters with a gradient by then.
+
+        In its MLP; or at the end, in the backward of its first norm. A compiled layer may also peak in its attention.
+        """
+        shape, plan = self.shape, self.plan
+        h, f, k, width = shape.hidden, shape.intermediate, shape.kv_size, plan.compute_bytes
+        gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
+        if not plan.compiled:
+            kept = self.layer_input if recomputed else 0
+            mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
+            norm = self.norm_backward + (self.stream if width == 2 else 0)
+            return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
+        # The product, gate and up have a gradient of f each. Recomputed, all six are there at once; else the product is
+        # gone by then, and gate's takes the place of the gate.
+        mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
+        # input, output gradient and what attention reads and returns; gradients of both projections of the MLP 2h, of
+        # attention's output, query, key and value; flash attention adds up the query's in fp32
+        attention = (2 * self.layer_input + width * (8 * h + 4 * k) + 4 * h, 3 * h * f)
+        # input, gradient; the first norm's output and the gradients of what read it 5h
+        return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
     def resident(self) -> dict[str, float]:
-        """Weights and moments; under CPU offload, the shards of the two layers being copied in."""
-        if self.plan.cpu_offload:
-            shards_of_layer = self.plan.state_bytes * self.shape.layer_parameters / self.plan.dp_shard_size
-            return dict(weights=2 * shards_of_layer, optimizer=0.0)
-        weights = self.plan.shard_bytes(self.shape)
+        """Weights and moments. Under CPU offload a shard that was copied in is freed before the peaks."""
+        weights = 0.0 if self.plan.cpu_offload else self.plan.shard_bytes(self.shape)
         return dict(weights=weights, optimizer=2 * weights)
 
     def gradients(self, finished: float) -> float:
@@ -4752,7 +4872,9 @@ class StepMemory:
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
         if not plan.uses_fsdp:
-            return state * (parameters if plan.strategy == "ddp" or accumulates else finished)  # DDP: its buckets
+            if plan.strategy == "ddp":  # its buckets, and beside them what earlier micro-batches add up
+                return state * (parameters + (parameters - finished) * accumulates)
+            return state * (parameters if accumulates else finished)
         if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
             return 4 * (parameters - finished) + state * finished / plan.dp_shard_size
         if plan.strategy == "hsdp" and accumulates:  # FSDP2 keeps them on the device for the all-reduce, in fp32
@@ -4760,7 +4882,8 @@ class StepMemory:
         return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
 
     def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
-        """Returns the terms of a moment; `activations` are per token of the micro-batch that is being worked on."""
+        """Returns the terms of a moment in bytes. `activations` are bytes per token of the micro-batch being worked on,
+        and `finished` is the number of parameters whose gradients are complete."""
         activations = self.tokens * (activations + self.other_micro_batches)
         passing = dict(gathered=gathered + self.other_copies, activations=activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
@@ -4856,9 +4979,7 @@ def predict_seconds(
     )
 
 
-def work_per_token(
-    shape: ModelShape, plan: Plan, attended: float, ramp: float, attention_efficiency: float
-) -> float:
+def work_per_token(shape: ModelShape, plan: Plan, attended: float, ramp: float, attention_efficiency: float) -> float:
     """Returns a token's FLOPs in this part of the model, as many as take equally long in large matmuls."""
     recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
     matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
@@ -4919,7 +5040,7 @@ def changes_that_may_help(cluster: Cluster, config: Config, to_fit: bool) -> Ite
             yield words, words, dataclasses.replace(config, **changes), cluster
     if not to_fit:
         larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
-        yield "batch", f"--batch-size {larger.batch_size} (another curve)", larger, cluster
+        yield "batch", f"--batch-size {larger.batch_size} (changes the loss curve)", larger, cluster
         return
     if cluster.has_gpu and config.precision in ("auto", "bf16"):
         words = "--precision bf16-states (a trade: no fp32 weights)"
@@ -4948,9 +5069,10 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
 
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
-    """Returns the flags of the fastest plan for a device a tenth too small for this one, or of the smallest plan.
+    """Returns the flags of the fastest plan predicted to need at most 0.9 of what the failed one was predicted to.
 
-    All flags of the plan are given, because the planner would otherwise use the freed memory elsewhere.
+    The block is shortened if no plan does, and failing that it is the smallest plan. All flags of the
+    plan are given, because the planner would otherwise use the freed memory elsewhere.
     """
     too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
@@ -4960,7 +5082,9 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
         if found := best_of(shape, smaller_cluster, shorter):
             break
     found = found or min(weigh(shape, cluster, shorter), key=lambda each: each.memory_gib.active)
-    return flags_of(found.plan, cluster) + (f" --block-size {block} --resume-anyway" if block < config.block_size else "")
+    return flags_of(found.plan, cluster) + (
+        f" --block-size {block} --resume-anyway" if block < config.block_size else ""
+    )
 
 
 def flags_of(plan: Plan, cluster: Cluster) -> str:
@@ -5024,7 +5148,7 @@ def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
         f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
         f"optimizer {seconds['optimizer']:.2f} s",
         f"  lever     {lever}",
-        f"  assumed   every document fills its block; {assumed}; overlap fitted; reserved guess"
+        f"  assumed   every document fills its block; {assumed}; overlap and reserved fitted"
         + ("; host link and memory guess" if best.plan.cpu_offload else ""),
     ]
 
@@ -5037,7 +5161,12 @@ def best_of_each_kind(choice: Choice) -> list[Candidate]:
     best: dict[tuple, Candidate] = {}
     for each in choice.candidates:
         plan = each.plan
-        kind = (plan.pipeline_parallel_size > 1, plan.strategy, plan.cpu_offload, plan.activation_checkpointing == "none")
+        kind = (
+            plan.pipeline_parallel_size > 1,
+            plan.strategy,
+            plan.cpu_offload,
+            plan.activation_checkpointing == "none",
+        )
         best.setdefault(kind, each)
     return list(best.values())[:7]
 
@@ -5258,4 +5387,4 @@ PCIE_GB_PER_SECOND = 20
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    leave(command_line())

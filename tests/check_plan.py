@@ -3,14 +3,14 @@
     python tests/check_plan.py --memory               # a few layers of Llama-2-13B's shape, every kind of plan
     python tests/check_plan.py --memory --full        # the full 7B, 13B and 70B shapes; this takes minutes
     python tests/check_plan.py --published            # tokens/s of published runs, predicted and measured
-    python tests/check_plan.py --device               # short runs on this machine, and what their own check says
+    python tests/check_plan.py --device               # two steps of 42 settings on this GPU, as one rank of several
 
 `--memory` and `--published` need no GPU. The tracker follows fake tensors through two steps of the real model, which
 transformers shards as it does for the script. One process stands for rank 0 of a fake process group. Three traps are
 avoided. DTensor computes shapes with tensors of its own, which get a fake mode of their own, because otherwise they
 would be counted. Attention is the CUDA flash kernel, which saves less than the CPU's. And no mask is built. Left out
-is what the tracker cannot follow: CPU offload, DDP's buckets, and HSDP's all-reduce when it is held back over several
-micro-batches.
+is what the tracker cannot follow: compiled layers, CPU offload, DDP's buckets, and HSDP's all-reduce when it is held
+back over several micro-batches. `--device` follows all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +41,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.distributed import DistributedConfig, initialize_distributed_mesh
 
 import train_llama2 as script
@@ -58,7 +60,11 @@ def llama(size: str, layers: int | None = None, **changes: int) -> LlamaConfig:
 
 
 def flash_attention(module, query, key, value, mask, scaling=None, **ignored):
-    """Attention that saves what the CUDA kernel saves: its inputs, its output and the log-sum-exp."""
+    """Attention that saves what the CUDA kernel saves: its inputs, its output and the log-sum-exp.
+
+    Autocast leaves query and key in fp32, and the script casts them, as here.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)
     output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)[0]
     return output.transpose(1, 2).contiguous(), None
 
@@ -221,14 +227,20 @@ def memory_cases(full: bool) -> Iterator[tuple[str, LlamaConfig, Plan, int, int]
 def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int = 0) -> tuple[float, str]:
     """Returns the active GiB at the peak of the plan's prediction for a stage, and the moment at which it is.
 
-    The tracker runs on a CPU, where torch's linear_cross_entropy casts the head and two chunks of its input to fp32.
-    CUDA's matmuls take bf16 and give fp32, so the script does not count these casts, and they are added here.
+    The tracker runs on a CPU, where torch's linear_cross_entropy casts the head, its gradient and two chunks of its
+    input to fp32. CUDA's matmuls take bf16 and give fp32, so the script does not count these casts, and they are added
+    here; the copies of a chunk's logits in bf16 are CUDA's alone. On CUDA the last layer is gathered before the head's
+    backward pass, and the head's fp32 gradients are there until the last layer's; not so for the tracker.
     """
     part = script.shapes_of_stages(shape, plan.pipeline_parallel_size)[stage]
     moments = script.memory_moments(part, plan, tokens, stage)
     if plan.precision != "fp32" and part.has_head:
         rows = min(tokens, script.HEAD_CHUNK_TOKENS)
-        moments["loss"]["temporaries"] += 4 * shape.head_and_norm_parameters + 8 * rows * shape.hidden
+        casts = 8 * shape.head_and_norm_parameters + 8 * shape.hidden * rows
+        moments["loss"]["temporaries"] += casts - 4 * shape.vocabulary * rows
+    if plan.dp_shard_size > 1 and part.has_head:
+        moments["loss"]["gathered"] -= plan.compute_bytes * part.layer_parameters * plan.reshard_after_forward
+        moments[f"backward of layer {part.layers - 1}"]["gathered"] -= 4 * part.head_and_norm_parameters
     return max((sum(terms.values()) / GIB, moment) for moment, terms in moments.items())
 
 
@@ -487,81 +499,168 @@ def check_layouts() -> dict[str, float]:
 # On this machine's devices
 # ----------------------------------------------------------------------------------------------------------------
 
-DEVICE_SETTINGS: list[tuple[str, int, int, dict[str, object]]] = [  # Llama-2 size, layers, block, flags
-    ("7b", 16, 1024, {"micro_batch_size": 1, "activation_checkpointing": "none"}),
-    ("7b", 16, 2048, {"micro_batch_size": 2, "activation_checkpointing": "none"}),
-    ("7b", 16, 2048, {"micro_batch_size": 4, "activation_checkpointing": "full"}),
-    ("7b", 16, 4096, {"micro_batch_size": 2, "activation_checkpointing": "every-2"}),
-    ("13b", 10, 1024, {"micro_batch_size": 4, "activation_checkpointing": "full"}),
-    ("13b", 10, 2048, {"micro_batch_size": 1, "activation_checkpointing": "none", "packing": "no"}),
-    ("13b", 10, 4096, {"micro_batch_size": 2, "activation_checkpointing": "full", "compile": "yes"}),
-    ("13b", 20, 4096, {"micro_batch_size": 1, "activation_checkpointing": "full", "precision": "bf16-states"}),
-]
-TINY_SETTINGS = [("tiny", 2, block, {"micro_batch_size": size}) for block, size in ((128, 1), (128, 2), (256, 2))]
+
+@dataclass(frozen=True)
+class Setting:
+    """A Llama 2 of `layers` layers on rank 0 of `ranks`, on `nodes` nodes, with `documents` full blocks a step."""
+
+    size: str
+    layers: int
+    ranks: int
+    documents: int
+    flags: str
+    nodes: int = 1
 
 
-def check_device(tiny: bool) -> bool:
-    """Trains 3 steps of every setting on random weights and full blocks, and prints what each run's own check says.
+def settings_of(compiled: str) -> Iterator[Setting]:
+    """Yields settings of every parallelism and recomputation; what the plan would decide is given."""
 
-    Returns whether everything lies in its band. Several GPUs run FSDP under torchrun. One GPU runs alone, because the
-    script has no FSDP on one rank. `tiny` is for trying the command without a GPU.
+    def flags(parallelism: str, size: int, recompute: str, more: str = "") -> str:
+        words = f"--parallelism {parallelism} --micro-batch-size {size} --activation-checkpointing {recompute} {more}"
+        return f"{words} --compile {compiled}"
+
+    fsdp = "--reshard-after-forward yes --cpu-offload no"
+    each, states = f"{fsdp} --gradient-sync micro-batch", "--precision bf16-states"
+    yield Setting("13b", 40, 8, 8, flags("fsdp", 8, "full", fsdp))
+    yield Setting("13b", 40, 8, 8, flags("fsdp", 2, "none", each))
+    yield Setting("13b", 40, 8, 8, flags("fsdp", 4, "every-2", each))
+    yield Setting("13b", 40, 8, 4, flags("fsdp", 4, "none", fsdp))
+    yield Setting("13b", 40, 8, 8, flags("fsdp", 4, "full", f"{fsdp} --gradient-sync step"))
+    yield Setting("13b", 40, 8, 2, flags("fsdp", 2, "every-3", "--reshard-after-forward no --cpu-offload no"))
+    yield Setting("13b", 40, 8, 2, flags("fsdp", 2, "none", f"{fsdp} --packing no"))
+    yield Setting("13b", 40, 8, 4, flags("fsdp", 4, "full", "--reshard-after-forward yes --cpu-offload yes"))
+    yield Setting("7b", 32, 8, 4, flags("fsdp", 4, "every-2", fsdp))
+    yield Setting("13b", 40, 16, 8, flags("hsdp", 8, "full", fsdp), nodes=2)
+    yield Setting("13b", 40, 16, 8, flags("hsdp", 2, "none", fsdp), nodes=2)
+    yield Setting("7b", 32, 8, 4, flags("ddp", 4, "full"))
+    yield Setting("7b", 32, 8, 2, flags("ddp", 2, "every-2"))
+    yield Setting("13b", 40, 8, 1, flags("ddp", 1, "none"))
+    yield Setting("7b", 32, 1, 2, flags("none", 2, "none"))
+    yield Setting("7b", 32, 1, 8, flags("none", 4, "full"))
+    yield Setting("13b", 40, 1, 2, flags("none", 1, "none", states))
+    yield Setting("13b", 40, 1, 4, flags("none", 4, "every-2", states))
+    yield Setting("13b", 40, 1, 8, flags("none", 4, "full", states))
+    yield Setting("7b", 8, 1, 4, flags("none", 2, "none"))  # these fit on one GPU of 80 GB
+    yield Setting("13b", 10, 1, 4, flags("none", 4, "full"))
+
+
+TINY_SETTINGS = [Setting("tiny", 2, 1, 2, f"--block-size 128 --micro-batch-size {size}") for size in (1, 2)]
+COUNTERS = os.environ.get("COUNTERS_MODULE")
+
+
+def check_device(settings: list[Setting]) -> bool:
+    """Takes two steps in every setting, in a process of its own, and compares the second with the plan.
+
+    Returns whether everything lies in its band. One process plays rank 0 of several, over torch's fake process group:
+    the memory is that of a real rank, but for NCCL's buffers; the time is not, and is compared for one rank only. Where
+    $COUNTERS_MODULE names a module that counts what a device does which computes nothing, the launches of the step are
+    printed instead of its time.
     """
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{max(1, torch.cuda.device_count())} x {device}, torch {torch.__version__}, commit {commit}")
-    inside = True
-    print(f"{'setting':<62}{'active GiB':>16}{'reserved GiB':>18}{'seconds':>16}   (predicted / measured)")
-    for size, layers, block, flags in TINY_SETTINGS if tiny else DEVICE_SETTINGS:
-        with tempfile.TemporaryDirectory() as name:
-            check = trained_check(Path(name), size, layers, block, flags)
-        words = f"{size}, {layers} layers, block {block}, " + ", ".join(map(str, flags.values()))
-        if check is None:
-            print(f"{words[:61]:<62}  did not run to the second step")
-            inside = False
+    print(f"{device}, torch {torch.__version__}, commit {commit}")
+    step = "launches" if COUNTERS else "step"
+    print(f"| model, layers | ranks | plan | active | measured | ratio | reserved | measured | {step} | |")
+    print("| --- " * 10 + "|")
+    inside, errors = True, [0.0]
+    for setting in settings:
+        words = [sys.executable, __file__, "--measure", json.dumps(asdict(setting))]
+        run = subprocess.run(words, capture_output=True, text=True, check=False)
+        if run.returncode:
+            reason = next((line for line in run.stderr.splitlines() if "does not fit" in line), run.stderr[-300:])
+            inside &= "does not fit" in reason
+            print(
+                f"| {setting.size}, {setting.layers} | {setting.ranks} | {setting.flags} | {reason.strip()[-90:]} |",
+                flush=True,
+            )
             continue
-        parts = []
-        for value in check.values():
-            measured = "-" if value["measured"] is None else f"{value['measured']:.2f}"
-            parts.append(f"{value['predicted']:.2f} / {measured}")
-        missed = len(script.PlanCheck.lines(SimpleNamespace(quantities=check))) - 1  # the first line is the comparison
-        inside &= not missed
-        verdict = f"  {missed} outside" if missed else ""
-        print(f"{words[:61]:<62}{parts[0]:>16}{parts[1]:>18}{parts[2]:>16}{verdict}", flush=True)
+        check = json.loads(run.stdout.splitlines()[-1])
+        inside &= print_row(setting, check)
+        if check["active_gib"]["measured"]:
+            errors.append(check["active_gib"]["predicted"] / check["active_gib"]["measured"] - 1)
+    print(f"largest error of active memory {max(map(abs, errors)):.2%}")
     return inside
 
 
-def trained_check(folder: Path, size: str, layers: int, block: int, flags: dict[str, object]) -> dict | None:
-    """Runs the script and returns its `plan_check`. Returns None where it did not get that far, and prints why."""
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "data" / "tiny_llama")
-    tokenizer.save_pretrained(folder / "model")
-    changes = dict(hidden_size=64, intermediate_size=172, num_attention_heads=4, vocab_size=1024)
-    config = llama("7b", layers, **changes) if size == "tiny" else llama(size, layers)
-    config.max_position_embeddings, config.architectures = 4096, ["LlamaForCausalLM"]
-    config.save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    story = json.dumps({"article": "The mayor opened the bridge. " * block, "highlights": "A bridge is open."}) + "\n"
-    for split, lines in (("train", 32), ("validation", 2)):
-        (folder / "data" / f"{split}.jsonl").write_text(story * lines)
-    settings = {
-        "model-name-or-path": folder / "model", "dataset-name-or-path": folder / "data",
-        "save-model-dir": folder / "run", "block-size": block, "batch-size": 8, "max-steps": 3, "eval-interval": 100,
-        **{name.replace("_", "-"): value for name, value in flags.items()},
-    }  # fmt: skip
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    launcher = [sys.executable]
-    if torch.cuda.device_count() > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=gpu"]
-        words += ["--parallelism", "fsdp"]
-    run = subprocess.run(
-        [*launcher, script.__file__, *words, "--random-init"], capture_output=True, text=True, check=False
+def print_row(setting: Setting, check: dict) -> bool:
+    """Prints predicted against measured of one setting, and returns whether all lie in their bands."""
+    launches, active, reserved = check.pop("launches", None), check["active_gib"], check["reserved_gib"]
+    name = f"| {setting.size}, {setting.layers} | {setting.ranks} | {check.pop('plan')}"
+    missed = len(script.PlanCheck.lines(SimpleNamespace(quantities=check))) - 1  # the first line is the comparison
+    if active["measured"] is None:
+        print(f"{name} | {active['predicted']:.2f} | not on a CPU |", flush=True)
+        return not missed
+    low, high = reserved["band"]
+    seconds = check.get("step_seconds", dict(band=None))
+    step = f"{seconds['predicted']:.2f} / {seconds['measured']:.2f} s" if seconds["band"] else launches or "-"
+    print(
+        f"{name} | {active['predicted']:.2f} | {active['measured']:.2f} | "
+        f"{active['predicted'] / active['measured']:.4f} | {low:.1f} to {high:.1f} | {reserved['measured']:.1f} | "
+        f"{step} | {'MISSED' if missed else 'inside'} |",
+        flush=True,
     )
-    written = folder / "run" / "train_config.json"
-    check = json.loads(written.read_text())["plan_check"] if written.exists() else None
-    if check is None:
-        print(run.stdout[-500:], run.stderr[-500:])
-    return check
+    return not missed
+
+
+def measure(setting: Setting) -> dict:
+    """Takes two steps on random weights and full blocks, and returns what the script's own check says of the second."""
+    play_rank_0(setting.ranks, setting.nodes)
+    changes = dict(hidden_size=64, intermediate_size=172, num_attention_heads=4, vocab_size=1024)
+    tiny = setting.size == "tiny"
+    model_config = llama("7b", setting.layers, **changes) if tiny else llama(setting.size, setting.layers)
+    model_config.max_position_embeddings = 4096
+    with tempfile.TemporaryDirectory() as folder:  # the hook reads it, and nothing after it does
+        model_config.save_pretrained(folder)
+        words = ["--model-name-or-path", folder, "--batch-size", str(setting.documents * setting.ranks)]
+        config = script.parse_config([*words, "--random-init", "--quiet", *setting.flags.split()])
+        parallel = script.enable_advanced_parallelization(config)
+        model = script.load_model(parallel)
+    optimizer = script.build_optimizer(model, config)
+    check = script.PlanCheck(parallel, script.compile_layers(model, parallel, steps=10**6))
+    batch, state = full_batch(parallel), script.TrainingState.fresh(parallel.device)
+    counters = importlib.import_module(COUNTERS).counters if COUNTERS else dict
+    for number in (1, 2):
+        before = counters()
+        result = script.training_step(model, optimizer, batch, 1e-5, state, parallel)
+        after = counters()
+        check.step_ended(number, result, time.perf_counter)
+    plan, found = parallel.plan, check.quantities
+    kind = ("compiled" if plan.compiled else "eager", plan.precision, "" if plan.packing else "padded")
+    found["plan"] = ", ".join(filter(None, (plan.describe(), *kind)))
+    if COUNTERS:
+        del found["step_seconds"]
+        found["launches"] = after["launches"] - before["launches"]
+    elif setting.ranks > 1:
+        found["step_seconds"]["band"] = None
+    return found
+
+
+def play_rank_0(ranks: int, nodes: int) -> None:
+    """Makes the script see `ranks` ranks, of which this process is the first and the others hold the same."""
+    if ranks == 1:
+        return
+    environment = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks // nodes, GROUP_WORLD_SIZE=nodes)
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT="29500")
+    script.together = lambda act, gathered=False, **_: [act()] * ranks if gathered else act()
+    dist.distributed_c10d._store_based_barrier = lambda *_, **__: None  # new groups wait for nobody
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+
+
+def full_batch(parallel: script.Parallel) -> script.GlobalBatch:
+    """Returns a step's micro-batches in pinned memory, of documents that all fill their block."""
+    plan, block = parallel.plan, parallel.config.block_size
+    documents = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=2, pad_token_id=None), block_size=block)
+    make_rows = script.pack_rows if plan.packing else script.pad_rows
+    rows = [list(range(5, 5 + block))] * plan.micro_batch_size
+    micro_batch = script.with_targets(make_rows(rows, [0] * len(rows), documents))
+    if parallel.device.type == "cuda":
+        micro_batch = {name: tensor.pin_memory() for name, tensor in micro_batch.items()}
+    micro_batches = [micro_batch] * plan.gradient_accumulation_steps
+    count = parallel.config.batch_size
+    return script.GlobalBatch(micro_batches, count * block, count * (block - 1), count * block**2)
 
 
 def main() -> int:
@@ -569,11 +668,18 @@ def main() -> int:
     parser.add_argument("--memory", action="store_true", help="against the tracker")
     parser.add_argument("--full", action="store_true", help="with --memory: the full shapes")
     parser.add_argument("--published", action="store_true", help="against published runs")
-    parser.add_argument("--device", action="store_true", help="against short runs on this machine's GPUs")
+    parser.add_argument("--device", action="store_true", help="against two steps on this machine's GPU")
     parser.add_argument("--tiny", action="store_true", help="with --device: a tiny model, to try it on a CPU")
+    parser.add_argument("--compile", choices=("yes", "no"), help="with --device: only compiled layers, or eager ones")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # a setting of --device, in this process
     options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(Setting(**json.loads(options.measure)))), flush=True)
+        os._exit(0)  # there are no other ranks to say good-bye to
     if options.device:
-        return 0 if check_device(options.tiny) else 1
+        kinds = [options.compile] if options.compile else ["yes", "no"]
+        settings = TINY_SETTINGS if options.tiny else [each for kind in kinds for each in settings_of(kind)]
+        return 0 if check_device(settings) else 1
     passed, began = True, time.perf_counter()
     if options.memory or not options.published:
         passed &= check_memory(options.full)

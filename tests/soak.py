@@ -49,6 +49,8 @@ def main() -> int:
     parser.add_argument("--agents", type=int, default=1, help="torchrun agents of --restarts")
     parser.add_argument("--max-restarts", type=int, default=3, help="restarts of a training; given to torchrun")
     parser.add_argument("--processes", type=int, default=2, help="ranks, over all agents together")
+    parser.add_argument("--parallelism", default="fsdp", help="of the script: fsdp, hsdp, ddp or none")
+    parser.add_argument("--stages", type=int, default=1, help="pipeline stages")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a training")
     parser.add_argument("--save-interval", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -285,7 +287,8 @@ class Training:
             launcher += [f"--rdzv_id={uuid.uuid4().hex}"]
             environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         flags = dict(
-            model_name_or_path=self.work / "model", parallelism="fsdp", block_size=128, batch_size=4, lr=1e-3,
+            model_name_or_path=self.work / "model", parallelism=self.options.parallelism, block_size=128,
+            pipeline_parallel_size=self.options.stages, batch_size=4, lr=1e-3,
             num_train_epochs=1000, max_steps=self.options.steps, eval_interval=10,
             save_interval=self.options.save_interval, dist_timeout_minutes=1,
         )  # fmt: skip

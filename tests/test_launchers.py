@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, read_metrics, small_run
+from conftest import RANKS, SCRIPT, read_metrics, small_run
 
 import train_llama2
 
@@ -98,6 +98,15 @@ def test_a_package_that_is_too_old_ends_in_one_line(package, version, line):
     assert run.stdout == ""
     assert run.stderr.startswith(line)
     assert run.stderr.count("\n") == 1
+
+
+def test_a_thread_that_wants_the_gil_at_the_end_aborts_no_rank():
+    words = [sys.executable, str(RANKS / "thread_at_exit.py"), str(SCRIPT)]
+    environment = {**os.environ, "LOCAL_RANK": "0"}  # refused at once, and left as by any rank
+    run = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert run.returncode == 2, run.stderr
+    assert run.stdout == "atexit\n"
+    assert "terminate called" not in run.stderr
 
 
 def test_the_oldest_versions_are_those_of_the_requirements():

@@ -123,7 +123,7 @@ def test_json_of_a_plan_has_every_field_of_every_candidate():
         assert rate * candidate["step_seconds"]["total"] == pytest.approx(64 * 2048 / 8)
     for name, values in {
         "strategy": {"ddp", "fsdp"},
-        "micro_batch_size": {1, 2, 4, 8},
+        "micro_batch_size": {1, 2, 3, 4, 8},
         "activation_checkpointing": {"none", "every-4", "every-3", "every-2", "full"},
         "reshard_after_forward": {True, False},
         "cpu_offload": {True, False},
@@ -331,14 +331,52 @@ def test_memory_of_fsdp_with_checkpointing_by_hand():
         "optimizer": 8 * PARAMETERS / 8,
         "gradients": 4 * (HEAD + PER_LAYER) / 8,
         "gathered": 8 * PER_LAYER,
-        # inputs of 39 layers in bf16; cosines and sines of 128 each, in bf16
-        "activations": tokens * (39 * 2 * 5120 + 2 * 2 * 128),
-        # this layer's own: 20h + 4k + 8f + 4a + 8 saved, 4f + 2h being made; the gradient of one MLP matrix
-        "temporaries": tokens * (24 * 5120 + 8 * 13824 + 4 * 40 + 8 + 4 * 13824 + 2 * 5120) + 2 * 5120 * 13824,
+        # inputs of 39 layers in bf16; cosines and sines of 128 each, in bf16; this layer's own, 20h + 4k + 8f + 4a + 8
+        # saved, 4f + 2h being made
+        "activations": tokens
+        * (39 * 2 * 5120 + 2 * 2 * 128 + 24 * 5120 + 8 * 13824 + 4 * 40 + 8 + 4 * 13824 + 2 * 5120),
+        "temporaries": 2 * 5120 * 13824,  # the gradient of one MLP matrix
     }
     assert memory.peak_moment == "backward of layer 38"
     assert {name: term * GIB for name, term in memory.terms.items()} == pytest.approx(by_hand)
     assert memory.active == pytest.approx(sum(by_hand.values()) / GIB)
+
+
+def test_memory_of_compiled_layers_by_hand():
+    """The same plan, compiled: the layer has saved 12h + 4k + 6f + 4a + 8, and its product, gate and up have gradients
+    of 2f each beside that of its output, 2h. The allocator of torch 2.14.1 measured 30.69 GiB, and reserved 38.36."""
+    memory = train_llama2.predict_memory(LLAMA_13B, plan_of(shards=8, compiled=True), 8 * 2048)
+    own = 12 * 5120 + 4 * 5120 + 6 * 13824 + 4 * 40 + 8 + 6 * 13824 + 2 * 5120
+    activations = 16_384 * (38 * 2 * 5120 + 2 * 2 * 128 + own)
+    gradients = 4 * (HEAD + PER_LAYER) / 8
+    by_hand = 12 * PARAMETERS / 8 + gradients + 8 * PER_LAYER + activations
+    assert memory.active == pytest.approx(by_hand / GIB) == pytest.approx(30.69, rel=0.002)
+    # The pool of all reduced gradients, and that of the gathered weights of two layers and the head, of which the one
+    # layer that is gathered ahead is in the sum already.
+    pools = by_hand - gradients + 4 * PARAMETERS / 8 + 2 * (PER_LAYER + HEAD)
+    assert memory.reserved_low == pytest.approx(pools / GIB + 0.5)
+    assert memory.reserved_low < 38.36 + 0.5 < memory.reserved < memory.reserved_high
+
+
+@pytest.mark.parametrize(
+    ("shape", "plan", "tokens", "measured"),
+    [
+        ("13b", dict(replicas=8, gradient_accumulation_steps=2), 8192, 273.49),
+        ("13b", dict(replicas=8, gradient_accumulation_steps=2, compiled=True), 8192, 250.63),
+        ("7b", dict(replicas=8, activation_checkpointing="every-2"), 4096, 128.04),
+        ("7b", dict(replicas=8, activation_checkpointing="every-2", compiled=True), 4096, 116.95),
+        ("7b", dict(activation_checkpointing="none", compiled=True), 4096, 105.42),
+        ("13b", dict(activation_checkpointing="none", compiled=True, precision="bf16-states",
+                     gradient_accumulation_steps=2), 2048, 110.27),
+        ("13b", dict(shards=8, activation_checkpointing="none", compiled=True), 8192, 70.87),
+        ("13b", dict(shards=8, activation_checkpointing="every-3", compiled=True, reshard_after_forward=False),
+         4096, 60.75),
+    ],
+)  # fmt: skip
+def test_active_memory_is_what_the_allocator_measured(shape, plan, tokens, measured):
+    """tests/check_plan.py --device on torch 2.14.1: settings that the memory tracker cannot follow."""
+    shape = {"7b": LLAMA_7B, "13b": LLAMA_13B}[shape]
+    assert train_llama2.predict_memory(shape, plan_of(**plan), tokens).active == pytest.approx(measured, rel=0.005)
 
 
 def test_states_take_16_bytes_a_parameter_divided_by_shards():
@@ -373,7 +411,7 @@ def test_heads_the_packing_kernel_cannot_take_are_padded():
     assert shape.head_dim == 100
     cluster = parse_cluster("1xH100")
     assert not train_llama2.packs(shape, cluster, Config()) and train_llama2.packs(LLAMA_7B, cluster, Config())
-    with pytest.raises(UserError, match=r"--packing yes needs flash attention: .* in eights"):
+    with pytest.raises(UserError, match=r"--packing yes needs flash attention: .* at most 256 that 8 divides"):
         train_llama2.packs(shape, cluster, Config(packing="yes"))
 
 
@@ -382,8 +420,7 @@ def test_offload_keeping_gathered_and_reducing_once_cost_what_they_hold():
         return train_llama2.predict_memory(LLAMA_13B, plan_of(shards=8, **changes), tokens).active
 
     several = dict(gradient_accumulation_steps=2)
-    # weights, moments and gradients leave the GPU, except for the shards of two layers that are being copied
-    saved = (16 * PARAMETERS - 2 * 4 * PER_LAYER) / 8 / GIB
+    saved = 16 * PARAMETERS / 8 / GIB  # weights, moments and gradients leave the GPU
     assert active(16_384, **several) - active(16_384, **several, cpu_offload=True) == pytest.approx(saved)
     # 52 GB of gradients, less the 4/8 of them that would be resident anyway
     once = active(**several, gradient_sync="step") - active(**several)
@@ -462,7 +499,7 @@ def test_model_flops_utilisation_counts_no_recomputation():
     ],
 )
 def test_the_strategy_suits_the_model_and_the_machines(shape, cluster, strategy):
-    chosen = choose_plan(shape, parse_cluster(cluster), Config()).chosen
+    chosen = choose_plan(shape, parse_cluster(cluster), Config(pipeline_parallel_size=1)).chosen
     assert chosen.plan.strategy == strategy
     assert chosen.plan.precision == "bf16"
 
@@ -521,18 +558,8 @@ def weigh(monkeypatch: pytest.MonkeyPatch, table: dict[str, tuple[float, bool]],
 
     monkeypatch.setattr(train_llama2, "predict", predict)
     flags = dict(micro_batch_size=8, activation_checkpointing="full", reshard_after_forward="yes", cpu_offload="no")
+    flags["pipeline_parallel_size"] = 1
     return choose_plan(LLAMA_7B, parse_cluster(cluster), Config(batch_size=64, gradient_sync="micro-batch", **flags))
-
-
-def test_between_close_plans_one_whose_band_fits_is_chosen():
-    """13B in bf16 states on one H200: larger micro-batches are as fast, but might reserve more than the card has."""
-    cluster = parse_cluster("1xH200")
-    choice = choose_plan(LLAMA_13B, cluster, Config(precision="bf16-states"))
-    close = [
-        each for each in choice.candidates if each.fits and each.total_seconds <= 1.07 * choice.chosen.total_seconds
-    ]
-    assert any(each.memory_gib.reserved_high > cluster.memory_gib for each in close)
-    assert choice.chosen.memory_gib.reserved_high <= cluster.memory_gib
 
 
 @pytest.mark.parametrize(
@@ -560,6 +587,17 @@ def test_micro_batch_sizes_lie_between_powers_of_two_too():
     """Of 8 documents, 6 at a time are split into 4 and 4, and 3 at a time into 3, 3 and 2."""
     assert train_llama2.even_sizes(8) == [8, 4, 3, 2, 1]
     assert train_llama2.even_sizes(48) == [48, 24, 16, 12, 8, 6, 4, 3, 2, 1]
+
+
+def test_between_close_plans_one_whose_band_fits_is_chosen():
+    """7B on eight cards of 24 GB: other plans are as fast, but might reserve more than the card has."""
+    cluster = parse_cluster("8xRTX3090")
+    choice = choose_plan(LLAMA_7B, cluster, Config())
+    close = [
+        each for each in choice.candidates if each.fits and each.total_seconds <= 1.07 * choice.chosen.total_seconds
+    ]
+    assert any(each.memory_gib.reserved_high > cluster.memory_gib for each in close)
+    assert choice.chosen.memory_gib.reserved_high <= cluster.memory_gib
 
 
 def test_fp32_on_a_gpu_is_timed_at_its_fp32_peak():
@@ -613,11 +651,12 @@ def test_the_fastest_or_a_simpler_close_one_is_chosen(monkeypatch):
 )
 def test_a_given_flag_restricts_candidates_and_nothing_else_does(flags, kept):
     """64 documents on 2 x 8 GPUs: 4 a rank. Every candidate that the flag allows is still there."""
-    cluster = parse_cluster("2x8xH100-80GB")
+    cluster, flags = parse_cluster("2x8xH100-80GB"), dict(flags, pipeline_parallel_size=1)
     candidates = [each.plan for each in choose_plan(LLAMA_7B, cluster, Config(**flags)).candidates]
     assert all(getattr(plan, name) == value for plan in candidates for name, value in kept.items())
     if not {"parallelism", "precision"} & set(flags) and flags.get("micro_batch_size") not in (3, 100):
-        everything = [each.plan for each in choose_plan(LLAMA_7B, cluster, Config()).candidates]
+        unrestricted = choose_plan(LLAMA_7B, cluster, Config(pipeline_parallel_size=1)).candidates
+        everything = [each.plan for each in unrestricted]
         allowed = {plan for plan in everything if all(getattr(plan, name) == value for name, value in kept.items())}
         assert allowed <= set(candidates)
 
@@ -696,7 +735,8 @@ def apply_lever(words: str, cluster: Cluster, config: Config) -> tuple[Cluster, 
          {"--activation-checkpointing"}),
         (LLAMA_13B, "8xRTX4090", Config(cpu_offload="no", block_size=4096), {"--cpu-offload", "GPUs"}),
         (LLAMA_13B, "8xA100-80GB", Config(parallelism="ddp"), {"--parallelism"}),
-        (LLAMA_7B, "2x4xA100-40GB", Config(parallelism="hsdp", hsdp_shard_size=2, cpu_offload="no"),
+        (LLAMA_7B, "2x4xA100-40GB", Config(parallelism="hsdp", hsdp_shard_size=2, cpu_offload="no",
+                                          pipeline_parallel_size=1),
          {"--hsdp-shard-size", "--parallelism"}),
         (LLAMA_7B, "8xA10G", Config(gradient_sync="step", micro_batch_size=1), {"--gradient-sync"}),
         (LLAMA_13B, "8xA100-40GB", Config(precision="fp32", micro_batch_size=4, activation_checkpointing="full",
@@ -712,7 +752,7 @@ def apply_lever(words: str, cluster: Cluster, config: Config) -> tuple[Cluster, 
 def test_every_lever_makes_it_fit_when_it_is_pulled(shape, cluster, config, kinds):
     here = parse_cluster(cluster) if cluster else LAPTOP
     if cluster is None:
-        here = dataclasses.replace(LAPTOP, gpu=dataclasses.replace(LAPTOP.gpu, memory_gib=0.1))
+        here = dataclasses.replace(LAPTOP, gpu=dataclasses.replace(LAPTOP.gpu, memory_gib=0.09))
     choice = choose_plan(shape, here, config)
     assert choice.chosen is None
     levers = choice.lever.removeprefix("it would fit with ").split(", or ")
@@ -749,7 +789,7 @@ def test_the_table_gives_choice_reasons_and_sources_of_figures():
     assert re.search(r"needs 2\d\d\.\d GiB, 75\.1 of 79\.1 are usable", table), "DDP of 13B"
     for name, size in choice.chosen.memory_gib.terms.items():
         assert size < 0.05 or f"{name} {size:.1f}" in " ".join(table.split())
-    for words in ("peak table", "network guess", "reserved guess", "node link 345 GB/s", "lever"):
+    for words in ("peak table", "network guess", "reserved fitted", "node link 345 GB/s", "lever"):
         assert words in " ".join(table.split())
     for line in rows:  # no plan is cut off in its column
         assert not line[10:54].rstrip().endswith(("kee", "off", "recompute every"))
@@ -1020,7 +1060,7 @@ def test_every_auto_is_resolved_and_written_down(executed):
     assert "auto" not in description["plan"].values()
     choice = description["choice"]
     assert set(choice) == {"cluster", "chosen", "candidates", "lever"}
-    assert {candidate["micro_batch_size"] for candidate in choice["candidates"]} == {1, 2, 4, 8}
+    assert {candidate["micro_batch_size"] for candidate in choice["candidates"]} == {1, 2, 3, 4, 8}
     for candidate in choice["candidates"]:
         check_candidate(candidate, world_size=1, batch_size=8)
 

@@ -97,4 +97,4 @@ train_llama2.draw_curves = lambda folder: None
 globals()[sys.argv.pop(1)]()
 code = train_llama2.command_line()
 print(f"rank {rank} leaves with {code}", file=sys.stderr)
-sys.exit(code)
+train_llama2.leave(code)

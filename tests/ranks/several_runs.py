@@ -25,3 +25,4 @@ for number, flags in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         code = leaving.code
     for stream in (sys.stdout, sys.stderr) if os.environ.get("RANK", "0") == "0" else ():
         print(f"=== {code} ===", file=stream, flush=True)
+train_llama2.leave(0)

@@ -1,0 +1,274 @@
+"""Pipeline stages: losses, evaluations, summaries, checkpoints and the final model are those of one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from conftest import (
+    RANKS,
+    TINY_LLAMA,
+    assert_same_run,
+    read_metrics,
+    run_script,
+    run_script_several_times,
+    saved,
+    small_run,
+    torchrun,
+    tree,
+)
+from safetensors.torch import load_file
+
+from train_llama2 import (
+    Config,
+    Pipeline,
+    Plan,
+    UserError,
+    candidate_plans,
+    layers_of_stages,
+    model_shape,
+    parse_cluster,
+)
+
+# 34 documents in batches of 11: each fourth step has one document, which leaves a second data rank without any
+EIGHT_STEPS = dict(
+    batch_size=11,
+    num_train_epochs=2,
+    max_grad_norm=0.5,
+    micro_batch_size=2,
+    block_size=128,
+    eval_interval=4,
+    save_interval=4,
+    keep_checkpoints=2,
+    max_eval_samples=3,
+    activation_checkpointing="none",
+)
+SUMMARIES = dict(rouge_samples=3, max_summary_tokens=8)
+PACKED = dict(packing="yes")
+PP2, PP4 = dict(pipeline_parallel_size=2), dict(pipeline_parallel_size=4)
+FSDP, REPLICAS = dict(parallelism="fsdp"), dict(parallelism="hsdp", hsdp_shard_size=1)
+ONE_PROCESS = {"padded": SUMMARIES, "packed": PACKED, "beams": SUMMARIES | dict(num_beams=2), "skipped": {}}
+STAGED = {  # by name, which begins with that of the run of one process that it must equal
+    "padded, 2 stages": (2, PP2 | SUMMARIES),
+    "padded, 2 stages, recomputed": (2, PP2 | dict(activation_checkpointing="every-2")),
+    "padded, 2 stages, compiled": (2, PP2 | dict(compile="yes")),
+    "packed, 2 stages": (2, PP2 | PACKED | dict(activation_checkpointing="full")),
+    "2 stages, skipped": (2, PP2),
+    "padded, 4 stages": (4, PP4 | SUMMARIES),
+    "padded, 4 stages, one micro-batch": (4, PP4 | dict(micro_batch_size=11)),
+    "packed, 4 stages": (4, PP4 | PACKED),
+    "beams, 2 stages, fsdp 2": (4, PP2 | FSDP | SUMMARIES | dict(num_beams=2)),
+    "packed, 2 stages, fsdp 2": (4, PP2 | FSDP | PACKED | dict(activation_checkpointing="full")),
+    "padded, 2 stages, 2 replicas": (4, PP2 | REPLICAS | dict(reshard_after_forward="no")),
+    "2 stages, fsdp 2, skipped": (4, PP2 | FSDP),
+}
+LLAMA = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+
+
+def run_all(base: Path, runs: dict[str, dict], processes: int) -> dict[str, SimpleNamespace]:
+    """Runs the script with the flags of each, in the ranks of one torchrun, in a folder of that name."""
+    flags = [small_run(base / name, **{**EIGHT_STEPS, **each}) for name, each in runs.items()]
+    ended = run_script_several_times(flags, processes, before=[RANKS / "note_stages.py"], timeout=600)
+    for each in ended:
+        assert each.returncode == 0, each.stderr
+    return dict(zip(runs, ended, strict=True))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple[SimpleNamespace, Path]]:
+    """Returns every run and its folder by name."""
+    base = tmp_path_factory.mktemp("runs")
+    ended = run_all(base, ONE_PROCESS, 1)
+    for processes in (2, 4):
+        ended |= run_all(
+            base, {name: flags for name, (ranks, flags) in STAGED.items() if ranks == processes}, processes
+        )
+    return {name: (run, base / name) for name, run in ended.items()}
+
+
+def expected_run(name: str) -> str:
+    return next(each for each in ONE_PROCESS if each in name)
+
+
+@pytest.mark.parametrize("name", [name for name in STAGED if "skipped" not in name])
+def test_losses_equal_one_processs(runs, name):
+    folder, expected = runs[name][1], runs[expected_run(name)][1]
+    assert_same_run(folder, expected)
+    steps, _ = read_metrics(folder)
+    assert len(steps) == 8
+    assert sum(step["grad_norm"] > EIGHT_STEPS["max_grad_norm"] for step in steps) >= 3
+
+
+@pytest.mark.parametrize("name", [name for name in STAGED if "skipped" in name])
+def test_a_gradient_infinite_on_one_stage_skips_the_step_on_all(runs, name):
+    (steps, _), (expected, _) = (read_metrics(runs[each][1]) for each in (name, "skipped"))
+    assert [step["skipped_steps"] for step in steps] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, flags) in STAGED.items() if "rouge_samples" in flags])
+def test_summaries_equal_one_processs(runs, name):
+    summaries = (runs[name][1] / "samples.jsonl").read_text()
+    assert summaries.count("\n") == 2 * SUMMARIES["rouge_samples"]
+    assert summaries == (runs[expected_run(name)][1] / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["padded, 2 stages", "beams, 2 stages, fsdp 2"])
+def test_the_final_model_is_one_processs(runs, name):
+    folder, expected = runs[name][1], runs[expected_run(name)][1]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in expected.iterdir()}
+    for file in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert tree(folder)[file] == tree(expected)[file]
+    weights, expected_weights = (load_file(each / "model.safetensors") for each in (folder, expected))
+    assert list(weights) == list(expected_weights)
+    for weight, expected_weight in zip(weights.values(), expected_weights.values(), strict=True):
+        assert weight.dtype == expected_weight.dtype
+        torch.testing.assert_close(weight, expected_weight, rtol=0, atol=1e-4)  # Adam enlarges rounding
+
+
+@pytest.mark.parametrize("name", ["padded, 2 stages", "padded, 4 stages", "packed, 2 stages, fsdp 2"])
+def test_each_rank_holds_the_parameters_of_its_stage_alone(runs, name):
+    line = next(line for line in runs[name][0].stdout.splitlines() if line.startswith("STAGES"))
+    of_ranks = json.loads(line.removeprefix("STAGES"))
+    stages = STAGED[name][1]["pipeline_parallel_size"]
+    of_stages = of_ranks[:: len(of_ranks) // stages]
+    for rank, names in enumerate(of_ranks):
+        assert names == of_stages[rank * stages // len(of_ranks)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY_LLAMA)
+    assert [name for names in of_stages for name in names] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "processes", "flags"),
+    [
+        ("packed, 2 stages, fsdp 2", 1, PACKED),
+        ("padded", 4, PP2 | FSDP),
+        ("padded, 2 stages", 4, FSDP),
+        ("padded, 2 stages, 2 replicas", 2, PP2),
+        ("padded, 4 stages", 4, PP2 | REPLICAS),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_moves_between_plans(runs, tmp_path, saved_by, processes, flags):
+    folder = Path(shutil.copytree(runs[saved_by][1], tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoints" / "step-000008")
+    run = run_script(*small_run(folder, **{**EIGHT_STEPS, **flags}), processes=processes)
+    assert run.returncode == 0, run.stderr
+    assert "resume    from" in run.stdout and "step-000004, saved by" in run.stdout
+    metrics, expected = (read_metrics(each) for each in (folder, runs[expected_run(saved_by)][1]))
+    for lines, expected_lines, name in zip(metrics, expected, ("loss", "eval_loss"), strict=True):
+        assert [line["step"] for line in lines] == [line["step"] for line in expected_lines]
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected_lines], abs=1e-5)
+
+
+def interrupted(act: str, folder: Path, **environment: str) -> SimpleNamespace:
+    flags = small_run(folder, **{**EIGHT_STEPS, **PP2, "save_interval": 2})
+    return torchrun(RANKS / "staged_run.py", act, *flags, processes=2, **environment)
+
+
+def test_torchrun_restarts_a_killed_stage_and_the_run_goes_on(runs, tmp_path):
+    run = interrupted("kill_rank_1_after_step_5", tmp_path, PET_MAX_RESTARTS="1")
+    assert run.returncode == 0, run.stderr
+    assert "resume    from" in run.stdout
+    losses, expected = ([line["loss"] for line in read_metrics(each)[0]] for each in (tmp_path, runs["padded"][1]))
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_signal_to_one_stage_saves_on_all_at_the_same_step(tmp_path):
+    run = interrupted("sigterm_to_rank_1_after_step_3", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "after step 3; the checkpoint is saved" in run.stdout
+    assert saved(tmp_path)[-1] == "step-000003"
+
+
+def test_a_stage_that_hangs_before_training_is_named(tmp_path):
+    run = interrupted("stop_rank_1_before_its_first_forward", tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    assert run.returncode == 1
+    [line] = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert "rank 0, stage 1 of 2, has waited" in line and line.endswith("for rank 1 to receive")
+
+
+def test_a_model_that_cannot_be_cut_ends_the_run_with_one_line(tmp_path):
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig.from_pretrained(TINY_LLAMA, tie_word_embeddings=True)
+    ).save_pretrained(tmp_path / "tied")
+    run = run_script(*small_run(tmp_path / "run", **PP2, model_name_or_path=tmp_path / "tied"), processes=2)
+    [line] = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert line == (
+        "error: --pipeline-parallel-size 2 cannot be had with this model: its embedding and its head are one matrix, "
+        "which would lie on two stages; leave it out"
+    )
+    assert "exitcode  : 2" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        (dict(pipeline_parallel_size=8), "needs a layer for each stage, and the model has 4; use at most that"),
+        (dict(pipeline_parallel_size=3), "3 needs equally many processes in each stage, and 8 were started"),
+        (PP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --pipeline-parallel-size 2; use hsdp"),
+        (PP2 | dict(parallelism="none"), "runs one process for each stage, but 4 were started"),
+        (PP2 | dict(parallelism="hsdp", hsdp_shard_size=4), "groups of at least 1 ranks for each stage"),
+        (dict(parallelism="hsdp", hsdp_shard_size=1), "groups of at least 2 ranks"),
+    ],
+    ids=str,
+)
+def test_stages_that_cannot_work_are_refused(config, rule):
+    shape = model_shape(transformers.LlamaConfig(**LLAMA))
+    with pytest.raises(UserError, match=rule):
+        candidate_plans(shape, parse_cluster("8xH100-80GB"), Config(**config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("Llama", {}, ""),
+        ("Mistral", {}, ""),
+        ("Qwen3", dict(head_dim=8), ""),
+        ("Llama", dict(tie_word_embeddings=True), "one matrix"),
+        ("Mixtral", dict(output_router_logits=True), "routers' loss"),
+        ("Gemma2", {}, "several kinds"),
+        ("Granite", dict(embedding_multiplier=2.0), "more than Llama's"),  # each stage would multiply again
+        ("GPTNeoX", {}, "more than Llama's"),
+        ("GPT2", {}, "more than Llama's"),
+    ],
+)
+def test_models_are_cut_only_where_layers_pass_hidden_states_alone(kind, changes, reason):
+    settings = LLAMA | dict(tie_word_embeddings=False) | changes
+    uncuttable = model_shape(getattr(transformers, f"{kind}Config")(**settings)).uncuttable
+    assert reason in uncuttable and bool(reason) == bool(uncuttable)
+
+
+@pytest.mark.parametrize(
+    ("layers", "vocabulary", "stages", "expected"),
+    [
+        (40, 32_000, 4, [10, 10, 10, 10]),  # Llama-2-13B: its head takes as long as half a layer
+        (40, 32_000, 3, [13, 14, 13]),
+        (16, 128_256, 4, [4, 5, 5, 2]),  # a head of two layers
+        (4, 500_000, 4, [1, 1, 1, 1]),
+    ],
+)
+def test_stages_are_as_even_as_whole_layers_and_head_allow(layers, vocabulary, stages, expected):
+    shape = SimpleNamespace(layers=layers, hidden=5120, vocabulary=vocabulary, layer_parameters=317_204_480)
+    assert layers_of_stages(shape, stages) == expected
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 3), (2, 4), (4, 6), (4, 2)])
+def test_each_stage_goes_back_as_soon_as_it_can(stages, micro_batches):
+    """One forward, one backward: no more micro-batches are under way than there are stages from this one on."""
+    for stage in range(stages):
+        pipeline = Pipeline(Plan())
+        pipeline.stages, pipeline.stage = stages, stage
+        actions = list(pipeline.schedule(micro_batches))
+        for action in ("forward", "backward"):
+            assert [index for kind, index in actions if kind == action] == list(range(micro_batches))
+        under_way, most = 0, 0
+        for action, _ in actions:
+            under_way += 1 if action == "forward" else -1
+            most = max(most, under_way)
+        assert most == min(stages - stage, micro_batches)
