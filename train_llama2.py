@@ -4654,8 +4654,6 @@ def has_sliding_windows(model_config: PretrainedConfig) -> bool:
 CONTEXT_GIB = (0.5, 1.0, 1.6)
 GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
-
-
 MOMENTS_OF_HEAD = ("gathering the head", "loss", "cast of the head's gradient", "backward of the last norm")
 
 

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -214,6 +216,12 @@ def memory_cases(full: bool) -> Iterator[tuple[str, LlamaConfig, Plan, int, int]
         yield "13b", llama("13b", 5), plan, 1, 2048
     for plan in (NONE, FSDP8):
         yield "13b", llama("13b", 5), replace(plan, precision="bf16-states"), 2, 2048
+    staged = replace(FSDP8, pipeline_parallel_size=2, gradient_accumulation_steps=8, gradient_sync="micro-batch")
+    for level, rows in (("none", 1), ("full", 2)):
+        yield "13b", llama("13b", 8), replace(staged, activation_checkpointing=level), rows, 2048
+    yield "13b", llama("13b", 12), replace(staged, pipeline_parallel_size=4, activation_checkpointing="none"), 1, 2048
+    yield "13b", llama("13b", 8), replace(staged, gradient_sync="step"), 2, 2048
+    yield "13b", llama("13b", 8), replace(staged, dp_shard_size=1, activation_checkpointing="none"), 1, 2048
 
 
 def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int = 0) -> tuple[float, str]:
@@ -230,25 +238,31 @@ def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int
         rows = min(tokens, script.HEAD_CHUNK_TOKENS)
         casts = 8 * shape.head_and_norm_parameters + 8 * shape.hidden * rows
         moments["loss"]["temporaries"] += casts - 4 * shape.vocabulary * rows
-    if plan.dp_shard_size > 1:
-        moments["loss"]["gathered"] -= plan.compute_bytes * shape.layer_parameters * plan.reshard_after_forward
-        moments[f"backward of layer {shape.layers - 1}"]["gathered"] -= 4 * shape.head_and_norm_parameters
+    if plan.dp_shard_size > 1 and part.has_head:
+        moments["loss"]["gathered"] -= plan.compute_bytes * part.layer_parameters * plan.reshard_after_forward
+        moments[f"backward of layer {part.layers - 1}"]["gathered"] -= 4 * part.head_and_norm_parameters
     return max((sum(terms.values()) / GIB, moment) for moment, terms in moments.items())
 
 
-def check_memory(full: bool) -> float:
-    """Prints predicted and tracked memory of every case; returns the largest relative error."""
+def check_memory(full: bool) -> bool:
+    """Prints predicted and tracked memory of every case, and of stages of the first and the last.
+
+    Returns whether all are within 0.5%, or 1% where there are stages.
+    """
     print(f"{'case':<58}{'tokens':>8}{'tracked':>9}{'predicted':>11}{'error':>8}  peak")
-    worst = 0.0
+    errors: dict[bool, float] = {False: 0.0, True: 0.0}
     for name, model_config, plan, rows, length in memory_cases(full):
-        predicted, moment = predicted_peak(script.model_shape(model_config), plan, rows * length)
-        tracked = tracked_gib(model_config, plan, rows, length)
-        error = predicted / tracked - 1
-        worst = max(worst, abs(error))
-        words = f"{name} {plan.precision} {plan.describe()}" if not full else name
-        print(f"{words[:57]:<58}{rows * length:>8}{tracked:>9.3f}{predicted:>11.3f}{error:>8.2%}  {moment}")
-    print(f"largest error {worst:.2%}")
-    return worst
+        stages = plan.pipeline_parallel_size
+        for stage in sorted({0, stages - 1}):
+            predicted, moment = predicted_peak(script.model_shape(model_config), plan, rows * length, stage)
+            tracked = tracked_gib(model_config, plan, rows, length, stage)
+            error = predicted / tracked - 1
+            errors[stages > 1] = max(errors[stages > 1], abs(error))
+            words = f"{name} {plan.precision} {plan.describe()}" if not full else name
+            moment = f"stage {stage + 1}, {moment}" if stages > 1 else moment
+            print(f"{words[:57]:<58}{rows * length:>8}{tracked:>9.3f}{predicted:>11.3f}{error:>8.2%}  {moment}")
+    print(f"largest error {errors[False]:.2%}, with stages {errors[True]:.2%}")
+    return errors[False] <= 0.005 and errors[True] <= 0.01
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -394,6 +408,91 @@ def print_regret(rates: list[float]) -> None:
             regret = max(published for _, published in runs) / max(runs)[1] - 1
             name = f"{source}, {shape.parameters / 1e9:.1f}B on {count} x {gpu}"
             print(f"regret {regret:.1%} of {len(runs)} runs of {name}")
+
+
+# Hagemann et al. 2023, "Efficient Parallelization Layouts for Large-Scale Distributed Model Training", arXiv 2311.05610.
+# 2,048 sequences a step, each of 2,048 tokens, over 128,000 pieces. Flash attention 2 with a fused kernel for norms
+# stands for compiled layers, without it for layers that are not compiled.
+HAGEMANN = Path(__file__).parent / "data" / "hagemann2023_layouts.csv"
+HAGEMANN_SHAPES = {
+    "13B": decoder(5120, 13_824, 40, 40, 5120, 128_000),
+    "30B": decoder(6656, 17_920, 60, 52, 6656, 128_000),
+}
+
+
+@dataclass(frozen=True)
+class MeasuredLayout:
+    """A row of Hagemann et al.: a layout of pipeline stages and data ranks without tensor parallelism."""
+
+    model: str
+    gpus: int
+    micro_batch_size: int
+    pipeline_parallel_size: int
+    activation_checkpointing: str
+    kernel: str
+    step_seconds: float
+
+    @property
+    def plan(self) -> Plan:
+        data_parallel_size = self.gpus // self.pipeline_parallel_size
+        return Plan(
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            dp_shard_size=data_parallel_size,
+            micro_batch_size=self.micro_batch_size,
+            gradient_accumulation_steps=2048 // data_parallel_size // self.micro_batch_size,
+            activation_checkpointing={"disabled": "none", "every_layer": "full"}[self.activation_checkpointing],
+            reshard_after_forward=False,
+            compiled="RMS" in self.kernel,
+        )
+
+    def predicted_seconds(self) -> float:
+        """Returns the step's seconds under ZeRO-1, which the script itself does not have.
+
+        Every data rank has its stage's weights whole. Gradients are reduced and weights gathered once a step.
+        """
+        plan = self.plan
+        cluster = Cluster(self.gpus // 8, 8, A100, True, GPUS[A100])
+        tokens = 2048 * self.micro_batch_size
+        seconds = script.predict_seconds(HAGEMANN_SHAPES[self.model], cluster, plan, tokens, 2048)
+        as_fsdp = 2 * plan.gradient_accumulation_steps + 4  # bytes a parameter
+        communication = seconds["gather_reduce"] * (2 + 4) / as_fsdp + seconds["point_to_point"]
+        exposed = communication - script.OVERLAP * min(communication, seconds["compute"])
+        return seconds["compute"] + seconds["bubble"] + exposed + seconds["optimizer"]
+
+
+def measured_layouts() -> list[MeasuredLayout]:
+    kinds = dict(gpus=int, micro_batch_size=int, pipeline_parallel_size=int, step_seconds=float)
+    with HAGEMANN.open() as file:
+        rows = list(csv.DictReader(file))
+    return [MeasuredLayout(**{name: kinds.get(name, str)(value) for name, value in row.items()}) for row in rows]
+
+
+def check_layouts() -> dict[str, float]:
+    """Prints predicted and measured seconds of every layout of Hagemann et al., and whether the best one is found.
+
+    Returns the median ratio for each kernel. The layout that is found is the one with the best prediction. It misses
+    the best where larger micro-batches are predicted to be faster: here they were slower, other than the MPT-13B rows.
+    """
+    print(f"\n{'Hagemann et al. 2023':<24}{'kernel':<32}{'layout':<40}{'measured':>9}{'predicted':>10}{'ratio':>7}")
+    ratios: dict[str, list[float]] = {}
+    groups: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
+    for row in measured_layouts():
+        predicted = row.predicted_seconds()
+        ratios.setdefault(row.kernel, []).append(predicted / row.step_seconds)
+        groups.setdefault((row.model, row.gpus, row.kernel), []).append((predicted, row.step_seconds))
+        layout = f"pp{row.pipeline_parallel_size}, micro-batch {row.micro_batch_size}, {row.activation_checkpointing}"
+        print(
+            f"{row.model + f' on {row.gpus} A100':<24}{row.kernel:<32}{layout:<40}{row.step_seconds:>9.2f}"
+            f"{predicted:>10.2f}{predicted / row.step_seconds:>7.2f}"
+        )
+    medians = {kernel: statistics.median(values) for kernel, values in ratios.items()}
+    for kernel, median in medians.items():
+        print(f"median ratio {median:.3f} of {len(ratios[kernel])} rows with {kernel}")
+    for (model, gpus, kernel), rows in groups.items():
+        regret = min(rows)[1] / min(measured for _, measured in rows) - 1
+        found = "found" if regret == 0 else "found within 5%" if regret <= 0.05 else f"missed by {regret:.1%}"
+        print(f"{model} on {gpus} A100, {kernel}: the best of {len(rows)} layouts is {found}")
+    return medians
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -592,10 +691,11 @@ def main() -> int:
         return 0 if check_device(settings) else 1
     passed, began = True, time.perf_counter()
     if options.memory or not options.published:
-        passed &= check_memory(options.full) <= 0.005
+        passed &= check_memory(options.full)
     if options.published or not options.memory:
         error, ranked = check_published()
-        passed &= error <= 0.15 and ranked
+        medians = check_layouts()
+        passed &= error <= 0.15 and ranked and all(0.9 <= median <= 1.1 for median in medians.values())
     print(f"{'passed' if passed else 'FAILED'} in {time.perf_counter() - began:.0f} s")
     return 0 if passed else 1
 
