@@ -410,9 +410,9 @@ def print_regret(rates: list[float]) -> None:
             print(f"regret {regret:.1%} of {len(runs)} runs of {name}")
 
 
-# Hagemann et al. 2023, "Efficient Parallelization Layouts for Large-Scale Distributed Model Training", arXiv 2311.05610.
-# 2,048 sequences a step, each of 2,048 tokens, over 128,000 pieces. Flash attention 2 with a fused kernel for norms
-# stands for compiled layers, without it for layers that are not compiled.
+# Hagemann et al. 2023, "Efficient Parallelization Layouts for Large-Scale Distributed Model Training" (arXiv
+# 2311.05610). 2,048 sequences a step, each of 2,048 tokens, over 128,000 pieces. Flash attention 2 with a fused kernel
+# for norms stands for compiled layers, without it for layers that are not compiled.
 HAGEMANN = Path(__file__).parent / "data" / "hagemann2023_layouts.csv"
 HAGEMANN_SHAPES = {
     "13B": decoder(5120, 13_824, 40, 40, 5120, 128_000),
@@ -471,7 +471,7 @@ def check_layouts() -> dict[str, float]:
     """Prints predicted and measured seconds of every layout of Hagemann et al., and whether the best one is found.
 
     Returns the median ratio for each kernel. The layout that is found is the one with the best prediction. It misses
-    the best where larger micro-batches are predicted to be faster: here they were slower, other than the MPT-13B rows.
+    the best where it expects larger micro-batches to be faster: here they were slower.
     """
     print(f"\n{'Hagemann et al. 2023':<24}{'kernel':<32}{'layout':<40}{'measured':>9}{'predicted':>10}{'ratio':>7}")
     ratios: dict[str, list[float]] = {}

@@ -890,7 +890,7 @@ def test_only_loops_that_train_stages_are_given_them(monkeypatch, trains_stages)
     assert plans[0].pipeline_parallel_size == (2 if trains_stages else 1)
     if not trains_stages:
         given = dataclasses.replace(config, pipeline_parallel_size=2)
-        with pytest.raises(UserError, match="--pipeline-parallel-size 2 cannot be had here: .* trains_stages"):
+        with pytest.raises(UserError, match=r"--pipeline-parallel-size 2 cannot be had here: .* trains_stages"):
             train_llama2.enable_advanced_parallelization(given)
 
 
