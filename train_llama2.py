@@ -245,7 +245,7 @@ class Config:
     max_steps: int | None = flag(None, "stop after this many optimizer steps", number(int, minimum=1, unset="none"))
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
-        None, "most documents per forward pass of a device; packed: as many tokens as these have when full",
+        None, "most documents per forward pass of a device; packed: as many times --block-size tokens",
         number(int, minimum=1, unset="auto"))
     lr: float = flag(1e-5, "peak learning rate of AdamW; 0 measures without training", number(float, minimum=0))
     lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
@@ -254,17 +254,19 @@ class Config:
         0.0, "AdamW weight decay of the matrices; norms and biases have none", number(float, minimum=0))
     max_grad_norm: float = flag(
         1.0, "clip the global gradient norm to this; 0 turns clipping off", number(float, minimum=0))
-    seed: int = flag(42, "order of the documents and the held-out split", number(int, minimum=0, below=2**32))
+    seed: int = flag(
+        42, "order of the documents, held-out split, summarised documents, random weights",
+        number(int, minimum=0, below=2**32))
     parallelism: str = flag(
         "auto", "what the data-parallel ranks do", one_of("auto", "none", "ddp", "fsdp", "hsdp"))
     pipeline_parallel_size: int | None = flag(
-        None, "pipeline stages that the layers are cut into; auto: as many as nodes or a divisor, where that is faster",
+        None, "pipeline stages that the layers are cut into; auto: 1, or the nodes or a divisor where that is faster",
         number(int, minimum=1, unset="auto"))
     hsdp_shard_size: int | None = flag(
         None, "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
         number(int, minimum=1, unset="auto"))
     gradient_sync: str = flag(
-        "auto", "FSDP: reduce gradients every micro-batch, or once a step (keeps an unsharded fp32 gradient)",
+        "auto", "FSDP and HSDP: reduce gradients every micro-batch, or once a step, from an unsharded fp32 gradient",
         one_of("auto", "micro-batch", "step"))
     reshard_after_forward: str = flag(
         "auto", "FSDP and HSDP: free gathered weights after the forward pass, or keep them for the backward pass",
@@ -422,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = load_model(parallel)
             optimizer = build_optimizer(model, config)
             state = checkpoints.resume(model, optimizer)
-            parallel = check_setup(model, eval_set, parallel)
+            parallel = check_setup(model, eval_set, parallel)  # may turn packing off
             compiled = compile_layers(model, parallel, total_steps - state.step)
             log = RunLog(parallel, state, total_steps, steps_per_epoch, compiled, checkpoints.asynchronous)
             batches = log.timing_the_wait(training_batches(train_set, state.step, total_steps, parallel))
@@ -481,9 +483,9 @@ def command_line(argv: Sequence[str] | None = None) -> int:
         if not lost_contact(error):
             raise
         words = (
-            f"error: rank {launched_rank()} has lost the others ({first_line(error)}): a rank, its node or the "
-            "network was out of reach for longer than --dist-timeout-minutes; run the same command again to resume "
-            "from the newest checkpoint"
+            f"error: rank {launched_rank()} has lost the others ({first_line(error)}): a rank or its node has died, "
+            "the network is down, or a wait took longer than --dist-timeout-minutes; run the same command again to "
+            "resume from the newest checkpoint, if there is one"
         )
         print(words, file=sys.stderr, flush=True)
         return 1
@@ -574,7 +576,7 @@ def training_step(
     parallel: Parallel,
     stop: StopSignals | None = None,
 ) -> StepResult | None:
-    """Takes one optimizer step on a global batch. No host sync.
+    """Takes one optimizer step on a global batch. No host sync, except under CPU offload.
 
     Returns None, having changed nothing, if all ranks agreed to stop before the step was complete. With one pipeline
     stage the schedule alternates forward and backward.
@@ -663,8 +665,8 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
     """
     if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
         raise RunError(
-            f"loss or gradient norm was not finite in {NONFINITE_LIMIT} steps in a row, up to step {state.step}; "
-            "those updates were skipped. Lower --lr, lengthen --warmup-ratio, or look at the data of these steps"
+            f"loss or gradient norm was not finite in {NONFINITE_LIMIT} steps in a row, as found at step {state.step}; "
+            "those updates were skipped. Lower --lr, lengthen --warmup-ratio, or look at the data of the steps before"
         )
 
 
@@ -957,7 +959,8 @@ class Parallel:
     def data_rank(self) -> int:
         """Which share of the documents this rank works on: batches, evaluations and summaries are dealt by it.
 
-        Ranks are numbered with pipeline stages outermost and tensor parallelism innermost.
+        Ranks are numbered with pipeline stages outermost. Every plan so far has a `tensor_parallel_size` of 1, whose
+        ranks would be innermost; above 1, `sum_over_data_ranks` would count a loss that many times.
         """
         return self.rank // self.plan.tensor_parallel_size % self.data_parallel_size
 
@@ -1040,11 +1043,11 @@ class Parallel:
 
     @contextlib.contextmanager
     def gradient_sync(self, model: nn.Module, is_last: bool) -> Iterator[None]:
-        """Wraps one micro-batch's forward and backward, and decides whether its gradients are reduced now or later.
+        """Wraps the forward or the backward pass of a micro-batch, and decides whether its gradients are reduced now.
 
         DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
-        gradient (4 bytes per parameter). HSDP does the same inside the sharded group, and its all-reduce across
-        replicas, which carries 1/shards of it, always waits for the last.
+        gradient (4 bytes per parameter). HSDP does the same inside the sharded group. Its all-reduce across
+        replicas, in which each rank sends its own gradient shard alone, always waits for the last micro-batch.
         """
         if self.plan.uses_fsdp:
             model.set_requires_gradient_sync(is_last or self.plan.gradient_sync == "micro-batch")
@@ -1087,8 +1090,9 @@ def on_all_ranks(
 
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0
     acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act`
-    should not wait for other ranks, as one that fails would leave them waiting. One that must wait reaches its wait
-    even when it fails (`node_main_first`), or fails on all ranks alike. Costs one exchange of messages in host memory.
+    should not wait for other ranks, as one that fails would leave them waiting. If it has to wait, it must reach that
+    wait even when it fails (as in `node_main_first`), or fail on all ranks alike. Costs one exchange of messages in
+    host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = problems = failure = cause = None
@@ -1137,7 +1141,7 @@ def start_process_group(config: Config) -> None:
         how["store"] = dist.PrefixStore(attempt, store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **how)
     if any(on_all_ranks(torch.cuda.is_available, gathered=True)):
-        on_all_ranks(take_gpu)  # all need one if any has one; rank 0 reports a rank without, so the group comes first
+        on_all_ranks(take_gpu)  # after the group exists, so that rank 0 can report a rank that has none
 
 
 def take_gpu() -> None:
@@ -1287,7 +1291,7 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
 
 
 def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
-    """Returns the splits `train` and `validation`, as datasets of text, and how many empty documents each has lost.
+    """Returns the splits `train` and `validation`, as datasets of text, and how many empty documents were dropped here.
 
     Each node's first process downloads and parses; the others read the cache it made. Without a validation split, 5%
     of the training documents that are not empty are held out, drawn by the seed. Raises UserError for data that cannot
@@ -1777,7 +1781,8 @@ def epoch_batches(documents: Documents, epoch: int, config: Config) -> list[np.n
 def evaluation_batches(documents: Documents, parallel: Parallel) -> list[np.ndarray]:
     """Returns every document once, longest first, in batches of one micro-batch's documents per data rank.
 
-    Packed, they are four times as many: short documents share a row, and a larger choice fills rows better.
+    Packed, they are four times as many: short documents share a row, and a larger choice fills rows better. Any rank
+    may call it alone.
     """
     order = np.argsort(-documents.lengths, kind="stable")
     size = parallel.data_parallel_size * parallel.plan.micro_batch_size * (4 if parallel.plan.packing else 1)

@@ -527,7 +527,9 @@ def test_five_skipped_steps_end_a_run_stopped_among_them(tmp_path, capsys):
     with poisoned({4, 5, 6, 7, 8}):
         stop_after(tmp_path, 6)
         assert start(tmp_path) == 1
-    assert "error: loss or gradient norm was not finite in 5 steps in a row, up to step 8" in capsys.readouterr().err
+    assert (
+        "error: loss or gradient norm was not finite in 5 steps in a row, as found at step 8" in capsys.readouterr().err
+    )
     assert saved(tmp_path) == ["step-000004", "step-000006"]
 
 
@@ -535,7 +537,7 @@ def test_a_stop_after_five_skipped_steps_saves_nothing(tmp_path, capsys):
     """The row is full after step 7, where no save is due but the stop's; that one would end every later resume."""
     with poisoned({3, 4, 5, 6, 7}), at_steps({7: signal_myself}):
         assert start(tmp_path, save_interval=100) == 1
-    assert "not finite in 5 steps in a row, up to step 7" in capsys.readouterr().err
+    assert "not finite in 5 steps in a row, as found at step 7" in capsys.readouterr().err
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
