@@ -810,18 +810,18 @@ PP2 = plan_of(shards=8, pipeline_parallel_size=2, gradient_accumulation_steps=8,
 
 
 @pytest.mark.parametrize(
-    ("shape", "cluster", "layout", "seconds", "without"),
+    ("shape", "cluster", "level", "layout", "seconds", "without"),
     [
         # 30 GB a rank over 3.125 Gbit/s take 20 s and more; two stages send 335 MB of activations instead
-        (LLAMA_13B, "2x8xA100-80GB,ib=3.125", (2, 1, 8), 4.9, 23.2),
-        (LLAMA_13B, "4x8xA100-80GB,ib=3.125", (4, 1, 8), 3.4, 31.3),
-        (LLAMA_13B, "2x8xH100-80GB,ib=12.5", (2, 1, 8), 2.0, 6.3),
-        (LLAMA_70B, "4x8xA100-80GB,ib=12.5", (4, 1, 8), 17.3, 59.0),  # recomputes every third layer; all: 20
+        (LLAMA_13B, "2x8xA100-80GB,ib=3.125", "auto", (2, 1, 8), 4.9, 23.2),
+        (LLAMA_13B, "4x8xA100-80GB,ib=3.125", "auto", (4, 1, 8), 3.4, 31.3),
+        (LLAMA_13B, "2x8xH100-80GB,ib=12.5", "auto", (2, 1, 8), 2.0, 6.3),
+        (LLAMA_70B, "4x8xA100-80GB,ib=12.5", "full", (4, 1, 8), 20.0, 59.0),
     ],
     ids=["2 nodes", "4 nodes", "H100", "70B"],
 )
-def test_stages_are_chosen_where_the_network_is_slow(shape, cluster, layout, seconds, without):
-    choice = choose_plan(shape, parse_cluster(cluster), Config())
+def test_stages_are_chosen_where_the_network_is_slow(shape, cluster, level, layout, seconds, without):
+    choice = choose_plan(shape, parse_cluster(cluster), Config(activation_checkpointing=level))
     plan = choice.chosen.plan
     assert (plan.pipeline_parallel_size, plan.dp_replicate_size, plan.dp_shard_size) == layout
     assert choice.chosen.total_seconds == pytest.approx(seconds, rel=0.08)
