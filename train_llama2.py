@@ -1390,16 +1390,17 @@ def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
     import datasets
 
     # without keep_default_na=False pandas reads the text "None" as a missing value
-    options = dict(keep_default_na=False, sep=separator_of(files[0], config)) if file_format == "csv" else {}
-    load = functools.partial(datasets.load_dataset, file_format, split="train", **options)
-    names = list(map(plain_name, files))
+    def load(*together: Path) -> Dataset:
+        options = dict(keep_default_na=False, sep=separator_of(together[0], config)) if file_format == "csv" else {}
+        return datasets.load_dataset(file_format, data_files=list(map(plain_name, together)), split="train", **options)
+
     try:
-        return load(data_files=names)
+        return load(*files)
     except datasets.exceptions.DatasetGenerationError:
-        if len(names) == 1:
+        if len(files) == 1:
             raise
         columns = [config.article_column, config.summary_column]
-        return datasets.concatenate_datasets([load(data_files=name).select_columns(columns) for name in names])
+        return datasets.concatenate_datasets([load(file).select_columns(columns) for file in files])
 
 
 def plain_name(file: Path) -> str:
@@ -1448,7 +1449,8 @@ def format_of(file: Path) -> str | None:
 def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, list[Path]], list[str]]:
     """Returns the format, the files by split, and lines that say what is read and what is not.
 
-    A file's name tells its split, or its folder's; the default is train. Hidden files in a folder are skipped.
+    A file's name tells its split, or else its folder's, or else, where several are named, the named folder's; the
+    default is train. Hidden files in a folder are skipped.
     """
     shown, files, lines = shown_data(config), {}, []
     for path in map(Path, paths):
@@ -1462,7 +1464,8 @@ def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, li
                 leads = "to a folder; name that folder to read it" if file.is_dir() else "nowhere"
                 lines.append(f"not read: {file}, a link {leads}")
             elif file.is_file() and format_of(file):
-                files.setdefault(file.resolve(), (file, name))  # a file that is named twice counts once
+                own = path.name if path.is_dir() and len(paths) > 1 else ""
+                files.setdefault(file.resolve(), (file, own / name))  # a file that is named twice counts once
             elif file.is_file() and data_suffix(file).endswith(UNREAD_FORMATS):
                 lines.append(f"not read: {file}; save it as one of {', '.join(DATA_FORMATS)}")
     formats = {format_of(file) for file, _ in files.values()}
@@ -1531,6 +1534,7 @@ def csv_problem(file: Path, config: Config) -> str:
     Reads the whole file by the rules of RFC 4180, so a quote that is not closed, or closed inside a text, is found.
     """
     separator = separator_of(file, config)
+    csv.field_size_limit(LARGEST_INTEGER - 1)  # the default refuses articles of more than 131,072 characters
     with open_file(file, newline="") as stream:
         rows, number = csv.reader(stream, delimiter=separator, strict=True), 0
         try:
@@ -1538,6 +1542,7 @@ def csv_problem(file: Path, config: Config) -> str:
             if missing := [name for name in (config.article_column, config.summary_column) if name not in header]:
                 shown = ", ".join(textwrap.shorten(name, 40) for name in header[:5])
                 return f"has no column {missing[0]} in its first row, but {shown}; write the columns' names there"
+            number = 1
             for number, row in enumerate(rows, 2):
                 if row and len(row) != len(header):
                     return (
@@ -1988,7 +1993,7 @@ def load_model(parallel: Parallel) -> nn.Module:
         number_layers_of_stage(model)
     if plan.cpu_offload:
         keep_parameters_on_cpu(model)
-    if plan.uses_fsdp:  # torch makes the groups of HSDP with its default timeout of 30 minutes
+    if plan.uses_fsdp:  # torch makes these groups with its own default timeout: 10 minutes under NCCL
         mesh = next(model.parameters()).device_mesh
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
         for dimension in range(mesh.ndim):
@@ -2337,10 +2342,11 @@ SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails i
 def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Parallel:
     """Proves before training that the loaded model, in its parallel form, computes what is meant.
 
-    Its loss is finite, no token sees a later one, and no packed document sees another. If tokens see later ones, the
-    model's own eager attention, with a mask and padded rows, is tried instead, and kept if it passes. If packed
-    documents see each other, rows are padded from here on. In both cases the returned `Parallel` holds the plan to go
-    on with. Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
+    Its loss is finite and that of its own logits, no token sees a later one, and no packed document sees another. If
+    tokens see later ones, the model's own eager attention, with a mask and padded rows, is tried instead, and kept if
+    it passes. If packed documents see each other, rows are padded from here on. In both cases the returned `Parallel`
+    holds the plan to go on with. Raises RunError for broken weights, and UserError for a model that cannot be trained
+    rightly.
     """
     with parallel.pipeline.watched():
         parallel = check_attention(model, parallel)
@@ -2351,11 +2357,14 @@ def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Pa
 
 
 def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
-    """Returns the `Parallel` under which no token of the model sees what it must not. Raises UserError for none."""
+    """Returns the `Parallel` under which no token of the model sees what it must not.
+
+    Raises UserError if there is none, or if the loss is not that of the model's own logits.
+    """
     padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
     if parallel.plan.packing and attention_leaks(model, parallel):
         if parallel.config.packing == "yes":
-            raise UserError("--packing yes: the packed documents of this model see each other; use no")
+            raise UserError("--packing yes: the packed documents of this model see each other; give --packing no")
         parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
         parallel = padded
     if attention_leaks(model, padded):
@@ -2447,7 +2456,7 @@ def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
 def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     """Compiles the decoder layers in place where the plan says so and it pays, and returns whether it did.
 
-    One graph serves all layers; it takes lengths of any size after its first recompilation. `auto` weighs the time
+    All layers share their graphs, and a graph takes lengths of any size. `auto` weighs the time
     that the `steps` to come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run as
     they were.
     """
@@ -2463,8 +2472,8 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
             parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
             return False
-    # Layers that recompute or not, one row or several, training or evaluation, static lengths before dynamic ones:
-    # about 10 kinds of graph, and torch's limit is 8.
+    # Recomputing or not, one row (a size of 1 is compiled as a constant) or several, training or evaluation: with the
+    # variants of each, more graphs than torch's limit of 8.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer into 11 graphs, which save more between them
@@ -2718,9 +2727,10 @@ def stages_of_the_plan(parallel: Parallel) -> Iterator[None]:
 
 
 def number_layers_of_stage(model: PreTrainedModel) -> None:
-    """Numbers a stage's layers from 0, where generation looks for the length of the cache.
+    """Renumbers a stage's layers from 0, because generation takes the length of the cache from layer 0.
 
-    The cache would have nothing at the places of other stages' layers, and padded prompts would be masked wrongly.
+    With the whole model's numbers, layer 0 of a later stage's cache would stay empty, and padded prompts would be
+    masked wrongly.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -2790,6 +2800,7 @@ def make_save_folder(folder: Path, parallel: Parallel) -> str:
     holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, holder.encode(), 0)
+    os.fsync(descriptor)  # on NFS other nodes would still read an empty file; to close it would end the lock
     shutil.rmtree(folder / UNFINISHED_MODEL, ignore_errors=True)
     return holder
 
@@ -2889,7 +2900,8 @@ class StopSignals:
         if not self.stopping:
             if self.torchrun not in (None, os.getppid()) and not self.signal_name:
                 self.signal_name = "the end of its torchrun"
-            too_long = self.may_leave_step and self.signal_name and self.seconds_to_leave > 0.8 * patience_seconds()
+            killed_soon = self.may_leave_step and self.signal_name in ("SIGTERM", "SIGINT", "SIGHUP")  # by torchrun
+            too_long = killed_soon and self.seconds_to_leave > 0.8 * patience_seconds()
             mine = torch.tensor([bool(self.signal_name), bool(too_long)]).int()
             if self.group is not None:
                 dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
@@ -3556,12 +3568,12 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
     if not parallel.is_main or not news:
         return
     is_llama_2 = bool(re.search("llama-?2", config.model_name_or_path, re.IGNORECASE))
-    lines, samples = read_lines(folder / METRICS_FILE), read_lines(folder / SAMPLES_FILE)
-    trained = next((line for line in reversed(lines) if "loss" in line), {})
-    evaluated = next((line for line in reversed(lines) if "eval_loss" in line), {})
-    results = {"optimizer steps": state.step, "tokens": f"{state.tokens:,}", "training loss": trained.get("loss")}
-    results |= {name.replace("eval_", "validation "): value for name, value in evaluated.items() if name != "step"}
     with keep_going("the model card could not be written", parallel):
+        lines, samples = read_lines(folder / METRICS_FILE), read_lines(folder / SAMPLES_FILE)
+        trained = next((line for line in reversed(lines) if "loss" in line), {})
+        evaluated = next((line for line in reversed(lines) if "eval_loss" in line), {})
+        results = {"optimizer steps": state.step, "tokens": f"{state.tokens:,}", "training loss": trained.get("loss")}
+        results |= {name.replace("eval_", "validation "): value for name, value in evaluated.items() if name != "step"}
         card = huggingface_hub.ModelCard.from_template(
             huggingface_hub.ModelCardData(
                 language="en",
@@ -3646,10 +3658,15 @@ class RunLog:
     def open(self, state: TrainingState) -> None:
         """Opens the files, on rank 0, and the tracker."""
         settings = {**dataclasses.asdict(self.config), "plan": self.parallel.plan.describe()}
-        try:
-            if self.parallel.is_main:
+        if self.parallel.is_main:
+            try:
                 self.metrics = MetricsFile(self.folder, state)
-                self.write_config()
+            except OSError as error:
+                raise UserError(
+                    f"--save-model-dir {self.folder} cannot be written to ({first_line(error)}); free it"
+                ) from error
+            self.write_config()
+        try:
             if self.config.report_to != "none":
                 self.parallel.accelerator.init_trackers(
                     "train_llama2",
@@ -3659,10 +3676,6 @@ class RunLog:
                         "tensorboard": {"purge_step": state.step + 1},
                     },
                 )
-        except OSError as error:
-            raise UserError(
-                f"--save-model-dir {self.folder} cannot be written to ({first_line(error)}); free it"
-            ) from error
         except Exception as error:  # each tracker has errors of its own
             raise UserError(
                 f"--report-to {self.config.report_to} cannot be started ({first_line(error)}); set it up, or use none"
@@ -4093,7 +4106,7 @@ class Plan:
     pipeline_parallel_size: int = 1
     dp_replicate_size: int = 1
     dp_shard_size: int = 1
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # in every plan so far
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     activation_checkpointing: str = "none"
@@ -4295,8 +4308,8 @@ def preference(candidate: Candidate, cluster: Cluster) -> tuple:
     """Returns the sort key of candidates that are too close to call: the lowest is chosen.
 
     First the plan with fewest pipeline stages, then one whose whole band of reserved memory fits, then one that
-    recomputes less: published runs gain 10 to 20% from that, and what the prediction charges small micro-batches for is
-    uncertain. Then the simplest plan, and of those the one that takes least memory.
+    recomputes less: published runs gain 10 to 20% from that, and the extra time that the prediction adds for small
+    micro-batches is uncertain. Then the simplest plan, and of those the one that takes least memory.
     """
     plan = candidate.plan
     return (
@@ -4653,9 +4666,10 @@ def has_sliding_windows(model_config: PretrainedConfig) -> bool:
 
 # ---- The plan: memory ----------------------------------------------------------------------------------------
 
-# Beyond the pools of the caching allocator, low, expected and high: CUDA context, cuBLAS and NCCL buffers (0.5 to 1.6
-# GiB published), and gaps between tensors, with the expandable segments that the hook turns on: a share of the whole,
-# and bytes per parameter of a layer, whose weights and gradients come and go. The rows of tests/README.md lie within.
+# What reserved memory takes beyond the allocator's pools, as (low, expected, high). CONTEXT_GIB: CUDA context, cuBLAS
+# and NCCL buffers (0.5 to 1.6 GiB published). Gaps between tensors, with the expandable segments that the hook turns
+# on, are a share of the pools plus bytes per parameter of one layer, whose weights and gradients come and go: both are
+# fitted to the rows of tests/README.md, which all lie within the band.
 CONTEXT_GIB = (0.5, 1.0, 1.6)
 GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
@@ -4748,6 +4762,8 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
         ),
     }
     if plan.holds_gradients_back:
+        # The last layer to go back, the first: its input and four tensors of the stream's width; its weights, their
+        # gradients before they are added in fp32, and the layer gathered ahead.
         held = step.moment(step.layer_input + 4 * width * shape.hidden + rotary, 0, 3 * width * layer, 0)
         moments["end of the first backward"] = held
     for i in reversed(range(layers)):
@@ -4810,7 +4826,8 @@ class StepMemory:
         self.shape, self.plan, self.tokens = shape, plan, tokens
         h, f, k, a = shape.hidden, shape.intermediate, shape.kv_size, shape.heads
         in_fp32 = plan.compute_bytes == 4
-        # All but the last two are per token.
+        # In bytes per token, but for `layers_kept_whole`, a count, and `other_copies`, `chunk` and `head_buffers`,
+        # bytes.
         self.rotary = 4 * h // a  # cosines and sines of a position, shared by all layers
         self.stream = 2 * h  # the residual stream, a selection of it for the head, or its gradient, in bf16
         self.norm = 8 * h  # what a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h
@@ -4865,10 +4882,11 @@ class StepMemory:
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once; else the product is
         # gone by then, and gate's takes the place of the gate.
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
-        # input, output gradient and what attention reads and returns; gradients of both projections of the MLP 2h, of
-        # attention's output, query, key and value; flash attention adds up the query's in fp32
+        # Input and output gradient. The first norm's output and attention's projection 2h, query and attention's output
+        # 2h, key and value 2k; gradients of the MLP's inputs 2h, of attention's output and query 2h, of key and value
+        # 2k. Flash attention adds up the query's in fp32, 4h.
         attention = (2 * self.layer_input + width * (8 * h + 4 * k) + 4 * h, 3 * h * f)
-        # input, gradient; the first norm's output and the gradients of what read it 5h
+        # Input and gradient. The first norm's output, the gradients of the three that read it, and their sum: 5h.
         return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
     def resident(self) -> dict[str, float]:
@@ -5085,7 +5103,8 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
     """
     too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
-    fixed = dict(batch_size=config.batch_size, precision=plan.precision, packing="yes" if plan.packing else "no")
+    fixed = dict(batch_size=config.batch_size, precision=plan.precision)
+    fixed |= dict(packing="yes" if plan.packing else "no", compile="yes" if plan.compiled else "no")
     for block in (config.block_size // divisor for divisor in (1, 2, 4, 8)):
         shorter = Config(block_size=block, **fixed)
         if found := best_of(shape, smaller_cluster, shorter):
@@ -5097,18 +5116,15 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
 
 
 def flags_of(plan: Plan, cluster: Cluster) -> str:
-    """Returns the flags that ask for this plan, beside precision and packing."""
+    """Returns the flags that ask for this plan, beside precision, packing and compiling."""
     flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
-    if plan.strategy != "none":
-        flags = {"--parallelism": plan.strategy, **flags}
-    if plan.pipeline_parallel_size > 1 and plan.strategy == "hsdp":
-        flags = {"--hsdp-shard-size": plan.dp_shard_size, **flags}
-    if cluster.nodes > 1 or plan.pipeline_parallel_size > 1:
-        flags = {"--pipeline-parallel-size": plan.pipeline_parallel_size, **flags}
+    if cluster.world_size > 1:
+        sharding = {"--pipeline-parallel-size": plan.pipeline_parallel_size, "--parallelism": plan.strategy}
+        sharding |= {"--hsdp-shard-size": plan.dp_shard_size} if plan.strategy == "hsdp" else {}
+        flags = sharding | flags | {"--cpu-offload": "yes" if plan.cpu_offload else "no"}
     if plan.dp_shard_size > 1:
         flags["--gradient-sync"] = "step" if plan.holds_gradients_back else "micro-batch"
         flags["--reshard-after-forward"] = "yes" if plan.reshard_after_forward else "no"
-        flags |= {"--cpu-offload": "yes"} if plan.cpu_offload else {}
     return " ".join(f"{name} {value}" for name, value in flags.items())
 
 
@@ -5366,10 +5382,11 @@ MEASURED_FIGURES = dict(memory="measured", peak="measured", efficiency="guess") 
 MEASURED_FIGURES |= dict(network="guess")
 # Data sheets: NVIDIA's for A100, H100, H200, GH200, L40S, A10 and HGX B200; AWS's for the A10G (G5); the GA102, Ada and
 # RTX Blackwell white papers for the GeForce cards. Networks: DGX A100 and H100, AWS p4d for the A100-40GB, or guesses.
-# Efficiencies of A100 and H100: model FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in the
-# benchmark table of mosaicml/llm-foundry (0.79, 0.59 of the peak with all overheads). Attention: FlashAttention-2
+# Efficiencies of A100 and H100: hardware FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in
+# the benchmark table of mosaicml/llm-foundry (0.79, 0.59 of the peak with all overheads). Attention: FlashAttention-2
 # reaches 0.50 to 0.73 of an A100 and 0.35 of an H100 (Dao 2023; Shah et al. 2024). Links: nccl-tests all-gather and
-# all-reduce bus bandwidth published for 8 GPUs. H200 has the H100's chip; every other efficiency is a guess from these.
+# all-reduce bus bandwidth published for 8 GPUs. H200 and GH200 have the H100's chip; every other efficiency is a guess
+# from these.
 GPUS = {
     "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 50, 19.5, PUBLISHED),
     "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200, 19.5, PUBLISHED),

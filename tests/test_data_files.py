@@ -254,6 +254,39 @@ def test_a_folder_of_save_to_disk_is_read(data, capsys, save: Callable[[Path], N
     assert any(line.startswith(f"train: {trained} documents") for line in said(capsys)[0])
 
 
+def test_splits_saved_under_one_meaning_are_joined(data, capsys):
+    rows = datasets.Dataset.from_list(STORIES)
+    datasets.DatasetDict(train=rows, unsupervised=rows.select(range(4)), test=rows).save_to_disk(data / "saved")
+    assert start(data / "saved", num_train_epochs=1, max_eval_samples=1) == 0
+    lines, _ = said(capsys)
+    assert any("train: 9 documents" in line or "train: 10 documents" in line for line in lines), lines
+
+
+def test_folders_that_are_named_tell_their_splits(data, capsys):
+    for split in ("train", "validation"):
+        (data / split).mkdir()
+        write_jsonl(data / split / "0001.jsonl")
+    assert start(data, data / "train", data / "validation") == 0
+    lines, _ = said(capsys)
+    assert any("validation: 6 documents" in line for line in lines), lines
+    assert not any("held out" in line for line in lines)
+
+
+def test_a_csv_may_hold_an_article_of_any_length(data, capsys):
+    long = [dict(article="a town " * 30_000, highlights="A town.")]
+    (data / "train.csv").write_text(csv_of(long + STORIES))
+    assert start(data) == 0, capsys.readouterr().err
+
+
+def test_csv_files_may_differ_in_their_separators(data, capsys):
+    (data / "train_1.csv").write_text(csv_of(STORIES))
+    (data / "train_2.csv").write_text(csv_of(STORIES, ";"))
+    (data / "validation.csv").write_text(csv_of(STORIES))
+    assert start(data) == 0, capsys.readouterr().err
+    lines, _ = said(capsys)
+    assert any("train: 12 documents" in line for line in lines), lines
+
+
 def test_a_tilde_is_the_home_folder_in_every_path(data, monkeypatch, capsys):
     write_jsonl(data / "train.jsonl")
     monkeypatch.setenv("HOME", str(data.parent))
