@@ -2066,9 +2066,8 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
                 "folder again"
             ) from error
 
-    return on_all_ranks(
-        load
-    )  # its collectives come after what may fail on one rank: `check_weights` has read the files
+    # `load` itself waits for other ranks; missing files, wrong names and shapes were ruled out by `check_weights`
+    return on_all_ranks(load)
 
 
 @contextlib.contextmanager
