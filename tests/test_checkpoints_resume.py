@@ -732,7 +732,7 @@ def test_a_later_second_signal_leaves_at_once(tmp_path, monkeypatch, uninterrupt
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_a_run_of_an_earlier_version_says_why_its_data_differs(copy_of, stopped, capsys):
+def test_an_earlier_versions_run_says_why_its_data_differs(copy_of, stopped, capsys):
     """An earlier version drew the held-out documents before it dropped empty ones, and its manifest has no version."""
     folder = copy_of(stopped)
     file = folder / "checkpoints" / "step-000005" / "manifest.json"

@@ -105,7 +105,7 @@ def test_losses_equal_one_processs(runs, name):
 
 
 @pytest.mark.parametrize("name", [name for name in STAGED if "skipped" in name])
-def test_a_gradient_infinite_on_one_stage_skips_the_step_on_all(runs, name):
+def test_an_infinite_gradient_on_one_stage_skips_all_stages(runs, name):
     (steps, _), (expected, _) = (read_metrics(runs[each][1]) for each in (name, "skipped"))
     assert [step["skipped_steps"] for step in steps] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected], abs=1e-5)
@@ -179,7 +179,7 @@ def test_torchrun_restarts_a_killed_stage_and_the_run_goes_on(runs, tmp_path):
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_signal_to_one_stage_saves_on_all_at_the_same_step(tmp_path):
+def test_a_signal_to_one_stage_saves_all_at_one_step(tmp_path):
     run = interrupted("sigterm_to_rank_1_after_step_3", tmp_path)
     assert run.returncode == 0, run.stderr
     assert "after step 3; the checkpoint is saved" in run.stdout
@@ -193,7 +193,7 @@ def test_a_stage_that_hangs_before_training_is_named(tmp_path):
     assert "rank 0, stage 1 of 2, has waited" in line and line.endswith("for rank 1 to receive")
 
 
-def test_a_model_that_cannot_be_cut_ends_the_run_with_one_line(tmp_path):
+def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
     transformers.LlamaForCausalLM(
         transformers.LlamaConfig.from_pretrained(TINY_LLAMA, tie_word_embeddings=True)
     ).save_pretrained(tmp_path / "tied")

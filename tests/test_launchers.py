@@ -100,7 +100,7 @@ def test_a_package_that_is_too_old_ends_in_one_line(package, version, line):
     assert run.stderr.count("\n") == 1
 
 
-def test_a_thread_that_wants_the_gil_at_the_end_aborts_no_rank():
+def test_a_thread_wanting_the_gil_at_exit_aborts_no_rank():
     words = [sys.executable, str(RANKS / "thread_at_exit.py"), str(SCRIPT)]
     environment = {**os.environ, "LOCAL_RANK": "0"}  # refused at once, and left as by any rank
     run = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment, check=False)
