@@ -204,7 +204,7 @@ def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset
         if value <= above:
             raise ValueError(f"must be above {above}")
         if value >= below:
-            raise ValueError(f"must be below {below:,}")
+            raise ValueError(f"must be below {below:,.0f}")
         return value
 
     return Reader(convert, kind.__name__.upper(), unset)

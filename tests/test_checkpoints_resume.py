@@ -133,7 +133,7 @@ def test_a_run_in_six_parts_leaves_an_uninterrupted_runs_metrics(stages, uninter
 
 def test_sigterm_to_torchrun_saves_on_all_ranks(stages):
     run, folder = stages["hsdp 4"]
-    assert "stopped   by SIGTERM after step 2; the checkpoint is saved, and the same command goes on" in run.stdout
+    assert "stopped   by SIGTERM after step 2; the checkpoint is saved, and the same command resumes" in run.stdout
     assert saved(folder) == ["step-000002"]
     assert all(f"rank {rank} leaves with 0" in run.stderr for rank in range(4)), run.stderr
 
