@@ -117,7 +117,10 @@ def test_a_dataset_is_one_name_or_several_files(words, expected):
         ("--max-grad-norm", "nan", "finite"),
         ("--seed", "-1", "at least 0"),
         ("--seed", "4294967296", "below 4,294,967,296"),
-        *((flag, "2147483648", "below 2,147,483,648") for flag in ("--batch-size", "--max-steps", "--num-train-epochs")),
+        *(
+            (flag, "2147483648", "below 2,147,483,648")
+            for flag in ("--batch-size", "--max-steps", "--num-train-epochs")
+        ),
         ("--batch-size", "9" * 400, "below 2,147,483,648"),
         ("--dist-timeout-minutes", "1000000.0", "below 1,000,000"),
         ("--num-proc", "0", "at least 1"),
