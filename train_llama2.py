@@ -2442,8 +2442,9 @@ def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
     parallel.pipeline.finish_sending()
     with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
         logits = model(**{name: tensor.to(parallel.device) for name, tensor in row.items()}, use_cache=False).logits
-    own = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
-    own = own * parallel.pipeline.is_last  # every stage gets the logits, but only the last one has a loss
+    own = torch.zeros_like(ours)
+    if parallel.pipeline.is_last:  # the stages before it have no loss to compare with
+        own = F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum").to(ours.dtype)
     ours, own = parallel.sum_over_data_ranks(torch.stack([ours, own])).tolist()
     tolerance = 1e-4 if parallel.plan.compute_bytes == 4 else 2e-2  # of rounding, where logits are bf16
     return abs(ours - own) > tolerance * own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import benchmark
 import pytest
@@ -11,6 +12,10 @@ FIGURES = {
     "tokens_per_second", "documents_per_second", "mfu", "peak_memory_gib", "padding_share", "summaries_cut_share",
     "step_seconds", "first_step_seconds", "over_tutorial", "over_trainer", "plan_check",
 }  # fmt: skip
+
+
+# Each starts several processes, which takes longer than most of the suite. The modes are commands of their own.
+measures = pytest.mark.skipif("BENCHMARKS" not in os.environ, reason="set BENCHMARKS=1 to try every mode")
 
 
 def measured(*words: object) -> list[dict]:
@@ -38,6 +43,7 @@ def test_all_ways_train_the_same_documents_and_tell_every_figure(tmp_path, capsy
     assert rows["tutorial"]["summaries_cut_share"] > packed["summaries_cut_share"] == 0
 
 
+@measures
 def test_the_tutorial_loop_differs_by_truncation_alone():
     """Where nothing is cut, and no mean is taken over micro-batches, it trains on the same loss."""
     words = ("--block-size", 2048, "--batch-size", 2, "--micro-batch-size", 2)
@@ -58,6 +64,7 @@ def test_the_sweep_says_what_it_leaves_out():
     assert all("no time left" in row["skipped"] for row in rows)
 
 
+@measures
 def test_the_sweep_compares_with_the_plan_on_long_documents(capsys):
     packed, tutorial, of_one = measured(*SWEEP, "--block-size", 2048, "--batch-size", 2)
     assert not (packed["skipped"] or tutorial["skipped"] or of_one["skipped"])
@@ -76,6 +83,7 @@ def test_a_run_that_ends_is_told_with_its_error():
     assert "fsdp" in row["skipped"]
 
 
+@measures
 def test_saves_and_loads_are_measured():
     saves = benchmark.main(["--checkpoints", "1", "--model", "tiny"])["checkpoints"]
     for save in (saves["waited for"], saves["in the background"]):

@@ -359,18 +359,19 @@ def test_two_nodes_train_like_one_through_cut_cable_and_sigterm(tmp_path, networ
 
 
 def test_stages_on_two_nodes_send_less_than_fsdp(tmp_path, network, one_node):
-    """Both train as one process does. Counted are the bytes on the cable between the third step and the last."""
-    sent = {}
-    for name, flags in (("fsdp", {}), ("stages", dict(pipeline_parallel_size=2))):
-        folder = tmp_path / name
-        with network.training(folder, **flags) as agents:
-            assert until(lambda: steps_so_far(folder) >= 3 or left(agents)), network.logs()  # noqa: B023
-            first, before = steps_so_far(folder), network.bytes_sent()
-            assert until(lambda: steps_so_far(folder) == STEPS or left(agents)), network.logs()  # noqa: B023
-            assert first < STEPS == steps_so_far(folder), network.logs()
-            sent[name] = (network.bytes_sent() - before) / (STEPS - first)
-            assert until(lambda: left(agents)), network.logs()
-        for mine, expected in zip(read_metrics(folder)[0], one_node[0], strict=True):
-            assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    print(f"bytes a step on the cable: {sent}")
-    assert sent["stages"] < sent["fsdp"] / 2
+    """Two stages train as one process does. Counted are the bytes on the cable between the third step and the last.
+
+    FSDP over the nodes would gather each matrix twice a micro-batch and reduce its gradient once, all in fp32 on a CPU,
+    and half of it or more lies on the other node. That is the least it would send; it has been measured at 6.2 MB.
+    """
+    with network.training(tmp_path, pipeline_parallel_size=2) as agents:
+        assert until(lambda: steps_so_far(tmp_path) >= 3 or left(agents)), network.logs()
+        first, before = steps_so_far(tmp_path), network.bytes_sent()
+        assert until(lambda: steps_so_far(tmp_path) == STEPS or left(agents)), network.logs()
+        assert first < STEPS == steps_so_far(tmp_path), network.logs()
+        sent = (network.bytes_sent() - before) / (STEPS - first)
+        assert until(lambda: left(agents)), network.logs()
+    for mine, expected in zip(read_metrics(tmp_path)[0], one_node[0], strict=True):
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    parameters = json.loads((tmp_path / "train_config.json").read_text())["model"]["parameters"]
+    assert sent < 3 * 4 * parameters / 2 / 2

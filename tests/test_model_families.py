@@ -102,7 +102,10 @@ def test_a_model_that_sees_the_future_anyway_is_refused(families, tmp_path, monk
 def test_packing_is_refused_where_packed_documents_see_each_other(families, tmp_path, capsys):
     flags = small_run(tmp_path, model_name_or_path=families["stablelm"], packing="yes", **SHORT)
     assert train_llama2.command_line(flags) == 2
-    assert "error: --packing yes: the packed documents of this model see each other; use no" in capsys.readouterr().err
+    assert (
+        "error: --packing yes: the packed documents of this model see each other; give --packing no"
+        in capsys.readouterr().err
+    )
 
 
 def test_auto_packing_falls_back_to_padding(families, tmp_path, monkeypatch, capsys):
