@@ -653,7 +653,7 @@ def play_rank_0(ranks: int, nodes: int) -> None:
     environment = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks // nodes, GROUP_WORLD_SIZE=nodes)
     os.environ |= {name: str(value) for name, value in environment.items()}
     os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT="29500")
-    script.together = lambda act, gathered=False, **_: [act()] * ranks if gathered else act()
+    script.on_all_ranks = lambda act, gathered=False, **_: [act()] * ranks if gathered else act()
     dist.distributed_c10d._store_based_barrier = lambda *_, **__: None  # new groups wait for nobody
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 
