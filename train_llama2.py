@@ -972,6 +972,9 @@ class Parallel:
         """Returns the first rank that works on the documents of a data rank."""
         return data_rank * self.plan.tensor_parallel_size
 
+    def with_padded_rows(self) -> Parallel:
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, packing=False))
+
     @property
     def timeout(self) -> timedelta:
         return timedelta(minutes=self.config.dist_timeout_minutes)
@@ -1198,16 +1201,8 @@ HELD_OUT_SHARE = 0.05  # of the training split, held out where the data has no v
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".bz2", ".xz")  # what datasets opens by itself
-UNREAD_FORMATS = (
-    ".tsv",
-    ".txt",
-    ".arrow",
-    ".ndjson",
-    ".xlsx",
-    ".pkl",
-    ".zip",
-    ".zst",
-)  # look like data, and are reported
+# They look like data, and are reported as not read.
+UNREAD_FORMATS = (".tsv", ".txt", ".arrow", ".ndjson", ".xlsx", ".pkl", ".zip", ".zst")
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside data
 SPLIT_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation")
@@ -1953,8 +1948,8 @@ def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 # 7. Model
 # ----------------------------------------------------------------------------------------------------------------
 # Any causal LM of transformers, with fp32 master weights. Under FSDP and HSDP each rank reads its own shard from the
-# files and never holds the whole. For Llama and most others, attention
-# builds no T x T mask and the loss never builds all logits.
+# files and never holds the whole. For Llama and most others, attention builds no T x T mask and the loss never builds
+# all logits.
 
 HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
 COMPILE_SECONDS = 120.0  # estimated time to compile the layers
@@ -2360,7 +2355,7 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
 
     Raises UserError if there is none, or if the loss is not that of the model's own logits.
     """
-    padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
+    padded = parallel.with_padded_rows()
     if parallel.plan.packing and attention_leaks(model, parallel):
         if parallel.config.packing == "yes":
             raise UserError("--packing yes: the packed documents of this model see each other; give --packing no")
@@ -2418,7 +2413,7 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     beside = dict(
         input_ids=rows, predict_at=torch.arange(14), targets=rows[0, 1:15], attention_mask=torch.ones_like(rows)
     )
-    padded = dataclasses.replace(parallel, plan=dataclasses.replace(parallel.plan, packing=False))
+    padded = parallel.with_padded_rows()
     try:
         losses = [loss_of(document), loss_of(changed_end), loss_of(document, after)]
         if parallel.plan.packing:
@@ -2456,12 +2451,10 @@ def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
 def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     """Compiles the decoder layers in place where the plan says so and it pays, and returns whether it did.
 
-    All layers share their graphs, and a graph takes lengths of any size. `auto` weighs the time
-    that the `steps` to come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run as
-    they were.
+    All layers share their graphs, and a graph takes lengths of any size. `auto` weighs the time that the `steps` to
+    come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run as they were.
     """
     from torch.utils._triton import has_triton
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     if not parallel.plan.compiled:
         return False
@@ -2477,10 +2470,15 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer into 11 graphs, which save more between them
-    for module in parallel.accelerator.unwrap_model(model).modules():
-        if isinstance(module, GradientCheckpointingLayer):  # what transformers' decoder layers are
-            module.compile(dynamic=True)
+    for layer in decoder_layers(parallel.accelerator.unwrap_model(model)):
+        layer.compile(dynamic=True)
     return True
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer  # what transformers' decoder layers are
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 # ---- Model: optimizer ----------------------------------------------------------------------------------------
@@ -2732,10 +2730,7 @@ def number_layers_of_stage(model: PreTrainedModel) -> None:
     With the whole model's numbers, layer 0 of a later stage's cache would stay empty, and padded prompts would be
     masked wrongly.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for place, layer in enumerate(layers):
+    for place, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place
@@ -2745,9 +2740,9 @@ def number_layers_of_stage(model: PreTrainedModel) -> None:
 # 8. Checkpoints
 # ----------------------------------------------------------------------------------------------------------------
 # A checkpoint exists whole or not at all: it is written under another name, flushed (the tensors by torch's storage
-# writer), and renamed when it is complete.
-# Any kill costs at most the steps since the last one. The same command resumes from the newest, on any number of ranks
-# and under any plan, with the losses of an uninterrupted run up to rounding.
+# writer), and renamed when it is complete. Any kill costs at most the steps since the last one. The same command
+# resumes from the newest, on any number of ranks and under any plan, with the losses of an uninterrupted run up to
+# rounding.
 
 LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its save
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import check_plan
 import pytest
 import torch
-from conftest import RANKS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, run_script_several_times, small_run
+from conftest import RANKS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, run, run_script_several_times, small_run
 from transformers import LlamaConfig, Qwen2Config
 
 import train_llama2
@@ -1241,3 +1241,11 @@ def test_published_runs_are_predicted_within_15_percent_and_ranked_right(capsys)
     assert fitted <= len(check_plan.PUBLISHED) / 2, "constants fitted to more than half of the rows"
     ratio = check_plan.predicted_rate(check_plan.PUBLISHED[0]) / check_plan.PUBLISHED[0].tokens_per_second_per_gpu
     assert f"{ratio:7.2f} fitted" in table
+
+
+def test_the_device_check_plays_one_rank_of_several():
+    """On a CPU, where memory is not measured, and with the four ranks' messages going nowhere."""
+    setting = json.dumps(dataclasses.asdict(check_plan.TINY_SETTINGS[-1]))
+    measured = run([sys.executable, check_plan.__file__, "--measure", setting], timeout=120)
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads(measured.stdout.splitlines()[-1])["plan"].startswith("fsdp, micro-batch 1 x 2")
