@@ -4761,14 +4761,21 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
         # gradients before they are added in fp32, and the layer gathered ahead.
         held = step.moment(step.layer_input + 4 * width * shape.hidden + rotary, 0, 3 * width * layer, 0)
         moments["end of the first backward"] = held
+    if not shape.has_head:  # with it, more is gathered a moment later
+        last_gathered = kept + width * (2 if kept else 3) * layer  # into a buffer of its own, and copied out of it
+        moments["gathering the last layer"] = step.moment(sum(saved[:-1]) + rotary, 0, last_gathered, 0)
     for i in reversed(range(layers)):
         ahead = layer if i else embedding  # gathered before its turn
         reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of what came before
         gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead) + reducing
         finished = head + (layers - 1 - i) * layer
+        ways = [(gathered, finished)]
+        if plan.holds_gradients_back:  # only the last micro-batch reduces
+            ways.append((gathered - reducing, 0))
         moments[f"backward of layer {i}"] = largest(
-            step.moment(sum(saved[:i]) + own + rotary, width * computed, gathered, finished)
+            step.moment(sum(saved[:i]) + own + rotary, width * computed, *way)
             for own, computed in step.backward_of_layer(plan.recomputes_layer(i))
+            for way in ways
         )
     return moments
 
@@ -4906,8 +4913,9 @@ class StepMemory:
     def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
         """Returns the terms of a moment in bytes. `activations` are bytes per token of the micro-batch being worked on,
         and `finished` is the number of parameters whose gradients are complete."""
-        activations = self.tokens * (activations + self.other_micro_batches)
-        passing = dict(gathered=gathered + self.other_copies, activations=activations, temporaries=temporaries)
+        if not (self.plan.holds_gradients_back and finished):  # the last micro-batch reduces, when it is the only one
+            activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
+        passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
 
 

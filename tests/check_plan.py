@@ -163,6 +163,7 @@ def train_once(
     for action, index in pipeline.schedule(micro_batches):
         if plan.uses_fsdp:
             model.set_requires_gradient_sync(index == micro_batches - 1 or plan.gradient_sync == "micro-batch")
+            model.set_requires_all_reduce(index == micro_batches - 1)
         if action == "forward":
             tracker.reset_mod_stats()  # forgets the modules' figures and keeps the peak
             pipeline.forward(model, micro_batch, parallel)
@@ -619,7 +620,7 @@ def measure(setting: Setting) -> dict:
         model_config.save_pretrained(folder)
         words = ["--model-name-or-path", folder, "--batch-size", str(setting.documents * setting.ranks)]
         config = script.parse_config([*words, "--random-init", "--quiet", *setting.flags.split()])
-        parallel = script.enable_advanced_parallelization(config)
+        parallel = script.enable_advanced_parallelization(config, trains_stages=True)
         model = script.load_model(parallel)
     if parallel.plan.strategy == "ddp":
         model.register_comm_hook(None, lambda _, bucket: answered(bucket.buffer()))
