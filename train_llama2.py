@@ -4715,7 +4715,7 @@ def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> fl
     reduced = 0 if plan.holds_gradients_back else 1  # what is held back lies in the main stream's pool
     main = max(sum(terms.values()) - reduced * terms.get("gradients", 0.0) for terms in moments.values())
     gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
-    return main + step.gradients(shape.parameters) + gathering
+    return main + step.gradients(shape.parameters) + (gathering if plan.dp_shard_size > 1 else 0)
 
 
 def memory_moments(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -> dict[str, dict[str, float]]:
@@ -4741,8 +4741,10 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     shape, plan, saved, rotary = step.shape, step.plan, step.saved, step.rotary
     layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
     layers, width = shape.layers, plan.compute_bytes
+    # What one rank holds alone is cast when its turn comes (`FSDPParamGroup.wait_for_unshard`), not gathered ahead.
+    width_ahead = width if plan.dp_shard_size > 1 else 0
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
-    all_saved, beside_head = sum(saved), kept or width * layer  # the last layer is gathered ahead
+    all_saved, beside_head = sum(saved), kept or width_ahead * layer  # the last layer is gathered ahead
     moments = {
         # In the forward pass a layer's gathered buffer is freed once the next one's has been copied out of its own.
         "gathering the head": step.moment(all_saved + step.stream + rotary, 0, kept + width * (layer + 2 * head), 0),
@@ -4759,15 +4761,16 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     if plan.holds_gradients_back:
         # The last layer to go back, the first: its input and four tensors of the stream's width; its weights, their
         # gradients before they are added in fp32, and the layer gathered ahead.
-        held = step.moment(step.layer_input + 4 * width * shape.hidden + rotary, 0, 3 * width * layer, 0)
-        moments["end of the first backward"] = held
-    if not shape.has_head:  # with it, more is gathered a moment later
-        last_gathered = kept + width * (2 if kept else 3) * layer  # into a buffer of its own, and copied out of it
+        held = step.layer_input + 4 * width * shape.hidden + rotary
+        moments["end of the first backward"] = step.moment(held, 0, (2 * width + width_ahead) * layer, 0)
+    if not shape.has_head:  # with a head, more is gathered a moment later
+        last_gathered = (kept or width * layer) + 2 * width_ahead * layer  # into one buffer, by way of another
         moments["gathering the last layer"] = step.moment(sum(saved[:-1]) + rotary, 0, last_gathered, 0)
     for i in reversed(range(layers)):
         ahead = layer if i else embedding  # gathered before its turn
         reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of what came before
-        gathered = width * ((i + 1) * layer + embedding if kept else layer + ahead) + reducing
+        gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
+        gathered += reducing
         finished = head + (layers - 1 - i) * layer
         ways = [(gathered, finished)]
         if plan.holds_gradients_back:  # only the last micro-batch reduces

@@ -3,7 +3,7 @@
     python tests/check_plan.py --memory               # a few layers of Llama-2-13B's shape, every kind of plan
     python tests/check_plan.py --memory --full        # the full 7B, 13B and 70B shapes; this takes minutes
     python tests/check_plan.py --published            # tokens/s of published runs, predicted and measured
-    python tests/check_plan.py --device               # two steps of 42 settings on this GPU, as one rank of several
+    python tests/check_plan.py --device               # two steps of 52 settings on this GPU, as one rank of several
 
 `--memory` and `--published` need no GPU. The tracker follows fake tensors through two steps of the real model, which
 transformers shards as it does for the script. One process stands for rank 0 of a fake process group. Three traps are
@@ -221,9 +221,11 @@ def memory_cases(full: bool) -> Iterator[tuple[str, LlamaConfig, Plan, int, int]
     staged = replace(FSDP8, pipeline_parallel_size=2, gradient_accumulation_steps=8, gradient_sync="micro-batch")
     for level, rows in (("none", 1), ("full", 2)):
         yield "13b", llama("13b", 8), replace(staged, activation_checkpointing=level), rows, 2048
-    yield "13b", llama("13b", 12), replace(staged, pipeline_parallel_size=4, activation_checkpointing="none"), 1, 2048
-    # With gradients reduced once, or weights kept gathered, stages of 4 layers are off by up to 0.3 GiB, which is 2%.
-    yield "13b", llama("13b", 8), replace(staged, dp_shard_size=1, activation_checkpointing="none"), 1, 2048
+    yield "13b", llama("13b", 8), replace(staged, gradient_sync="step"), 2, 2048
+    staged = replace(staged, activation_checkpointing="none")
+    yield "13b", llama("13b", 12), replace(staged, pipeline_parallel_size=4), 1, 2048
+    for changes in (dict(dp_shard_size=1), dict(gradient_sync="step"), dict(reshard_after_forward=False)):
+        yield "13b", llama("13b", 8), replace(staged, **changes), 1, 2048
 
 
 def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int = 0) -> tuple[float, str]:
@@ -544,6 +546,13 @@ def settings_of(compiled: str) -> Iterator[Setting]:
     yield Setting("13b", 40, 1, 8, flags("none", 4, "full", states))
     yield Setting("7b", 8, 1, 4, flags("none", 2, "none"))  # these fit on one GPU of 80 GB
     yield Setting("13b", 10, 1, 4, flags("none", 4, "full"))
+    stages, whole = "--pipeline-parallel-size 2", "--pipeline-parallel-size 2 --hsdp-shard-size"
+    yield Setting("13b", 8, 16, 4, flags("fsdp", 1, "none", f"{each} {stages}"), nodes=2)
+    yield Setting("13b", 8, 16, 4, flags("fsdp", 1, "full", f"{fsdp} --gradient-sync step {stages}"), nodes=2)
+    kept = "--reshard-after-forward no --cpu-offload no --gradient-sync micro-batch"
+    yield Setting("13b", 8, 16, 4, flags("fsdp", 1, "none", f"{kept} {stages}"), nodes=2)
+    yield Setting("13b", 8, 8, 4, flags("hsdp", 1, "none", f"{whole} 1"), nodes=2)
+    yield Setting("13b", 8, 16, 4, flags("hsdp", 1, "full", f"{whole} 4"), nodes=2)
 
 
 TINY_SETTINGS = [
