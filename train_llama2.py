@@ -115,6 +115,7 @@ from tqdm.auto import tqdm
 if TYPE_CHECKING:  # what annotations alone need
     from accelerate import Accelerator
     from datasets import Dataset
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.distributed import DistributedConfig
 
@@ -261,6 +262,9 @@ class Config:
         "auto", "what the data-parallel ranks do", one_of("auto", "none", "ddp", "fsdp", "hsdp"))
     pipeline_parallel_size: int | None = flag(
         None, "pipeline stages that the layers are cut into; auto: 1, or the nodes or a divisor where that is faster",
+        number(int, minimum=1, unset="auto"))
+    tensor_parallel_size: int | None = flag(
+        None, "ranks of a node that share each layer's matrices; auto: 1, or 2, 4 or 8 where that is faster",
         number(int, minimum=1, unset="auto"))
     hsdp_shard_size: int | None = flag(
         None, "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
@@ -789,15 +793,20 @@ def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
 
 @contextlib.contextmanager
 def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
-    """Inside, attention uses the padding mask, which prompts padded at the left need, and no layer is recompiled."""
+    """Inside, attention uses the padding mask, which prompts padded at the left need, and no layer is recompiled.
+
+    Ranks that share a layer's matrices hold all tokens, because `generate` decodes one at a time.
+    """
     training_attention = model.config._attn_implementation
     if training_attention == "causal_attention":  # a model's own takes a mask as it is
         model.set_attn_implementation("sdpa")
     autocast = torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts)
+    parallel.tensor.splits_tokens = False
     try:
         with autocast, torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        parallel.tensor.splits_tokens = True
         if training_attention == "causal_attention":
             model.set_attn_implementation(training_attention)
 
@@ -859,7 +868,8 @@ def enable_advanced_parallelization(config: Config, trains_stages: bool = False)
     cluster = find_cluster()
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
     if not trains_stages:
-        shape = dataclasses.replace(shape, uncuttable="the calling loop does not say that it trains_stages")
+        own_loop = "the calling loop does not say that it trains_stages"
+        shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop)
     if on_moai:
         choice, plan, words = None, moai_plan(shape, config), MOAI_WORDS
     else:
@@ -867,7 +877,8 @@ def enable_advanced_parallelization(config: Config, trains_stages: bool = False)
         refuse_what_does_not_fit(choice, cluster)
         plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
     pipeline = Pipeline(plan, shape.hidden, accelerator.device, timedelta(minutes=config.dist_timeout_minutes))
-    parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline)
+    tensor = TensorParallel(plan.tensor_parallel_size)
+    parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline, tensor)
     parallel.say(words)
     if config.packing == "auto" and cluster.has_gpu and shape.unpackable and not on_moai:
         parallel.say(f"packing   no: {shape.unpackable}, so rows are padded")
@@ -881,7 +892,7 @@ def moai_plan(shape: ModelShape, config: Config) -> Plan:
 
     Raises UserError for flags that would take the decision from it.
     """
-    for name in ("parallelism", "pipeline_parallel_size", "cpu_offload"):
+    for name in ("parallelism", "pipeline_parallel_size", "tensor_parallel_size", "cpu_offload"):
         if (value := getattr(config, name)) not in ("auto", "none", "no", None, 1):
             raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
     check_block(shape, config)
@@ -941,6 +952,7 @@ class Parallel:
     plan: Plan
     choice: Choice | None  # None on MoAI
     pipeline: Pipeline = dataclasses.field(default_factory=lambda: Pipeline(Plan()))
+    tensor: TensorParallel = dataclasses.field(default_factory=lambda: TensorParallel())
 
     @property
     def device(self) -> torch.device:
@@ -959,8 +971,7 @@ class Parallel:
     def data_rank(self) -> int:
         """Which share of the documents this rank works on: batches, evaluations and summaries are dealt by it.
 
-        Ranks are numbered with pipeline stages outermost. Every plan so far has a `tensor_parallel_size` of 1, whose
-        ranks would be innermost; above 1, `sum_over_data_ranks` would count a loss that many times.
+        Ranks are numbered with pipeline stages outermost, and innermost those that share a layer's matrices.
         """
         return self.rank // self.plan.tensor_parallel_size % self.data_parallel_size
 
@@ -1010,10 +1021,10 @@ class Parallel:
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """Returns `tensor` summed over the data ranks, on every rank. No host sync.
 
-        The stages before the last hold no losses, and add zeros.
+        The stages before the last hold no losses, and add zeros. Ranks that share a layer's matrices hold the same.
         """
         self.pipeline.note("the sum of all ranks' losses")
-        return self.accelerator.reduce(tensor, "sum")
+        return self.accelerator.reduce(tensor, "sum") / self.plan.tensor_parallel_size
 
     def cpu_group(self) -> dist.ProcessGroup | None:
         """Returns a new group of all ranks for messages in host memory; None for one process."""
@@ -1801,6 +1812,8 @@ def global_batch(documents: Documents, positions: np.ndarray, parallel: Parallel
         with_targets(micro_batch_of(documents, positions[of_data_ranks[parallel.data_rank]], make_rows))
         for of_data_ranks in dealt
     ]
+    if parallel.plan.tensor_parallel_size > 1:
+        micro_batches = [with_whole_tiles(each, padding_id(documents.tokenizer)) for each in micro_batches]
     if parallel.device.type == "cuda":
         micro_batches = [{name: tensor.pin_memory() for name, tensor in each.items()} for each in micro_batches]
     return GlobalBatch(
@@ -1856,6 +1869,27 @@ def pack_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents
         labels=input_ids.masked_fill(without_label, IGNORE_INDEX)[None],
         cu_seq_lens=F.pad(lengths.cumsum(0), (1, 0)).int(),
     )
+
+
+def with_whole_tiles(micro_batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
+    """Returns the micro-batch with rows of a multiple of 8 tokens, which tensor-parallel ranks can share out.
+
+    What is added has no label. In a packed row it is a document of its own, so that no other sees it.
+    """
+    width = micro_batch["input_ids"].shape[1]
+    missing = -width % PAD_MULTIPLE
+    if not missing:
+        return micro_batch
+    fillers = dict(input_ids=pad_id, attention_mask=0, labels=IGNORE_INDEX)
+    added = {
+        name: F.pad(micro_batch[name], (0, missing), value=filler)
+        for name, filler in fillers.items()
+        if name in micro_batch
+    }
+    if "cu_seq_lens" in micro_batch:
+        added["position_ids"] = torch.cat([micro_batch["position_ids"], torch.arange(missing)[None]], dim=1)
+        added["cu_seq_lens"] = F.pad(micro_batch["cu_seq_lens"], (0, 1), value=width + missing)
+    return {**micro_batch, **added}
 
 
 def with_targets(micro_batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1965,9 +1999,11 @@ def load_model(parallel: Parallel) -> nn.Module:
 
     config, plan = parallel.config, parallel.plan
     distributed_config = None
-    if plan.uses_fsdp or plan.pipeline_parallel_size > 1:
+    if plan.uses_fsdp or plan.pipeline_parallel_size * plan.tensor_parallel_size > 1:
         distributed_config = DistributedConfig(
             pp_size=plan.pipeline_parallel_size,
+            tp_size=plan.tensor_parallel_size,
+            tp_plan=parallel.tensor.styles_of_modules(),
             fsdp_cpu_offload=plan.cpu_offload,
             fsdp_mixed_precision=plan.precision != "fp32",
         )
@@ -1983,13 +2019,13 @@ def load_model(parallel: Parallel) -> nn.Module:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=plan.recompute_every)
     if not plan.reshard_after_forward:
         model.set_reshard_after_forward(False)
-    use_token_loss(model, parallel.pipeline.is_last)
+    use_token_loss(model, parallel.pipeline.is_last, parallel.tensor)
     if plan.pipeline_parallel_size > 1:
         number_layers_of_stage(model)
     if plan.cpu_offload:
         keep_parameters_on_cpu(model)
-    if plan.uses_fsdp:  # torch makes these groups with its own default timeout: 10 minutes under NCCL
-        mesh = next(model.parameters()).device_mesh
+    mesh = getattr(next(model.parameters()), "device_mesh", None)
+    if mesh is not None:  # torch makes these groups with its own default timeout: 10 minutes under NCCL
         set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
         for dimension in range(mesh.ndim):
             set_timeout(parallel.timeout, mesh.get_group(dimension))
@@ -2252,7 +2288,7 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor
 # ---- Model: the loss without logits --------------------------------------------------------------------------
 
 
-def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True) -> None:
+def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True, tensor: TensorParallel | None = None) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
     A pipeline stage before the last, which has no head, returns its hidden states. Calls without targets (generation)
@@ -2263,10 +2299,8 @@ def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True) -> None:
     plain_forward, head = model.forward, model.get_output_embeddings()
     own_forward = type(model).forward.__get__(model)  # without the pipeline that transformers adds for generation
     plain_head, text_config = head.forward, model.config.get_text_config()
-    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
     routes = getattr(text_config, "output_router_logits", False)
-    projects_only = getattr(head, "bias", None) is None and not routes and model.base_model is not model
-    projects_only = projects_only and not any(getattr(text_config, name, None) for name in names)
+    projects_only = not routes and is_plain_projection(model)
 
     @functools.wraps(plain_forward)
     def forward(*arguments: Any, predict_at=None, targets=None, **inputs: Any) -> Any:
@@ -2286,23 +2320,34 @@ def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True) -> None:
 
     @functools.wraps(plain_head)
     def head_forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        return plain_head(hidden) if targets is None else summed_token_loss(hidden, head.weight, targets)
+        return plain_head(hidden) if targets is None else summed_token_loss(hidden, head.weight, targets, tensor)
 
     model.forward, head.forward = forward, head_forward
 
 
-def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def is_plain_projection(model: PreTrainedModel) -> bool:
+    """Returns whether a model's logits are the product of its last hidden states and its head, and nothing more."""
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
+    changed = any(getattr(model.config.get_text_config(), name, None) for name in names)
+    return (
+        not changed and getattr(model.get_output_embeddings(), "bias", None) is None and model.base_model is not model
+    )
+
+
+def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, tensor: TensorParallel | None = None) -> Tensor:
     """Returns the sum of cross-entropies in fp32 of hidden (N, h) times weight (V, h) against targets (N,).
 
     Uses torch's linear_cross_entropy if this torch has it: it computes logits and their gradient a chunk at a time. Its
-    own reduction is inaccurate in bf16 (torch 2.13), so the losses are summed here. Without it, logits are computed in
-    chunks that the backward pass recomputes.
+    own reduction is inaccurate in bf16 (torch 2.13), so the losses are summed here. Without it, and where tensor-
+    parallel ranks share the vocabulary, logits are computed in chunks that the backward pass recomputes.
     """
+    shared = tensor is not None and tensor.size > 1
+    weight = local_part(weight)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hasattr(nn, "LinearCrossEntropyOptions"):
+    if hasattr(nn, "LinearCrossEntropyOptions") and not shared:
         options = nn.LinearCrossEntropyOptions(
             batch_chunk_size=HEAD_CHUNK_TOKENS,
             chunking_method=None,
@@ -2316,8 +2361,9 @@ def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
             )
         return losses.float().sum()
     total = torch.zeros((), device=hidden.device)
+    chunk_loss = tensor.loss_of_chunk if shared else loss_of_chunk
     for chunk, chunk_targets in zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True):
-        loss = torch.utils.checkpoint.checkpoint(loss_of_chunk, chunk, weight, chunk_targets, use_reentrant=False)
+        loss = torch.utils.checkpoint.checkpoint(chunk_loss, chunk, weight, chunk_targets, use_reentrant=False)
         total = total + loss
     return total
 
@@ -2388,12 +2434,12 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     nothing can leak, and the relative error of the precision. More than ten times that is a leak. One host sync.
     """
     model.eval()
-    tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=56)
+    tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=57)
     document, changed_end, another, after = (
         tokens[:16],
-        np.append(tokens[:15], tokens[55]),
+        np.append(tokens[:15], tokens[56]),
         tokens[16:32],
-        tokens[32:55],
+        tokens[32:56],
     )
 
     def loss_of(*documents: np.ndarray, place: int = 0) -> Tensor:
@@ -2435,7 +2481,7 @@ def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
     row = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     ours = parallel.pipeline.forward(model, dict(row, predict_at=torch.arange(15), targets=ids[0, 1:]), parallel)
     parallel.pipeline.finish_sending()
-    with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
+    with generating(parallel.accelerator.unwrap_model(model), parallel):
         logits = model(**{name: tensor.to(parallel.device) for name, tensor in row.items()}, use_cache=False).logits
     own = torch.zeros_like(ours)
     if parallel.pipeline.is_last:  # the stages before it have no loss to compare with
@@ -2559,6 +2605,141 @@ def round_stochastically(tensor: Tensor, generator: torch.Generator | None = Non
     return (bits & -(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
+# ---- Model: tensor parallelism -------------------------------------------------------------------------------
+
+SPLIT_MODULES = {  # Llama's modules, and what becomes of each: a method of `TensorParallel`
+    "model.embed_tokens": "embedding",
+    "model.layers.*.input_layernorm": "norm",
+    "model.layers.*.self_attn.q_proj": "column",
+    "model.layers.*.self_attn.k_proj": "column",
+    "model.layers.*.self_attn.v_proj": "column",
+    "model.layers.*.self_attn.o_proj": "row",
+    "model.layers.*.post_attention_layernorm": "norm",
+    "model.layers.*.mlp.gate_proj": "column",
+    "model.layers.*.mlp.up_proj": "column",
+    "model.layers.*.mlp.down_proj": "row",
+    "model.norm": "norm",
+    "lm_head": "head",
+}
+CUT_DIMENSIONS = dict(embedding=0, norm=None, column=0, row=1, head=0)  # of a weight; None: every rank holds it whole
+
+
+class TensorParallel:
+    """The ranks that share each layer's matrices, and what each kind of module computes on one of them.
+
+    `column` modules hold a part of the outputs, `row` modules a part of the inputs, and what they return is added up
+    (Shoeybi et al. 2019, "Megatron-LM", section 3). In between, each rank holds its part of every row's tokens: a norm
+    gathers them, and a row module scatters its sums. That moves as much as an all-reduce of the sums would, and takes
+    less memory (sequence parallelism: Korthikanti et al. 2022, "Reducing Activation Recomputation", section 4.2.2).
+
+    Parameters are DTensors on one mesh, norms too, so that clipping, AdamW and checkpoints see whole matrices. The
+    forward pass computes with their local parts, because DTensors do not compile for lengths of any size.
+    """
+
+    def __init__(self, size: int = 1):
+        self.size, self.group = size, None  # transformers makes the group
+        self.splits_tokens = True
+
+    def styles_of_modules(self) -> dict[str, str] | None:
+        """Registers a style of transformers for each kind of module, and returns the styles of all modules by name."""
+        from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+        if self.size == 1:
+            return None
+        for kind in CUT_DIMENSIONS:
+            ALL_PARALLEL_STYLES.register(f"split_{kind}", SplitStyle(self, kind))
+        return {name: f"split_{kind}" for name, kind in SPLIT_MODULES.items()}
+
+    def embedding(self, module: nn.Embedding, input_ids: Tensor) -> Tensor:
+        weight = local_part(module.weight)
+        places, here = self.places(input_ids, weight)
+        return self.add_up(F.embedding(places, weight) * here[..., None])
+
+    def norm(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        from torch.distributed.tensor import Partial
+
+        weight = module.weight.to_local(grad_placements=[Partial()])  # a rank sees the gradient of its own tokens
+        hidden = F.rms_norm(hidden, hidden.shape[-1:], weight, module.variance_epsilon)
+        if torch.is_autocast_enabled(hidden.device.type):  # the matmuls would cast it anyway, after twice the traffic
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return self.gather(hidden, dimension=1) if self.splits_tokens else hidden
+
+    def column(self, module: nn.Linear, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, local_part(module.weight), local_part(module.bias))
+
+    def row(self, module: nn.Linear, hidden: Tensor) -> Tensor:
+        return self.add_up(F.linear(hidden, local_part(module.weight)))
+
+    def head(self, module: nn.Linear, hidden: Tensor) -> Tensor:
+        """Returns the logits of the whole vocabulary, for generation."""
+        return self.gather(F.linear(hidden, local_part(module.weight)), dimension=hidden.ndim - 1)
+
+    def loss_of_chunk(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Returns what `loss_of_chunk` does, from this rank's part of the vocabulary and three numbers a token of each.
+
+        The gradient that reaches `hidden` is this rank's part of it. The last norm's gather adds the parts up.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = F.linear(hidden, weight).float()
+        largest = logits.detach().amax(-1)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
+        places, here = self.places(targets, weight)
+        of_target = logits.gather(1, places[:, None])[:, 0].masked_fill(~here, 0)
+        parts = torch.stack([(logits - largest[:, None]).exp().sum(-1), of_target])
+        sums = parts.detach().clone()
+        dist.all_reduce(sums, group=self.group)
+        exponentials, of_target = parts + (sums - parts.detach())  # the sums, with the gradient of this rank's part
+        return (exponentials.log() + largest - of_target).masked_fill(targets == IGNORE_INDEX, 0).sum()
+
+    def places(self, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns where ids of the vocabulary are in this rank's part of it, and which of them are there at all."""
+        places = ids - dist.get_rank(self.group) * len(weight)
+        return places.clamp(0, len(weight) - 1), (places >= 0) & (places < len(weight))
+
+    def gather(self, part: Tensor, dimension: int) -> Tensor:
+        """Returns the parts of all ranks side by side. The backward pass adds up and scatters."""
+        from torch.distributed import _functional_collectives as collectives
+
+        # renamed in torch 2.13
+        all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+        return all_gather(part.contiguous(), dimension, self.group)
+
+    def add_up(self, summand: Tensor) -> Tensor:
+        """Returns this rank's tokens of the sum over all ranks, or in generation all of them."""
+        from torch.distributed import _functional_collectives as collectives
+
+        if not self.splits_tokens:
+            dist.all_reduce(summand, group=self.group)
+            return summand
+        single = getattr(collectives, "reduce_scatter_single_autograd", None)  # renamed in torch 2.13
+        reduce_scatter = single or collectives.reduce_scatter_tensor_autograd
+        return reduce_scatter(summand.contiguous(), "sum", 1, self.group)
+
+
+@dataclass(frozen=True)
+class SplitStyle:
+    """What transformers asks about a kind of module: how its parameters are shared out, and its forward pass."""
+
+    tensor: TensorParallel
+    kind: str
+
+    def validate_param(self, *module_and_parameter: Any, **names: Any) -> None:
+        """Has nothing to add to `why_unsplittable`."""
+
+    def shard_param(self, module: nn.Module, name: str, mesh: DeviceMesh) -> None:
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        dimension = CUT_DIMENSIONS[self.kind]
+        placement = Replicate() if dimension is None else Shard(dimension)
+        whole = module._parameters[name]
+        module._parameters[name] = nn.Parameter(distribute_tensor(whole, mesh, [placement], src_data_rank=None))
+
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        self.tensor.group = mesh.get_group()
+        if hasattr(module, "weight"):  # not where another pipeline stage holds it
+            module.forward = functools.partial(getattr(self.tensor, self.kind), module)
+
+
 # ---- Model: pipeline stages ----------------------------------------------------------------------------------
 
 STAGE_PATIENCE_SECONDS = 300.0  # of one rank for another, before training
@@ -2610,9 +2791,12 @@ class Pipeline:
 
     def forward(self, model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
         """Takes a micro-batch through this stage. Returns the sum of its token losses; 0 before the last stage."""
-        entered = None
+        entered, (rows, width) = None, micro_batch["input_ids"].shape
+        if parallel.tensor.size > 1:  # a model would count the tokens of the stream, of which a rank holds a part
+            micro_batch = {"position_ids": torch.arange(width)[None], **micro_batch}
         if self.before is not None:
-            entered = self.receive(self.before, self.forth, (*micro_batch["input_ids"].shape, self.hidden))
+            shape = (rows, width // parallel.tensor.size, self.hidden)
+            entered = self.receive(self.before, self.forth, shape)
             entered.requires_grad_(torch.is_grad_enabled())
             micro_batch = dict(micro_batch, inputs_embeds=entered)
             del micro_batch["input_ids"]
@@ -4101,7 +4285,7 @@ class Plan:
     pipeline_parallel_size: int = 1
     dp_replicate_size: int = 1
     dp_shard_size: int = 1
-    tensor_parallel_size: int = 1  # in every plan so far
+    tensor_parallel_size: int = 1
     micro_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     activation_checkpointing: str = "none"
@@ -4371,12 +4555,12 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         return all_of_them if flag_value == "auto" else [{"yes": True, "no": False}.get(flag_value, flag_value)]
 
     plans = []
-    for stages, replicas, shards in parallel_layouts(shape, cluster, config):
+    for stages, replicas, shards, tensor in parallel_layouts(shape, cluster, config):
         rank_documents = math.ceil(config.batch_size / (replicas * shards))
         given_size = config.micro_batch_size
         sizes = [min(given_size, rank_documents)] if given_size else micro_batch_sizes(rank_documents, stages)
         # Offload beside stages would copy a stage's weights anew for each of many micro-batches.
-        may_offload = shards > 1 and stages == 1 and cluster.has_gpu
+        may_offload = shards > 1 and stages * tensor == 1 and cluster.has_gpu
         open_axes = dict(
             micro_batch_size=sizes,
             activation_checkpointing=values(config.activation_checkpointing, *RECOMPUTATION_LEVELS),
@@ -4385,7 +4569,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
             reshard_after_forward=values(config.reshard_after_forward, True, False) if shards > 1 else [True],
         )
         for values_of_plan in itertools.product(*open_axes.values()):
-            plan = Plan(stages, dp_replicate_size=replicas, dp_shard_size=shards, **fixed)
+            plan = Plan(stages, replicas, shards, tensor, **fixed)
             plan = dataclasses.replace(plan, **dict(zip(open_axes, values_of_plan, strict=True)))
             steps = math.ceil(rank_documents / plan.micro_batch_size)
             plan = dataclasses.replace(plan, gradient_accumulation_steps=steps)
@@ -4402,19 +4586,29 @@ def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
     return ("micro-batch", "step")
 
 
-def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> list[tuple[int, int, int]]:
-    """Returns stages, dp_replicate_size and dp_shard_size of every layout that is open. Raises UserError for none.
+def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> list[tuple[int, int, int, int]]:
+    """Returns the degrees of every layout that is open, in the order of `Plan`. Raises UserError where there is none.
 
     Unless they are given, there are as many stages as nodes or a divisor, because stages pay where the network between
-    nodes is slow. One node has none.
+    nodes is slow, and 1, 2, 4 or 8 tensor-parallel ranks. On a single node neither gains more than 5%, so it has no
+    stages, and tensor parallelism only where there are fewer documents than ranks.
     """
-    stages = given_stages(shape, cluster, config)
-    layouts = [(stages, *inside) for inside in data_parallel_layouts(cluster, config, stages)]
-    if config.pipeline_parallel_size is None and config.parallelism != "ddp" and not shape.uncuttable:
-        for stages in range(2, min(cluster.nodes, shape.layers) + 1):
-            if cluster.nodes % stages == 0:
-                with contextlib.suppress(UserError):  # of flags that do not go with this number of stages
-                    layouts += [(stages, *inside) for inside in data_parallel_layouts(cluster, config, stages)]
+    given = given_stages(shape, cluster, config), given_tensor_size(shape, cluster, config)
+    layouts = [(given[0], *inside, given[1]) for inside in data_parallel_layouts(cluster, config, *given)]
+    if config.parallelism == "ddp":
+        return layouts
+    stages, tensor_sizes = [given[0]], [given[1]]
+    if config.pipeline_parallel_size is None and not shape.uncuttable:
+        most = min(cluster.nodes, shape.layers)
+        stages += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
+    may_split = cluster.nodes > 1 or config.batch_size < cluster.world_size
+    if config.tensor_parallel_size is None and config.cpu_offload != "yes" and may_split:
+        tensor_sizes += [size for size in (2, 4, 8) if not why_not_split(shape, cluster, size)]
+    for degrees in itertools.product(stages, tensor_sizes):
+        if degrees != given:
+            with contextlib.suppress(UserError):  # of flags that do not go with these degrees
+                inside = data_parallel_layouts(cluster, config, *degrees)
+                layouts += [(degrees[0], *data_parallel, degrees[1]) for data_parallel in inside]
     return layouts
 
 
@@ -4444,6 +4638,34 @@ def given_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
     return stages
 
 
+def given_tensor_size(shape: ModelShape, cluster: Cluster, config: Config) -> int:
+    """Returns the number of tensor-parallel ranks asked for. Raises UserError where model or cluster rule it out."""
+    size = config.tensor_parallel_size or 1
+    shown = f"--tensor-parallel-size {size}"
+    if reason := size > 1 and why_not_split(shape, cluster, size):
+        raise UserError(f"{shown} cannot be had here: {reason}")
+    if size > 1 and config.parallelism == "ddp":
+        raise UserError(
+            f"--parallelism ddp does not go with {shown}; use hsdp with --hsdp-shard-size 1, which keeps whole replicas"
+        )
+    if size > 1 and config.cpu_offload == "yes":
+        raise UserError(f"--cpu-offload yes does not go with {shown}; leave one of them out")
+    return size
+
+
+def why_not_split(shape: ModelShape, cluster: Cluster, size: int) -> str:
+    """Returns why the layers cannot be split over `size` ranks of a node, and what can be done; "" if they can."""
+    if shape.unsplittable:
+        return f"{shape.unsplittable}; leave it out"
+    if PAD_MULTIPLE % size or cluster.ranks_per_node % size:
+        return f"it has to divide {PAD_MULTIPLE} and the {cluster.ranks_per_node} processes of a node; use a divisor"
+    heads = dict(heads=shape.heads, intermediate_size=shape.intermediate, vocab_size=shape.vocabulary)
+    heads["key and value heads"] = shape.kv_size // shape.head_dim
+    if uneven := [f"{value} {name}" for name, value in heads.items() if value % size]:
+        return f"the model has {uneven[0]}, which it does not divide; use a divisor"
+    return ""
+
+
 def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
     """Returns the layers of each stage, so that the slowest takes as little time as it can; the head counts as work.
 
@@ -4461,13 +4683,13 @@ def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
     return [each] * (stages - 1 - rest) + [each + 1] * rest + [last]
 
 
-def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1) -> list[tuple[int, int]]:
+def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1, tensor: int = 1) -> list[tuple[int, int]]:
     """Returns (dp_replicate_size, dp_shard_size) of every strategy the flags leave open. Raises UserError for none."""
     strategies = [config.parallelism]
     if config.parallelism == "auto":
-        ranks = cluster.world_size // stages
-        groups = ranks > cluster.ranks_per_node > 1
-        several = [*(["ddp"] if stages == 1 else []), "fsdp", *(["hsdp"] if groups else [])]
+        ranks, ranks_per_node = cluster.world_size // (stages * tensor), cluster.ranks_per_node // tensor
+        groups = ranks > ranks_per_node > 1
+        several = [*(["ddp"] if stages * tensor == 1 else []), "fsdp", *(["hsdp"] if groups else [])]
         strategies = several if ranks > 1 else ["none"]
     if config.cpu_offload == "yes":
         if not cluster.has_gpu:
@@ -4479,34 +4701,37 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1) -> 
             raise UserError(
                 "--cpu-offload yes needs FSDP or HSDP, so at least 2 processes; use torchrun --nproc_per_node=2"
             )
-    return [replicas_and_shards(strategy, cluster, config.hsdp_shard_size, stages) for strategy in strategies]
+    return [replicas_and_shards(strategy, cluster, config.hsdp_shard_size, stages, tensor) for strategy in strategies]
 
 
-def replicas_and_shards(strategy: str, cluster: Cluster, hsdp_shard_size: int | None, stages: int) -> tuple[int, int]:
+def replicas_and_shards(
+    strategy: str, cluster: Cluster, hsdp_shard_size: int | None, stages: int, tensor: int
+) -> tuple[int, int]:
     """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
-    world, of_stage = cluster.world_size // stages, " for each stage" if stages > 1 else ""
+    parts, ranks_per_node = stages * tensor, cluster.ranks_per_node // tensor
+    world, of_part = cluster.world_size // parts, " for each part of the model" if parts > 1 else ""
     if strategy == "none" and world > 1:
         raise UserError(
-            f"--parallelism none runs one process{of_stage}, but {world} were started; use "
-            f"{'' if of_stage else 'ddp, '}fsdp or auto"
+            f"--parallelism none runs one process{of_part}, but {world} were started; use "
+            f"{'' if of_part else 'ddp, '}fsdp or auto"
         )
     if strategy in ("ddp", "fsdp") and world < 2:
         raise UserError(
-            f"--parallelism {strategy} needs at least 2 processes{of_stage}, but 1 was started; use torchrun "
-            f"--nproc_per_node={2 * stages}"
+            f"--parallelism {strategy} needs at least 2 processes{of_part}, but 1 was started; use torchrun "
+            f"--nproc_per_node={2 * parts}"
         )
     if strategy != "hsdp":
         return (1, world) if strategy == "fsdp" else (world, 1)
-    shard = hsdp_shard_size or (cluster.ranks_per_node if world > cluster.ranks_per_node else world // 2)
-    smallest = 1 if stages > 1 else 2  # one process and its replicas are DDP, but there is no DDP of stages
+    shard = hsdp_shard_size or (ranks_per_node if world > ranks_per_node else world // 2)
+    smallest = 1 if parts > 1 else 2  # one process and its replicas are DDP, but there is no DDP of parts
     if world < 2 * smallest:
         raise UserError(
-            f"--parallelism hsdp needs at least {2 * smallest} processes{of_stage}, but {world} started; use torchrun "
-            f"--nproc_per_node={2 * smallest * stages}"
+            f"--parallelism hsdp needs at least {2 * smallest} processes{of_part}, but {world} started; use torchrun "
+            f"--nproc_per_node={2 * smallest * parts}"
         )
     if shard < smallest or world % shard or world == shard:
         raise UserError(
-            f"--parallelism hsdp needs at least two equal groups of at least {smallest} ranks{of_stage}; {world} "
+            f"--parallelism hsdp needs at least two equal groups of at least {smallest} ranks{of_part}; {world} "
             f"processes in groups of {shard} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {world}"
         )
     return world // shard, shard
@@ -4552,12 +4777,14 @@ class ModelShape:
     hidden: int
     intermediate: int
     heads: int
+    query_size: int  # heads times head_dim
     kv_size: int  # kv heads times head_dim
     vocabulary: int
     positions: int
     head_dim: int = 128
     unpackable: str = ""  # why packed rows cannot be had, where they cannot
     uncuttable: str = ""  # why pipeline stages cannot be had, where they cannot
+    unsplittable: str = ""  # why tensor parallelism cannot be had, where it cannot
     has_head: bool = True  # a pipeline stage before the last has none
 
     @property
@@ -4568,8 +4795,8 @@ class ModelShape:
     @property
     def layer_parameters(self) -> int:
         """q, k, v, o; gate, up, down; two norms."""
-        h, k, f = self.hidden, self.kv_size, self.intermediate
-        return 2 * h * h + 2 * h * k + 3 * h * f + 2 * h
+        h, q, k, f = self.hidden, self.query_size, self.kv_size, self.intermediate
+        return 2 * h * q + 2 * h * k + 3 * h * f + 2 * h
 
     @property
     def embedding_parameters(self) -> int:
@@ -4582,16 +4809,21 @@ class ModelShape:
 
 
 @functools.cache
-def shapes_of_stages(shape: ModelShape, stages: int) -> tuple[ModelShape, ...]:
-    """Returns the part of the model on each pipeline stage: the embedding is on the first, the head on the last."""
-    if stages == 1:
+def shapes_of_stages(shape: ModelShape, stages: int, tensor: int = 1) -> tuple[ModelShape, ...]:
+    """Returns the part of the model on each pipeline stage: the embedding is on the first, the head on the last.
+
+    Beside tensor parallelism it is one rank's part of that: the stream and the norms keep their width.
+    """
+    if stages * tensor == 1:
         return (shape,)
+    split_sizes = ("intermediate", "heads", "query_size", "kv_size", "vocabulary")
+    split = dataclasses.replace(shape, **{name: getattr(shape, name) // tensor for name in split_sizes})
     parts = []
     for stage, layers in enumerate(layers_of_stages(shape, stages)):
-        embedding = shape.embedding_parameters if stage == 0 else 0
-        head = shape.head_and_norm_parameters if stage == stages - 1 else 0
-        parameters = embedding + layers * shape.layer_parameters + head
-        parts.append(dataclasses.replace(shape, layers=layers, parameters=parameters, has_head=head > 0))
+        embedding = shape.embedding_parameters // tensor if stage == 0 else 0
+        head = split.head_and_norm_parameters if stage == stages - 1 else 0
+        parameters = embedding + layers * split.layer_parameters + head
+        parts.append(dataclasses.replace(split, layers=layers, parameters=parameters, has_head=head > 0))
     return tuple(parts)
 
 
@@ -4607,11 +4839,13 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
         hidden=text_config.hidden_size,
         intermediate=getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
         heads=heads,
+        query_size=heads * head_dim,
         kv_size=(getattr(text_config, "num_key_value_heads", None) or heads) * head_dim,
         vocabulary=text_config.vocab_size,
         positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
         head_dim=head_dim,
         unpackable=why_unpackable(model_config, attention),
+        unsplittable=why_unsplittable(model, attention),
         uncuttable=why_uncuttable(model),  # last, because it takes the model apart
     )
 
@@ -4624,6 +4858,28 @@ def why_unpackable(model_config: PretrainedConfig, attention: str | None) -> str
     if any(getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop", "attn_dropout")):
         return "it drops out attention, which the kernel for packed rows cannot do"
     return "" if attention else "it takes no attention but its own"
+
+
+def why_unsplittable(model: PreTrainedModel, attention: str | None) -> str:
+    """Returns why the layers of a model on the meta device cannot be split for tensor parallelism; "" if they can."""
+    if attention != "causal_attention":
+        return "its attention needs a mask"
+    if model.config.get_text_config().tie_word_embeddings:
+        return "its embedding and its head are one matrix"
+    modules, norm = dict(model.named_modules()), getattr(model.base_model, "norm", None)
+    for name, _ in model.named_parameters():
+        module, _, parameter = name.rpartition(".")
+        kind = SPLIT_MODULES.get(re.sub(r"\.\d+\.", ".*.", module))
+        module_type = {"embedding": nn.Embedding, "norm": type(norm)}.get(kind, nn.Linear)
+        if not kind or type(modules[module]) is not module_type or (parameter == "bias" and kind != "column"):
+            return f"there is no rule for its {name}"
+    if not is_plain_projection(model) or not hasattr(norm, "variance_epsilon"):
+        return "it does more than Llama"
+    norm = copy.deepcopy(norm).to_empty(device="cpu")
+    hidden = torch.linspace(-1, 1, norm.weight.numel())
+    norm.weight.data.copy_(hidden)
+    expected = F.rms_norm(hidden, hidden.shape, norm.weight, norm.variance_epsilon)
+    return "" if torch.allclose(norm(hidden), expected, rtol=1e-4) else "its norms are not those of Llama"
 
 
 def why_uncuttable(model: PreTrainedModel) -> str:
@@ -4678,7 +4934,7 @@ def predict_memory(
 
     It is that of a rank of `stage`, or of the pipeline stage that takes most.
     """
-    parts = shapes_of_stages(shape, plan.pipeline_parallel_size)
+    parts = shapes_of_stages(shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     # Of stages that hold the same, the first has the most micro-batches under way.
     first_alike = {part.parameters: index for index, part in reversed(list(enumerate(parts)))}
     stages = first_alike.values() if stage is None else [stage]
@@ -4773,7 +5029,7 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
         gathered += reducing
         finished = head + (layers - 1 - i) * layer
         ways = [(gathered, finished)]
-        if plan.holds_gradients_back:  # only the last micro-batch reduces
+        if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:  # of one between the first and the last
             ways.append((gathered - reducing, 0))
         moments[f"backward of layer {i}"] = largest(
             step.moment(sum(saved[:i]) + own + rotary, width * computed, *way)
@@ -4970,7 +5226,7 @@ def predict_seconds(
     """
     gpu, steps, stages = cluster.gpu, plan.gradient_accumulation_steps, plan.pipeline_parallel_size
     shards, replicas = plan.dp_shard_size, plan.dp_replicate_size
-    parts = shapes_of_stages(shape, stages)
+    parts = shapes_of_stages(shape, stages, plan.tensor_parallel_size)
     slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
     rate = cluster.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
     ramp = HALF_EFFICIENCY_TOKENS / tokens if cluster.has_gpu else 0

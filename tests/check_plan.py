@@ -297,7 +297,7 @@ class Published:
 def decoder(
     hidden: int, intermediate: int, layers: int, heads: int, kv_size: int, vocabulary: int
 ) -> script.ModelShape:
-    shape = script.ModelShape(0, layers, hidden, intermediate, heads, kv_size, vocabulary, sys.maxsize)
+    shape = script.ModelShape(0, layers, hidden, intermediate, heads, hidden, kv_size, vocabulary, sys.maxsize)
     around_layers = shape.head_and_norm_parameters + vocabulary * hidden
     return replace(shape, parameters=layers * shape.layer_parameters + around_layers)
 
