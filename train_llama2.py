@@ -929,6 +929,8 @@ def quieten_libraries(speaks: bool, quiet: bool) -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # our error line names the bad file
+    # it would rather gather the matrices of FSDP beside tensor parallelism in one go than in two
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if not speaks or quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
@@ -1808,12 +1810,11 @@ def global_batch(documents: Documents, positions: np.ndarray, parallel: Parallel
     lengths = documents.lengths[positions]
     dealt = deal(lengths, parallel.data_parallel_size, parallel.plan, documents.block_size)
     make_rows = pack_rows if parallel.plan.packing else pad_rows
-    micro_batches = [
-        with_targets(micro_batch_of(documents, positions[of_data_ranks[parallel.data_rank]], make_rows))
-        for of_data_ranks in dealt
-    ]
+    mine = [positions[of_data_ranks[parallel.data_rank]] for of_data_ranks in dealt]
+    micro_batches = [micro_batch_of(documents, each, make_rows) for each in mine]
     if parallel.plan.tensor_parallel_size > 1:
         micro_batches = [with_whole_tiles(each, padding_id(documents.tokenizer)) for each in micro_batches]
+    micro_batches = [with_targets(each) for each in micro_batches]
     if parallel.device.type == "cuda":
         micro_batches = [{name: tensor.pin_memory() for name, tensor in each.items()} for each in micro_batches]
     return GlobalBatch(
@@ -2895,17 +2896,26 @@ class Pipeline:
 
 @contextlib.contextmanager
 def stages_of_the_plan(parallel: Parallel) -> Iterator[None]:
-    """Inside, transformers cuts the layers into the plan's stages; its own leave the head out of account."""
+    """Inside, transformers cuts the layers into the plan's stages; its own leave the head out of account.
+
+    It would also split layers for tensor parallelism that the stage does not hold any more, and fail.
+    """
+    from transformers.distributed import mixin
     from transformers.distributed.pipeline_parallel import PipelineStage
+
+    def split_what_is_held(model: nn.Module, mesh: DeviceMesh, styles: dict[str, str]) -> nn.Module:
+        held = {name for name, _ in itertools.chain(model.named_modules(), model.named_parameters())}
+        return split(model, mesh, {name: style for name, style in styles.items() if name in held})
 
     stages = parallel.plan.pipeline_parallel_size
     ends = list(itertools.accumulate(layers_of_stages(parallel.shape, stages), initial=0))
-    own = PipelineStage.layer_range_for_rank
+    own, split = PipelineStage.layer_range_for_rank, mixin.apply_tensor_parallelism
     PipelineStage.layer_range_for_rank = lambda self, stage, layers: (ends[stage], ends[stage + 1])
+    mixin.apply_tensor_parallelism = split_what_is_held
     try:
         yield
     finally:
-        PipelineStage.layer_range_for_rank = own
+        PipelineStage.layer_range_for_rank, mixin.apply_tensor_parallelism = own, split
 
 
 def number_layers_of_stage(model: PreTrainedModel) -> None:
