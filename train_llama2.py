@@ -2652,7 +2652,7 @@ class TensorParallel:
         return {name: f"split_{kind}" for name, kind in SPLIT_MODULES.items()}
 
     def embedding(self, module: nn.Embedding, input_ids: Tensor) -> Tensor:
-        weight = local_part(module.weight)
+        weight = module.weight.to_local()
         places, here = self.places(input_ids, weight)
         return self.add_up(F.embedding(places, weight) * here[..., None])
 
@@ -2666,14 +2666,14 @@ class TensorParallel:
         return self.gather(hidden, dimension=1) if self.splits_tokens else hidden
 
     def column(self, module: nn.Linear, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, local_part(module.weight), local_part(module.bias))
+        return F.linear(hidden, module.weight.to_local(), None if module.bias is None else module.bias.to_local())
 
     def row(self, module: nn.Linear, hidden: Tensor) -> Tensor:
-        return self.add_up(F.linear(hidden, local_part(module.weight)))
+        return self.add_up(F.linear(hidden, module.weight.to_local()))
 
     def head(self, module: nn.Linear, hidden: Tensor) -> Tensor:
         """Returns the logits of the whole vocabulary, for generation."""
-        return self.gather(F.linear(hidden, local_part(module.weight)), dimension=hidden.ndim - 1)
+        return self.gather(F.linear(hidden, module.weight.to_local()), dimension=hidden.ndim - 1)
 
     def loss_of_chunk(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Returns what `loss_of_chunk` does, from this rank's part of the vocabulary and three numbers a token of each.
