@@ -2000,7 +2000,7 @@ def load_model(parallel: Parallel) -> nn.Module:
 
     config, plan = parallel.config, parallel.plan
     distributed_config = None
-    if plan.uses_fsdp or plan.pipeline_parallel_size * plan.tensor_parallel_size > 1:
+    if plan.uses_fsdp or plan.model_parallel_size > 1:
         distributed_config = DistributedConfig(
             pp_size=plan.pipeline_parallel_size,
             tp_size=plan.tensor_parallel_size,
@@ -3430,7 +3430,7 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     This needs host memory for a copy of each rank's share (under DDP, of everything).
     """
     plan, wanted = parallel.plan, parallel.config.async_save
-    parts = plan.pipeline_parallel_size * plan.dp_shard_size
+    parts = plan.model_parallel_size * plan.dp_shard_size
     copy_gib = checkpoint_bytes / GIB / parts * parallel.cluster.ranks_per_node
     on_host = parallel.device.type == "cpu" or plan.cpu_offload
     resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
@@ -4278,6 +4278,7 @@ TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like
 PLAN_FLAGS = (  # decided by the plan unless they are given
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism", "pipeline_parallel_size",
+    "tensor_parallel_size",
 )  # fmt: skip
 LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: for --plan without gated files
     "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
@@ -4311,6 +4312,11 @@ class Plan:
         return self.dp_replicate_size * self.dp_shard_size
 
     @property
+    def model_parallel_size(self) -> int:
+        """Into how many parts the model itself is cut."""
+        return self.pipeline_parallel_size * self.tensor_parallel_size
+
+    @property
     def strategy(self) -> str:
         """The data-parallel strategy: `none`, `ddp`, `fsdp` or `hsdp`.
 
@@ -4318,7 +4324,7 @@ class Plan:
         """
         if self.dp_shard_size > 1:
             return "hsdp" if self.dp_replicate_size > 1 else "fsdp"
-        replicas = "ddp" if self.pipeline_parallel_size * self.tensor_parallel_size == 1 else "hsdp"
+        replicas = "ddp" if self.model_parallel_size == 1 else "hsdp"
         return replicas if self.dp_replicate_size > 1 else "none"
 
     @property
@@ -4373,9 +4379,10 @@ class Plan:
         level, layout = self.activation_checkpointing, self.strategy
         if self.strategy == "hsdp":
             layout = f"hsdp {self.dp_replicate_size}x{self.dp_shard_size}"
-        if self.pipeline_parallel_size > 1:
-            inside = {"none": "", "fsdp": f" x fsdp{self.dp_shard_size}"}.get(self.strategy, f" x {layout}")
-            layout = f"pp{self.pipeline_parallel_size}{inside}"
+        if self.model_parallel_size > 1:
+            cuts = {"pp": self.pipeline_parallel_size, "tp": self.tensor_parallel_size}
+            inside = {"none": [], "fsdp": [f"fsdp{self.dp_shard_size}"]}.get(self.strategy, [layout])
+            layout = " x ".join([*(f"{name}{size}" for name, size in cuts.items() if size > 1), *inside])
         parts = [
             f"{layout}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
             {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
@@ -4496,13 +4503,13 @@ def check_block(shape: ModelShape, config: Config) -> None:
 def preference(candidate: Candidate, cluster: Cluster) -> tuple:
     """Returns the sort key of candidates that are too close to call: the lowest is chosen.
 
-    First the plan with fewest pipeline stages, then one whose whole band of reserved memory fits, then one that
-    recomputes less: published runs gain 10 to 20% from that, and the extra time that the prediction adds for small
+    First the plan that cuts the model into fewest parts, then one whose whole band of reserved memory fits, then one
+    that recomputes less: published runs gain 10 to 20% from that, and the extra time that the prediction adds for small
     micro-batches is uncertain. Then the simplest plan, and of those the one that takes least memory.
     """
     plan = candidate.plan
     return (
-        plan.pipeline_parallel_size,
+        plan.model_parallel_size,
         candidate.memory_gib.reserved_high > cluster.memory_gib,
         1 / plan.recompute_every if plan.recompute_every else 0.0,
         ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
@@ -4516,7 +4523,7 @@ def preference(candidate: Candidate, cluster: Cluster) -> tuple:
 
 def why_preferred(chosen: Candidate, fastest: Candidate, cluster: Cluster) -> str:
     reasons = (
-        "it needs fewer stages",
+        "it cuts the model into fewer parts",
         "its reserved memory surely fits",
         "it recomputes less",
         *["it is the simpler"] * 5,
@@ -5095,30 +5102,39 @@ class StepMemory:
 
     def __init__(self, shape: ModelShape, plan: Plan, tokens: int, stage: int = 0):
         self.shape, self.plan, self.tokens = shape, plan, tokens
-        h, f, k, a = shape.hidden, shape.intermediate, shape.kv_size, shape.heads
+        h, f, q, k, a = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, shape.heads
+        split = plan.tensor_parallel_size > 1
+        # `own` is what a rank holds of the stream: beside tensor parallelism, that of its tokens. A norm gathers all of
+        # it. There the norms are torch's fused ones, which save no more than their input.
+        own = h / plan.tensor_parallel_size
         in_fp32 = plan.compute_bytes == 4
         # In bytes per token, but for `layers_kept_whole`, a count, and `other_copies`, `chunk` and `head_buffers`,
         # bytes.
-        self.rotary = 4 * h // a  # cosines and sines of a position, shared by all layers
+        self.rotary = 4 * q // a  # cosines and sines of a position, shared by all layers
         self.stream = 2 * h  # the residual stream, a selection of it for the head, or its gradient, in bf16
         self.norm = 8 * h  # what a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h
         # A norm's backward pass: what it saved, and in fp32 the gradients of the normalised input, of the input by way
         # of the scale and of the variance, and their sum, 4h each.
         self.norm_backward = self.norm + 16 * h
+        if split:  # its input, and the output of all ranks; then also the gradients of both
+            in_stream = 4 if in_fp32 or plan.autocasts else 2
+            self.norm = in_stream * own + plan.compute_bytes * h
+            self.norm_backward = 2 * self.norm
         # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
         # gradient.
         self.scalars = 4 * 8 + 3 * 4
         # What a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32.
-        self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h
+        self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * own
         # What an eager layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key
         # and value 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Under autocast the norms save fp32 alone,
         # 16h, and the inputs of five projections are copied to bf16, 10h.
-        streams = 32 * h + 8 * k if in_fp32 else (30 if plan.autocasts else 20) * h + 4 * k
-        self.whole_layer = streams + (16 if in_fp32 else 8) * f + 4 * a + 8
+        norms = 2 * self.norm if split else (24 if in_fp32 else 26 if plan.autocasts else 16) * h
+        self.whole_layer = norms + plan.compute_bytes * (2 * q + 2 * k + 4 * f) + 4 * a + 8
         if plan.compiled:
-            # Its input, and what matmuls and attention read or write: two norms' outputs, query, attention output and
-            # its projection 5h, key and value 2k, gate, up and their product 3f. The rest is computed again from them.
-            self.whole_layer = self.layer_input + plan.compute_bytes * (5 * h + 2 * k + 3 * f) + 4 * a + 8
+            # Its input, and what matmuls and attention read or write: two norms' outputs 2h, query and attention output
+            # 2q, its projection, key and value 2k, gate, up and their product 3f. The rest is computed again from them.
+            read = 2 * h + 2 * q + own + 2 * k + 3 * f
+            self.whole_layer = self.layer_input + plan.compute_bytes * read + 4 * a + 8
         recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
         self.layers_kept_whole = recomputed.count(False)
         self.saved = [self.layer_input if each else self.whole_layer for each in recomputed]  # by layer, until backward
@@ -5129,21 +5145,22 @@ class StepMemory:
         self.other_copies = (under_way - 1) * 2 * plan.autocasts * self.layers_kept_whole * shape.layer_parameters
         if stages > 1:  # what was sent, which `Pipeline.send` keeps for a while, and the gradient received
             streams_kept = min(micro_batches, 2 * stages) + 1
-            self.other_micro_batches += streams_kept * (4 if in_fp32 or plan.autocasts else 2) * h
+            self.other_micro_batches += streams_kept * self.layer_input
         # Logits and inputs of the head for one chunk of positions, in fp32.
         rows = min(tokens, HEAD_CHUNK_TOKENS)
         self.chunk = 4 * rows * (shape.vocabulary + h)
         # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
         logits = 0 if in_fp32 else 2 * 2 * rows * shape.vocabulary
         self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
+        self.own = own
 
     def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
         """Returns where the backward pass of a layer may peak: bytes per token, and parameters with a gradient by then.
 
         In its MLP; or at the end, in the backward of its first norm. A compiled layer may also peak in its attention.
         """
-        shape, plan = self.shape, self.plan
-        h, f, k, width = shape.hidden, shape.intermediate, shape.kv_size, plan.compute_bytes
+        shape, plan, own = self.shape, self.plan, self.own
+        h, f, q, k, width = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, plan.compute_bytes
         gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         if not plan.compiled:
             kept = self.layer_input if recomputed else 0
@@ -5153,10 +5170,10 @@ class StepMemory:
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once; else the product is
         # gone by then, and gate's takes the place of the gate.
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
-        # Input and output gradient. The first norm's output and attention's projection 2h, query and attention's output
-        # 2h, key and value 2k; gradients of the MLP's inputs 2h, of attention's output and query 2h, of key and value
-        # 2k. Flash attention adds up the query's in fp32, 4h.
-        attention = (2 * self.layer_input + width * (8 * h + 4 * k) + 4 * h, 3 * h * f)
+        # Input and output gradient. The first norm's output and attention's projection, query and attention's output
+        # 2q, key and value 2k; gradients of the MLP's inputs 2h, of attention's output and query 2q, of key and value
+        # 2k. Flash attention adds up the query's in fp32, 4q.
+        attention = (2 * self.layer_input + width * (3 * h + own + 4 * q + 4 * k) + 4 * q, 3 * h * f)
         # Input and gradient. The first norm's output, the gradients of the three that read it, and their sum: 5h.
         return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
@@ -5207,6 +5224,7 @@ def host_memory_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
 # The first two are fitted to four rows of MosaicML's table of MPT-13B (sequences of 1,024 and 2,048, on A100 and
 # H100), the third is a ratio of torchtitan's (Llama-3.1-8B on 8 H100, eager 5,762 and compiled 6,667 tokens/s).
 HALF_EFFICIENCY_TOKENS = 800  # tokens of a micro-batch at which matmuls reach half of their efficiency
+SPLIT_INEFFICIENCY = 0.1  # how many more such tokens for each further tensor-parallel rank: fitted to Hagemann's rows
 OVERLAP = 0.5  # share of the shorter of computation and communication that hides behind the other
 EAGER_SPEED = 5762 / 6667  # of a model that is not compiled
 NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68 to 0.96 by message size
@@ -5232,45 +5250,51 @@ def predict_seconds(
     (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
     twice that (Patarasu and Yuan 2009). The slowest pipeline stage sets the pace. In its bubble it waits for as many
     micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch is sent forth and
-    its gradient back.
+    its gradient back. Tensor-parallel ranks exchange the stream four times a layer and pass, half of it gathered, half
+    reduced (Korthikanti et al. 2022, section 4.2.2), and wait for it.
     """
     gpu, steps, stages = cluster.gpu, plan.gradient_accumulation_steps, plan.pipeline_parallel_size
-    shards, replicas = plan.dp_shard_size, plan.dp_replicate_size
-    parts = shapes_of_stages(shape, stages, plan.tensor_parallel_size)
+    shards, replicas, split = plan.dp_shard_size, plan.dp_replicate_size, plan.tensor_parallel_size
+    parts = shapes_of_stages(shape, stages, split)
     slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
     rate = cluster.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
-    ramp = HALF_EFFICIENCY_TOKENS / tokens if cluster.has_gpu else 0
+    ramp = HALF_EFFICIENCY_TOKENS / tokens * (1 + SPLIT_INEFFICIENCY * (split - 1)) if cluster.has_gpu else 0
     flops = max(work_per_token(part, plan, attended, ramp, gpu.attention_efficiency) for part in parts)
     compute = steps * tokens * flops / rate
 
     gathers = 2 if plan.reshard_after_forward else 1
-    ring_share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards) * 1e9
+    ring_share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards, split) * 1e9
     reductions = steps if plan.gradient_sync == "micro-batch" else 1
     parameters = max(part.parameters for part in parts)
     moved_bytes = (steps * gathers * plan.compute_bytes + 4 * reductions) * parameters
     gather_reduce = ring_share * moved_bytes / bus
-    across_nodes = plan.strategy == "hsdp" and shards > 1 and plan.data_parallel_size > cluster.ranks_per_node
-    replica_bus = cluster.network_gb_per_second * 1e9 if across_nodes else cluster.bus_gb_per_second(replicas) * 1e9
+    across_nodes = plan.strategy == "hsdp" and shards > 1 and plan.data_parallel_size * split > cluster.ranks_per_node
+    replica_bus = 1e9 * (cluster.network_gb_per_second if across_nodes else cluster.bus_gb_per_second(replicas, split))
     reduced_bytes = 4 if plan.uses_fsdp else plan.state_bytes
     all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * parameters / shards / replica_bus
     shard_bytes = max(map(plan.shard_bytes, parts))
     host_link = steps * shard_bytes * (gathers + 1) / (HOST_LINK_GB_PER_SECOND * 1e9) if plan.cpu_offload else 0.0
     stream_bytes = (4 if plan.precision == "fp32" or plan.autocasts else 2) * shape.hidden
     stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
-    point_to_point = steps * 2 * tokens * stream_bytes / stage_bus if stages > 1 else 0.0
-    bubble = (stages - 1) / steps * (compute + (1 - OVERLAP) * point_to_point)
+    point_to_point = steps * 2 * tokens / split * stream_bytes / stage_bus if stages > 1 else 0.0
+    layers = max(part.layers for part in parts)
+    exchanges = 4 * layers + 2 * sum(map(plan.recomputes_layer, range(layers)))
+    exchanged_bytes = exchanges * 2 * (split - 1) / split * tokens * plan.compute_bytes * shape.hidden
+    tensor = steps * exchanged_bytes / (gpu.link_gb_per_second * 1e9)
+    bubble = (stages - 1) / steps * (compute + tensor + (1 - OVERLAP) * point_to_point)
     communication = gather_reduce + all_reduce + host_link + point_to_point
     # fused AdamW reads weight, gradient and two moments and writes three of them; clipping reads the gradient again
     memory_rate = HOST_MEMORY_GB_PER_SECOND if plan.cpu_offload else gpu.hbm_gb_per_second
     optimizer = 8 * shard_bytes / (memory_rate * 1e9)
-    exposed = communication - OVERLAP * min(communication, compute)
+    exposed = communication - OVERLAP * min(communication, compute) + tensor
     return dict(
         total=compute + bubble + exposed + optimizer,
         compute=compute,
         bubble=bubble,
         exposed_communication=exposed,
         optimizer=optimizer,
-        communication=communication,
+        communication=communication + tensor,
+        tensor_parallel=tensor,
         gather_reduce=gather_reduce,
         all_reduce=all_reduce,
         host_link=host_link,
@@ -5282,19 +5306,22 @@ def work_per_token(shape: ModelShape, plan: Plan, attended: float, ramp: float, 
     """Returns a token's FLOPs in this part of the model, as many as take equally long in large matmuls."""
     recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
     matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
-    attention = 2 * shape.layers * shape.hidden * attended * (3.5 + recomputed)
+    attention = 2 * shape.layers * shape.query_size * attended * (3.5 + recomputed)
     return matmul * (1 + ramp) + attention / attention_efficiency
 
 
 def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
     """Returns the name of the link that takes most of the communication time."""
     plan, seconds = candidate.plan, candidate.step_seconds
-    name = max(("gather_reduce", "all_reduce", "host_link", "point_to_point"), key=lambda each: seconds[each])
+    links = ("gather_reduce", "all_reduce", "host_link", "point_to_point", "tensor_parallel")
+    name = max(links, key=lambda each: seconds[each])
     if not seconds[name]:
         return "no link"
     if name == "host_link":
         return f"host link {HOST_LINK_GB_PER_SECOND} GB/s"
-    neighbours = dict(gather_reduce=plan.dp_shard_size, all_reduce=plan.data_parallel_size)
+    split = plan.tensor_parallel_size
+    neighbours = dict(gather_reduce=plan.dp_shard_size * split, all_reduce=plan.data_parallel_size * split)
+    neighbours["tensor_parallel"] = split
     if neighbours.get(name, cluster.world_size) <= cluster.ranks_per_node:
         return f"node link {cluster.gpu.link_gb_per_second:g} GB/s"
     return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
@@ -5391,7 +5418,8 @@ def flags_of(plan: Plan, cluster: Cluster) -> str:
     """Returns the flags that ask for this plan, beside precision, packing and compiling."""
     flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
     if cluster.world_size > 1:
-        sharding = {"--pipeline-parallel-size": plan.pipeline_parallel_size, "--parallelism": plan.strategy}
+        sharding = {"--pipeline-parallel-size": plan.pipeline_parallel_size}
+        sharding |= {"--tensor-parallel-size": plan.tensor_parallel_size, "--parallelism": plan.strategy}
         sharding |= {"--hsdp-shard-size": plan.dp_shard_size} if plan.strategy == "hsdp" else {}
         flags = sharding | flags | {"--cpu-offload": "yes" if plan.cpu_offload else "no"}
     if plan.dp_shard_size > 1:
@@ -5451,7 +5479,7 @@ def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
 
 
 def best_of_each_kind(choice: Choice) -> list[Candidate]:
-    """Returns the best candidate of each kind (stages or none, strategy, offload, recomputation or none).
+    """Returns the best candidate of each kind (stages or not, split or not, strategy, offload, recomputation or none).
 
     The chosen one comes first.
     """
@@ -5460,6 +5488,7 @@ def best_of_each_kind(choice: Choice) -> list[Candidate]:
         plan = each.plan
         kind = (
             plan.pipeline_parallel_size > 1,
+            plan.tensor_parallel_size > 1,
             plan.strategy,
             plan.cpu_offload,
             plan.activation_checkpointing == "none",
@@ -5516,11 +5545,12 @@ class Cluster:
             return self.gpu.peak_tflops * 1e12
         return 1e12 * (self.gpu.fp32_tflops or self.gpu.peak_tflops / 16)
 
-    def bus_gb_per_second(self, ranks: int) -> float:
-        """Returns the bus bandwidth among `ranks` neighbours: a node's link, or else its whole network."""
-        if ranks <= self.ranks_per_node:
+    def bus_gb_per_second(self, ranks: int, split: int = 1) -> float:
+        """Returns the bus bandwidth among `ranks` ranks, each `split`-th of a node: its link, or their share of its
+        network, as there are `split` such groups."""
+        if ranks * split <= self.ranks_per_node:
             return self.gpu.link_gb_per_second
-        return min(self.gpu.link_gb_per_second, self.ranks_per_node * self.network_gb_per_second)
+        return min(self.gpu.link_gb_per_second, self.ranks_per_node // split * self.network_gb_per_second)
 
     @property
     def network_gb_per_second(self) -> float:

@@ -421,26 +421,33 @@ HAGEMANN = Path(__file__).parent / "data" / "hagemann2023_layouts.csv"
 HAGEMANN_SHAPES = {
     "13B": decoder(5120, 13_824, 40, 40, 5120, 128_000),
     "30B": decoder(6656, 17_920, 60, 52, 6656, 128_000),
+    "65B": decoder(8192, 22_016, 80, 64, 8192, 128_000),
 }
 
 
 @dataclass(frozen=True)
 class MeasuredLayout:
-    """A row of Hagemann et al.: a layout of pipeline stages and data ranks without tensor parallelism."""
+    """A row of Hagemann et al.: a layout of pipeline stages, tensor-parallel and data ranks, with its time.
+
+    Some layouts are there twice, with and without sequence parallelism, which moves as much.
+    """
 
     model: str
     gpus: int
     micro_batch_size: int
+    tensor_parallel_size: int
     pipeline_parallel_size: int
+    sequence_parallel: int
     activation_checkpointing: str
     kernel: str
     step_seconds: float
 
     @property
     def plan(self) -> Plan:
-        data_parallel_size = self.gpus // self.pipeline_parallel_size
+        data_parallel_size = self.gpus // (self.pipeline_parallel_size * self.tensor_parallel_size)
         return Plan(
             pipeline_parallel_size=self.pipeline_parallel_size,
+            tensor_parallel_size=self.tensor_parallel_size,
             dp_shard_size=data_parallel_size,
             micro_batch_size=self.micro_batch_size,
             gradient_accumulation_steps=2048 // data_parallel_size // self.micro_batch_size,
@@ -460,12 +467,13 @@ class MeasuredLayout:
         seconds = script.predict_seconds(HAGEMANN_SHAPES[self.model], cluster, plan, tokens, 2048)
         as_fsdp = 2 * plan.gradient_accumulation_steps + 4  # bytes a parameter
         communication = seconds["gather_reduce"] * (2 + 4) / as_fsdp + seconds["point_to_point"]
-        exposed = communication - script.OVERLAP * min(communication, seconds["compute"])
+        exposed = communication - script.OVERLAP * min(communication, seconds["compute"]) + seconds["tensor_parallel"]
         return seconds["compute"] + seconds["bubble"] + exposed + seconds["optimizer"]
 
 
 def measured_layouts() -> list[MeasuredLayout]:
-    kinds = dict(gpus=int, micro_batch_size=int, pipeline_parallel_size=int, step_seconds=float)
+    kinds = dict.fromkeys(("gpus", "micro_batch_size", "sequence_parallel"), int) | dict(step_seconds=float)
+    kinds |= dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), int)
     with HAGEMANN.open() as file:
         rows = list(csv.DictReader(file))
     return [MeasuredLayout(**{name: kinds.get(name, str)(value) for name, value in row.items()}) for row in rows]
@@ -484,7 +492,8 @@ def check_layouts() -> dict[str, float]:
         predicted = row.predicted_seconds()
         ratios.setdefault(row.kernel, []).append(predicted / row.step_seconds)
         groups.setdefault((row.model, row.gpus, row.kernel), []).append((predicted, row.step_seconds))
-        layout = f"pp{row.pipeline_parallel_size}, micro-batch {row.micro_batch_size}, {row.activation_checkpointing}"
+        degrees = f"pp{row.pipeline_parallel_size}, tp{row.tensor_parallel_size}{', sp' * row.sequence_parallel}"
+        layout = f"{degrees}, micro-batch {row.micro_batch_size}, {row.activation_checkpointing}"
         print(
             f"{row.model + f' on {row.gpus} A100':<24}{row.kernel:<32}{layout:<40}{row.step_seconds:>9.2f}"
             f"{predicted:>10.2f}{predicted / row.step_seconds:>7.2f}"
