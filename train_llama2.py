@@ -5064,7 +5064,9 @@ def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     copy_bytes = 2 if plan.autocasts else 0  # per parameter
     copies = [0 if plan.recomputes_layer(i) else copy_bytes * layer for i in range(shape.layers)]
     cache = sum(copies) if plan.compiled else copy_bytes * shape.layers * layer  # a compiled layer casts for itself
-    all_saved, norm = sum(saved), (3 * 4 if plan.autocasts else 8) * h  # autocast's norms are in fp32 throughout
+    split = plan.tensor_parallel_size > 1
+    # autocast's norms are in fp32 throughout
+    all_saved, norm = sum(saved), step.norm if split else (3 * 4 if plan.autocasts else 8) * h
     head_copy = copy_bytes * head
     moments = {
         "end of forward": step.moment(all_saved + norm + step.stream + rotary, step.chunk, cache + head_copy, 0),
@@ -5072,7 +5074,9 @@ def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
         "cast of the head's gradient": step.moment(
             all_saved + norm + step.stream + rotary, head_copy, sum(copies), head
         ),
-        "backward of the last norm": step.moment(all_saved + 24 * h + rotary, 0, sum(copies), head),
+        "backward of the last norm": step.moment(
+            all_saved + (step.norm_backward + step.stream if split else 24 * h) + rotary, 0, sum(copies), head
+        ),
     }
     for i in reversed(range(shape.layers)):
         before, finished = sum(saved[:i]) + rotary, head + (shape.layers - 1 - i) * layer
