@@ -454,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not stopping:
             save_model(model, tokenizer, parallel, checkpoints.weights_of(state))
             write_model_card(parallel, state, log)
-            if test_set and evaluate_test(model, test_set, checkpoints.weights_of(state), state, log, parallel, stop):
+            if test_set and evaluate_test(model, test_set, checkpoints.weights_of(state), state, log, stop):
                 write_model_card(parallel, state, log)
         if stop.stopping:
             return log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
@@ -734,20 +734,14 @@ def mean_token_loss(
 
 
 def evaluate_test(
-    model: nn.Module,
-    test_set: Documents,
-    weights: str,
-    state: TrainingState,
-    log: RunLog,
-    parallel: Parallel,
-    stop: StopSignals,
+    model: nn.Module, test_set: Documents, weights: str, state: TrainingState, log: RunLog, stop: StopSignals
 ) -> bool:
     """Summarises and scores --test-samples documents, drawn by the seed, and returns whether it came to its end.
 
     Finished summaries go to samples.jsonl after every call, marked with what made them. The same command, also on
     another number of ranks, writes only those that are missing, and none that other weights or flags have made count.
     """
-    config, rows = parallel.config, test_set.dataset.with_format("numpy")["row"][:]
+    parallel, config, rows = log.parallel, log.config, test_set.dataset.with_format("numpy")["row"][:]
     drawn = np.random.default_rng(config.seed).permutation(len(test_set))[: config.test_samples]
     drawn = drawn[np.argsort(-test_set.lengths[drawn], kind="stable")]  # similar lengths share a call
     settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
@@ -3764,7 +3758,7 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
 
 def published_name(word: str) -> str:
     """Returns a word of the command line as strangers may read it: of a local path, also after `--flag=`, the name."""
-    flag, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    flag, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
     return flag + equals + (os.path.basename(os.path.abspath(path)) if is_local(path) else path)
 
 
@@ -4115,15 +4109,11 @@ class MetricsFile:
 
     def test_summaries(self, step: int, made_by: str) -> dict[int, dict[str, Any]]:
         """Returns the test summaries so far by index, after dropping those of this step that others have made."""
-        records = [
-            record
-            for record in read_lines(self.samples)
-            if (record["step"], record.get("split")) != (step, "test") or record["made_by"] == made_by
-        ]
-        if self.samples.exists():
-            replace_lines(self.samples, records)
-        kept = ("index", "reference", "summary", "ended")
-        return {r["index"]: {name: r[name] for name in kept} for r in records if r.get("made_by") == made_by}
+        records = read_lines(self.samples)
+        kept = [r for r in records if r["step"] != step or r.get("made_by", made_by) == made_by]
+        if len(kept) < len(records):
+            replace_lines(self.samples, kept)
+        return {record["index"]: record for record in kept if record.get("made_by") == made_by}
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):  # a full disk was reported when writing

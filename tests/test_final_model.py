@@ -338,6 +338,7 @@ def test_a_run_that_only_scored_keeps_the_cards_training_section(tmp_path):
         ("meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-13b-hf"),
         ("/models/Llama-2-13b-hf/", "Llama-2-13b-hf"),
         ("--save-model-dir=~/the run", "--save-model-dir=the run"),
+        ("--save-model-dir=/x=1/y", "--save-model-dir=y"),
         ("../news/train.jsonl", "train.jsonl"),
         ("tests/data/news", "news"),
         ("--lr=1e-5", "--lr=1e-5"),
