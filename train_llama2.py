@@ -762,6 +762,7 @@ def evaluate_test(
     if len(done) < len(drawn):
         parallel.say(f"test      {len(done):,}/{len(drawn):,} summaries are kept; the same command writes the others")
         return False
+    parallel.say(f"test      scoring {len(done):,} summaries and Lead-3 on rank 0")  # about 6 s per 1,000
     samples = [done[row] for row in sorted(done)]
     log.test(state, on_all_ranks(lambda: scores_of_test(samples, test_set, config), main_only=True), samples)
     return True
