@@ -306,8 +306,11 @@ class Config:
     rouge_samples: int = flag(
         0, "validation documents to summarise and score with ROUGE at every evaluation (package rouge-score)",
         number(int, minimum=0))
-    num_beams: int = flag(1, "beams for generating those summaries; 1 is greedy", POSITIVE)
-    max_summary_tokens: int = flag(160, "longest of those summaries in tokens", POSITIVE)
+    test_samples: int | None = flag(
+        0, "test documents to summarise and score after training, or all (package rouge-score)",
+        number(int, minimum=0, unset="all"))
+    num_beams: int = flag(1, "beams for generating summaries, validation and test; 1 is greedy", POSITIVE)
+    max_summary_tokens: int = flag(160, "longest generated summary in tokens, validation and test", POSITIVE)
     quiet: bool = flag(False, "print warnings, errors and the closing line only")
     report_to: str = flag("none", "experiment tracker", one_of("none", *TRACKERS))
     num_proc: int = flag(
@@ -420,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_save_folder(parallel)
         tokenizer = load_tokenizer(parallel)
         check_weights(parallel)
-        train_set, eval_set = load_data(tokenizer, parallel)
+        train_set, eval_set, test_set = load_data(tokenizer, parallel)
         steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
         total_steps = min(config.max_steps or sys.maxsize, config.num_train_epochs * steps_per_epoch)
 
@@ -452,10 +455,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 lr = learning_rate(state.step, total_steps, config)
                 log.step(state, training_step(model, optimizer, next(batches), lr, state, parallel, stop))
 
-        if stopping:
+        if not stopping:
+            save_model(model, tokenizer, parallel, checkpoints.weights_of(state))
+            write_model_card(parallel, state, log)
+            if test_set and evaluate_test(model, test_set, checkpoints.weights_of(state), state, log, stop):
+                write_model_card(parallel, state, log)
+        if stop.stopping:
             return log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
-        save_model(model, tokenizer, parallel)
-        write_model_card(parallel, state, log)
         log.done(state)
 
 
@@ -676,6 +682,9 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------
 
+ROUGE = ("rouge1", "rouge2", "rougeLsum")
+TEST_REPORT_SECONDS = 60.0  # between two lines on how far the summaries of the test documents are
+
 
 def evaluate(
     model: nn.Module, eval_set: Documents, parallel: Parallel, stop: StopSignals
@@ -694,8 +703,9 @@ def evaluate(
             f"the validation loss is {loss}: the weights are broken and are not saved. Everything saved before is "
             "kept. Lower --lr or lengthen --warmup-ratio, and to go back further delete the latest checkpoints"
         )
-    samples = summarise(model, eval_set, parallel, stop)
-    if samples is None:
+    drawn = np.random.default_rng(parallel.config.seed).permutation(len(eval_set))[: parallel.config.rouge_samples]
+    samples = [sample for of_call in summarise(model, eval_set, drawn, parallel, stop) for sample in of_call]
+    if len(samples) < len(drawn):
         return None
     perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows above
     return dict(eval_loss=loss, eval_perplexity=perplexity, **rouge_scores(samples)), samples
@@ -727,43 +737,95 @@ def mean_token_loss(
     return (parallel.sum_over_data_ranks(loss_sum) / label_tokens).item()
 
 
+def evaluate_test(
+    model: nn.Module, test_set: Documents, weights: str, state: TrainingState, log: RunLog, stop: StopSignals
+) -> bool:
+    """Summarises and scores --test-samples documents, drawn by the seed, and returns whether it came to its end.
+
+    Finished summaries go to samples.jsonl after every call, marked with what made them. The same command, also on
+    another number of ranks, writes only those that are missing, and none that other weights or flags have made count.
+    """
+    parallel, config, rows = log.parallel, log.config, test_set.dataset.with_format("numpy")["row"][:]
+    drawn = np.random.default_rng(config.seed).permutation(len(test_set))[: config.test_samples]
+    drawn = drawn[np.argsort(-test_set.lengths[drawn], kind="stable")]  # similar lengths share a call
+    settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
+    made_by = json_checksum(dict(settings, weights=weights or uuid.uuid4().hex, documents=fingerprint(test_set)))[:12]
+    found = on_all_ranks(lambda: log.metrics.test_summaries(state.step, made_by), main_only=True)
+    done = {row: found[row] for row in rows[drawn].tolist() if row in found}
+    parallel.say(f"test      {len(drawn):,} documents to summarise, {len(done):,} of them done before")
+    stop.seconds_to_leave = 0.0  # neither a step nor a save follows
+    began, earlier, reported = time.perf_counter(), len(done), -math.inf
+    for samples in summarise(model, test_set, drawn[~np.isin(rows[drawn], list(done))], parallel, stop):
+        log.append_samples(state.step, "test", [dict(sample, made_by=made_by) for sample in samples])
+        done |= {sample["index"]: sample for sample in samples}
+        seconds = time.perf_counter() - began
+        if seconds - reported > TEST_REPORT_SECONDS:
+            reported, rate = seconds, (len(done) - earlier) / seconds
+            left = timedelta(seconds=round((len(drawn) - len(done)) / rate))
+            parallel.say(f"test      {len(done):,}/{len(drawn):,} summaries, {rate:.2f} a second, {left} left")
+    if len(done) < len(drawn):
+        parallel.say(f"test      {len(done):,}/{len(drawn):,} summaries are kept; the same command writes the others")
+        return False
+    parallel.say(f"test      scoring {len(done):,} summaries and Lead-3 on rank 0")  # about 6 s per 1,000
+    samples = [done[row] for row in sorted(done)]
+    log.test(state, on_all_ranks(lambda: scores_of_test(samples, test_set, config), main_only=True), samples)
+    return True
+
+
+def scores_of_test(samples: Sequence[dict[str, Any]], documents: Documents, config: Config) -> dict[str, float]:
+    """Returns the scores of test summaries and of Lead-3, each article's first three sentences, on the same documents.
+
+    Any rank may call it alone.
+    """
+    articles = documents.texts[[sample["index"] for sample in samples]][config.article_column]
+    lead = [" ".join(re.split(r"(?<=[.!?])\s+|\n+", article.strip())[:3]) for article in articles]
+    leads = [dict(sample, summary=summary) for sample, summary in zip(samples, lead, strict=True)]
+    return dict(
+        **rouge_scores(samples, config.seed),
+        mean_words=float(np.mean([len(sample["summary"].split()) for sample in samples])),
+        ended_share=float(np.mean([sample["ended"] for sample in samples])),
+        **{f"lead3_{name}": score for name, score in rouge_scores(leads, config.seed).items()},
+    )
+
+
 @torch.no_grad()
 def summarise(
-    model: nn.Module, documents: Documents, parallel: Parallel, stop: StopSignals
-) -> list[dict[str, str]] | None:
-    """Returns the model's summaries of --rouge-samples documents, drawn by the seed, beside the documents' own.
+    model: nn.Module, documents: Documents, positions: np.ndarray, parallel: Parallel, stop: StopSignals
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields the summaries of the documents at `positions`, in their order, those of one call of all ranks at a time.
 
-    Each is a `reference` and a `summary`; every rank gets the same list. Returns None if the run was asked to stop
-    meanwhile. Sharded forward passes need all ranks: a data rank without documents repeats one, and `generate`
-    keeps a sharded model running until all ranks have finished.
+    Each holds the document's `index`, which is its row in the split, its own summary as `reference`, the model's
+    `summary`, and `ended`: whether that came to the end-of-sequence token. Every rank gets the same. Ends early if the
+    run was asked to stop. Sharded forward passes need all ranks: a data rank without documents repeats one, and
+    `generate` keeps a sharded model running until all ranks have finished.
     """
-    config, size = parallel.config, parallel.data_parallel_size
-    module, tokenizer = parallel.accelerator.unwrap_model(model), documents.tokenizer
+    config, size, tokenizer = parallel.config, parallel.data_parallel_size, documents.tokenizer
+    module = parallel.accelerator.unwrap_model(model)
     module.eval()
-    drawn = np.random.default_rng(config.seed).permutation(len(documents))[: config.rouge_samples]
-    mine, prompts_per_call = drawn[parallel.data_rank :: size], prompts_at_a_time(parallel)
-    calls = math.ceil(math.ceil(len(drawn) / size) / prompts_per_call)
     settings = transformers.GenerationConfig(
         max_new_tokens=config.max_summary_tokens, num_beams=config.num_beams, do_sample=False,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer), bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
-    written: list[dict[str, str]] = []
-    for call in tqdm(range(calls), "summarising", leave=False, disable=not parallel.shows_bars):
+    calls = range(0, len(positions), size * prompts_at_a_time(parallel))
+    for begin in tqdm(calls, "summarising", leave=False, disable=not parallel.shows_bars):
         if stop.agreed():
-            return None
-        positions = mine[call * prompts_per_call : (call + 1) * prompts_per_call]
-        rows = documents.dataset[positions if len(positions) else drawn[:1]]
-        pairs = list(zip(rows["input_ids"], rows["prompt_length"], strict=True))
-        references = tokenizer.batch_decode([ids[length:] for ids, length in pairs], skip_special_tokens=True)
-        inputs = pad_prompts([ids[:length] for ids, length in pairs], tokenizer)
-        inputs = {name: tensor.to(parallel.device) for name, tensor in inputs.items()}
+            return
+        of_all = positions[begin : begin + calls.step]
+        mine = of_all[parallel.data_rank :: size]
+        rows = documents.dataset[mine if len(mine) else of_all[:1]]
+        references = documents.texts[rows["row"]][config.summary_column]
+        prompts = [ids[:length] for ids, length in zip(rows["input_ids"], rows["prompt_length"], strict=True)]
+        inputs = {name: tensor.to(parallel.device) for name, tensor in pad_prompts(prompts, tokenizer).items()}
         with generating(module, parallel):
             outputs = module.generate(**inputs, generation_config=settings)
-        texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        written += [dict(reference=r.strip(), summary=s.strip()) for r, s in zip(references, texts, strict=True)]
-    of_each_rank = on_all_ranks(lambda: written, gathered=True)
-    # A data rank's repeated document comes last in its list, and is left out here.
-    return [of_each_rank[parallel.rank_of(place % size)][place // size] for place in range(len(drawn))]
+        answers = outputs[:, inputs["input_ids"].shape[1] :].tolist()
+        summaries = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        written = [
+            dict(index=row, reference=r.strip(), summary=s.strip(), ended=tokenizer.eos_token_id in ids)
+            for row, r, s, ids in zip(rows["row"], references, summaries, answers, strict=True)
+        ]
+        of_each_rank = on_all_ranks(lambda written=written: written, gathered=True)
+        yield [of_each_rank[parallel.rank_of(place % size)][place // size] for place in range(len(of_all))]
 
 
 def prompts_at_a_time(parallel: Parallel) -> int:
@@ -811,20 +873,31 @@ def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
             model.set_attn_implementation(training_attention)
 
 
-def rouge_scores(samples: Sequence[dict[str, str]]) -> dict[str, float]:
+def rouge_scores(samples: Sequence[dict[str, str]], interval_seed: int | None = None) -> dict[str, float]:
     """Returns the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-Lsum (Lin 2004) in percent, with stemming; {} for no samples.
 
-    ROUGE-Lsum compares sentence by sentence, and expects one sentence a line.
+    ROUGE-Lsum compares sentence by sentence, and expects one sentence a line. With a seed, `rouge1_low`, `rouge1_high`
+    and so on are the bounds of the mean's 95% interval, from 1,000 bootstrap samples.
     """
     if not samples:
         return {}
     from rouge_score.rouge_scorer import RougeScorer  # an optional extra
+    from rouge_score.scoring import BootstrapAggregator
 
-    names = ("rouge1", "rouge2", "rougeLsum")
-    scorer = RougeScorer(names, use_stemmer=True)
+    scorer = RougeScorer(ROUGE, use_stemmer=True)
     pairs = [[re.sub(r"(?<=[.!?]) +", "\n", each[kind]) for kind in ("reference", "summary")] for each in samples]
     scores = [scorer.score(reference, summary) for reference, summary in pairs]
-    return {name: 100 * float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+    means = {name: 100 * float(np.mean([score[name].fmeasure for score in scores])) for name in ROUGE}
+    if interval_seed is None:
+        return means
+    np.random.seed(interval_seed)  # the aggregator draws from NumPy's global generator
+    aggregator = BootstrapAggregator()
+    for score in scores:
+        aggregator.add_scores(score)
+    for name, interval in aggregator.aggregate().items():
+        means[f"{name}_low"] = 100 * float(interval.low.fmeasure)
+        means[f"{name}_high"] = 100 * float(interval.high.fmeasure)
+    return means
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -911,10 +984,11 @@ def check_optional_packages(config: Config) -> None:
     """Raises UserError for a flag that needs a package which is not installed."""
     from accelerate.tracking import get_available_trackers
 
-    if config.rouge_samples and importlib.util.find_spec("rouge_score") is None:
-        raise UserError(
-            "--rouge-samples needs the package rouge-score, which is not installed; pip install rouge-score"
-        )
+    for name in ("rouge_samples", "test_samples"):
+        if getattr(config, name) != 0 and importlib.util.find_spec("rouge_score") is None:
+            raise UserError(
+                f"{flag_name(name)} needs the package rouge-score, which is not installed; pip install rouge-score"
+            )
     if config.report_to != "none" and config.report_to not in map(str, get_available_trackers()):
         raise UserError(
             f"--report-to {config.report_to} needs a package that is not installed; "
@@ -1266,6 +1340,7 @@ class Documents:
     """Encoded, memory-mapped documents, the length and label count of each, and the settings for building batches."""
 
     dataset: Dataset  # with the columns of `encode_batch`
+    texts: Dataset  # the split they come from, by row
     lengths: np.ndarray
     label_counts: np.ndarray
     tokenizer: PreTrainedTokenizerBase
@@ -1276,10 +1351,10 @@ class Documents:
         return len(self.dataset)
 
 
-def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents]:
-    """Returns the encoded training and validation documents, and reports what was cut, dropped and padded.
+def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents, Documents | None]:
+    """Returns the encoded documents for training, validation and test, and reports what was cut, dropped and padded.
 
-    Raises UserError where nothing is left to learn from.
+    There are test documents under --test-samples only. Raises UserError where nothing is left of a split.
     """
     encoded = []
     for name, (split, empty) in load_documents(parallel).items():
@@ -1287,6 +1362,7 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
         if not documents.label_counts.sum() > 0:
             raise UserError(
                 f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
+                + without_test(name)
             )
         if parallel.is_main:  # the audit deals every document, which takes time
             is_train = name == "train"
@@ -1295,15 +1371,15 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
             )
             parallel.say(audit(name, len(split) + empty, documents, batches, parallel))
         encoded.append(documents)
-    return encoded[0], encoded[1]
+    return encoded[0], encoded[1], (encoded[2] if len(encoded) > 2 else None)
 
 
 def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
-    """Returns the splits `train` and `validation`, as datasets of text, and how many empty documents were dropped here.
+    """Returns the splits as datasets of text, and how many empty documents of each were dropped here.
 
-    Each node's first process downloads and parses; the others read the cache it made. Without a validation split, 5%
-    of the training documents that are not empty are held out, drawn by the seed. Raises UserError for data that cannot
-    be used.
+    They are `train`, `validation` and, under --test-samples, `test`. Each node's first process downloads and parses;
+    the others read the cache it made. Without a validation split, 5% of the training documents that are not empty are
+    held out, drawn by the seed. Raises UserError for data that cannot be used.
     """
     from datasets.fingerprint import Hasher
 
@@ -1329,11 +1405,17 @@ def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
         parallel.say(f"data      no validation split: {held_out} of the training documents are held out, by the seed")
     train = train.select(range(min(len(train), config.max_train_samples or len(train))))
     validation = validation.select(range(min(len(validation), config.max_eval_samples or len(validation))))
-    return dict(train=(train, empty), validation=(validation, 0))
+    test = {"test": (splits["test"], 0)} if "test" in splits else {}
+    return dict(train=(train, empty), validation=(validation, 0), **test)
 
 
 def has_text(article: str | None, summary: str | None) -> bool:
     return bool(article and summary and article.strip() and summary.strip())
+
+
+def without_test(split: str) -> str:
+    """Returns the end of an error line on a split, which for the test split names the flag that asked for it."""
+    return ", or leave out --test-samples" if split == "test" else ""
 
 
 def shown_data(config: Config) -> str:
@@ -1359,7 +1441,8 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
         elif local:
             file_format, files, lines = find_data_files(paths, config)
             # one call per split, because a single call requires the same columns in all of them
-            splits = {name: load_files(those, file_format, config) for name, those in files.items()}
+            wanted = {name: those for name, those in files.items() if name != "test" or config.test_samples != 0}
+            splits = {name: load_files(those, file_format, config) for name, those in wanted.items()}
         else:
             splits = datasets.load_dataset(paths[0], config.dataset_config)
     except UserError:
@@ -1373,6 +1456,11 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
         raise UserError(f"{shown} cannot be read ({first_line(error)}); {remedy}") from error
     if "train" not in splits:
         raise UserError(f"{shown} has no train split, only {', '.join(splits)}; name a file or split train")
+    if config.test_samples == 0:
+        splits.pop("test", None)
+    elif "test" not in splits:
+        found = ", ".join(splits)
+        raise UserError(f"{shown} has no test split, only {found}; name a file or split test{without_test('test')}")
     for name, split in splits.items():
         check_columns(split, name, files.get(name, []), config)
     if len(splits["train"]) < (1 if "validation" in splits else 2):
@@ -1599,14 +1687,14 @@ def check_columns(split: Dataset, name: str, files: list[Path], config: Config) 
         if column not in split.column_names:
             raise UserError(
                 f"{flag_name(flag_field)} {column} is not a column of the {name} split; "
-                f"it has {', '.join(split.column_names)}"
+                f"it has {', '.join(split.column_names)}; name another{without_test(name)}"
             )
         if getattr(split.features[column], "dtype", None) not in ("string", "large_string", "string_view"):
             problem = next(filter(None, (bad_value(file, config) for file in files)), "")
             if not problem:
                 row, value = next(((n, v) for n, v in enumerate(split[column], 1) if v is not None), (1, None))
                 problem = f"{flag_name(flag_field)} {column} of the {name} split holds no text: row {row} is "
-                problem += f"{textwrap.shorten(str(value), 60)}; name a text column"
+                problem += f"{textwrap.shorten(str(value), 60)}; name a text column{without_test(name)}"
             raise UserError(f"{shown_data(config)}: {problem}")
 
 
@@ -1629,6 +1717,7 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
     code = [inspect.getsource(function) for function in (has_text, encode_batch, fit_block)]
     features = datasets.Features(
         input_ids=datasets.List(datasets.Value("int32")),
+        row=datasets.Value("int32"),
         prompt_length=datasets.Value("int32"),
         length=datasets.Value("int32"),
         tokens_cut=datasets.Value("int32"),
@@ -1638,10 +1727,11 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
     def encode() -> Dataset:
         try:
             return split.map(
-                lambda pairs: encode_batch(
-                    pairs[config.article_column], pairs[config.summary_column], tokenizer, config.block_size
+                lambda pairs, rows: encode_batch(
+                    pairs[config.article_column], pairs[config.summary_column], tokenizer, config.block_size, rows[0]
                 ),
                 batched=True,
+                with_indices=True,
                 remove_columns=split.column_names,
                 num_proc=config.num_proc if len(split) > MANY_DOCUMENTS else None,
                 new_fingerprint=Hasher.hash((recipe, settings, code)),
@@ -1658,7 +1748,7 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
     lengths, prompts = (np.asarray(columns[name][:], dtype=np.int64) for name in ("length", "prompt_length"))
     # The first token is predicted from nothing, so it has no label.
     labels = lengths - (np.maximum(prompts, 1) if config.loss_on == "summary" else 1)
-    return Documents(rows, lengths, labels, tokenizer, config.block_size, config.loss_on)
+    return Documents(rows, split, lengths, labels, tokenizer, config.block_size, config.loss_on)
 
 
 def encode_batch(
@@ -1666,20 +1756,23 @@ def encode_batch(
     summaries: Sequence[str | None],
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
+    first_row: int = 0,
 ) -> dict[str, list]:
     """Returns the columns of `encode_documents`, without the pairs whose article or summary is empty."""
-    pairs = [(a, s) for a, s in zip(articles, summaries, strict=True) if has_text(a, s)]
+    texts = enumerate(zip(articles, summaries, strict=True), first_row)
+    pairs = {row: pair for row, pair in texts if has_text(*pair)}
     columns: dict[str, list] = {n: [] for n in ("input_ids", "prompt_length", "length", "tokens_cut", "summary_cut")}
+    columns["row"] = list(pairs)
     if not pairs:
         return columns
     # split_special_tokens: an article that happens to contain "</s>" holds four characters, not a control token.
     encoded = tokenizer(
-        [PROMPT_OPEN + article + PROMPT_CLOSE + summary for article, summary in pairs],
+        [PROMPT_OPEN + article + PROMPT_CLOSE + summary for article, summary in pairs.values()],
         split_special_tokens=True,
         return_offsets_mapping=True,
         verbose=False,
     )
-    for (article, _), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for (article, _), ids, offsets in zip(pairs.values(), encoded["input_ids"], encoded["offset_mapping"], strict=True):
         article_end = len(PROMPT_OPEN) + len(article)
         bounds = (len(PROMPT_OPEN), article_end, article_end + len(PROMPT_CLOSE))
         ends = [end for _, end in offsets]
@@ -3079,7 +3172,7 @@ class StopSignals:
         if not self.signal_name or escalation:
             first, self.signal_name, self.received_at = not self.signal_name, signal.Signals(number).name, now
             if first and self.parallel.is_main:
-                os.write(2, b"stopping  at the end of the step; a second signal leaves at once\n")
+                os.write(2, b"stopping  at the end of the step or of a few summaries; a second signal leaves at once\n")
 
     def agreed(self) -> bool:
         """Returns whether any rank was asked to stop.
@@ -3142,7 +3235,7 @@ class Checkpoints:
         check_host_memory(parallel)
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
-        self.saved_step = 0
+        self.saved_step, self.sha256 = 0, ""  # of the last checkpoint written or read; on rank 0
         self.seconds = self.pause_seconds = 0.0  # of the last save: in all, and while training waited
 
     def __enter__(self) -> Checkpoints:
@@ -3235,7 +3328,7 @@ class Checkpoints:
     def complete(self, writing: Path, final: Path, run: dict[str, Any], files: dict[str, Any]) -> None:
         """Marks a written checkpoint complete, gives it its name, and deletes what is no longer kept. Rank 0 alone."""
         manifest = {"facts": run, "files": files}
-        manifest["sha256"] = json_checksum(manifest)
+        manifest["sha256"] = self.sha256 = json_checksum(manifest)
         (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
         sync_to_disk(writing / "manifest.json")
         sync_to_disk(writing)
@@ -3250,6 +3343,10 @@ class Checkpoints:
                 discard(other)
             except OSError as error:  # the new one is whole all the same
                 self.parallel.say(f"WARNING   {other} could not be deleted ({first_line(error)})")
+
+    def weights_of(self, state: TrainingState) -> str:
+        """Returns a hash that tells the weights of this step from all others; "" where they could not be saved."""
+        return self.sha256 if self.saved_step == state.step else ""
 
     def resume(self, model: nn.Module, optimizer: Optimizer) -> TrainingState:
         """Returns the state to go on from, model and optimizer loaded to match; a fresh one where there is none.
@@ -3329,6 +3426,7 @@ class Checkpoints:
                 raise RunError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
             if file_checksum(path) != expected:
                 raise RunError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
+        self.sha256 = signature
         return manifest["facts"]
 
     def check_settings(self, run: dict[str, Any], folder: Path) -> None:
@@ -3410,15 +3508,20 @@ def loss_settings(documents: Documents, parallel: Parallel) -> dict[str, Any]:
     )  # fmt: skip
     settings = {name: getattr(config, name) for name in names}
     settings["precision"] = parallel.plan.precision
-    tokens = hashlib.sha256(documents.label_counts.tobytes() if config.loss_on == "summary" else b"")
-    for chunk in documents.dataset.data.column("input_ids").chunks:
-        tokens.update(chunk.flatten().to_numpy())
-    settings["dataset_name_or_path"] = f"{len(documents)} training documents with fingerprint {tokens.hexdigest()[:12]}"
+    settings["dataset_name_or_path"] = f"{len(documents)} training documents with fingerprint {fingerprint(documents)}"
     incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     model = {name: value for name, value in parallel.model_config.to_diff_dict().items() if name not in incidental}
     shape = f"a model of {parallel.shape.parameters} parameters"
     settings["model_name_or_path"] = f"{shape} with fingerprint {json_checksum(model)[:12]}"
     return settings
+
+
+def fingerprint(documents: Documents) -> str:
+    """Returns a short hash of the documents' tokens, and of where their labels begin. Any rank may call it alone."""
+    tokens = hashlib.sha256(documents.label_counts.tobytes() if documents.loss_on == "summary" else b"")
+    for chunk in documents.dataset.data.column("input_ids").chunks:
+        tokens.update(chunk.flatten().to_numpy())
+    return tokens.hexdigest()[:12]
 
 
 # ---- Checkpoints: disk and host memory -----------------------------------------------------------------------
@@ -3624,20 +3727,34 @@ def discard(checkpoint: Path) -> None:
 UNFINISHED_MODEL = ".final-model.writing"
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> None:
-    """Writes model and tokenizer into the save folder.
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: Parallel, source: str = "") -> None:
+    """Writes model and tokenizer into the save folder, unless it holds the model of the checkpoint `source` already.
 
     Everything is written and flushed beside its place. Then the old `config.json` goes, without which no loader takes
-    the folder for a model, and the files move in, the new `config.json` last.
+    the folder for a model, and the files move in, the new `config.json` last. `checkpoints/final-model.json`, which
+    says of what checkpoint the model is, goes before all that and comes after it.
     """
+    folder = Path(parallel.config.save_model_dir)
+    record, identity = folder / "checkpoints" / "final-model.json", [source, str(saved_dtype(parallel))]
+
+    def is_written() -> bool:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            files = json.loads(record.read_text())
+            whole = all((folder / name).stat().st_size == size for name, size in files["bytes"].items())
+            return bool(source) and files["of"] == identity and whole
+        return False
+
+    if on_all_ranks(is_written, main_only=True):
+        return
     model = parallel.accelerator.unwrap_model(model)
     weights = gather_weights(model, parallel)
 
     def write() -> None:
-        folder = Path(parallel.config.save_model_dir)
         written = folder / UNFINISHED_MODEL
         shutil.rmtree(written, ignore_errors=True)
         write_model(model, weights, tokenizer, written)
+        sizes = {file.name: file.stat().st_size for file in written.iterdir()}
+        record.unlink(missing_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
         for old_weights in folder.glob("model*.safetensors*"):
             if not (written / old_weights.name).exists():
@@ -3646,6 +3763,10 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: P
             file.replace(folder / file.name)
         sync_to_disk(folder)
         written.rmdir()
+        if source:
+            record.parent.mkdir(exist_ok=True)
+            text = json.dumps({"of": identity, "bytes": sizes})
+            write_atomically(record, lambda path: path.write_text(text))
 
     on_all_ranks(write, main_only=True)
 
@@ -3706,8 +3827,25 @@ MODEL_CARD = """---
 
 # {{ base_name }} fine-tuned for summarisation
 
-All weights of `{{ trained_model }}` were trained on `{{ data }}` with `train_llama2.py`. Prompt: \
-`{{ prompt_open }}` + article + `{{ prompt_close.strip() }}` + newline; the summary ends with the end-of-sequence token.
+All weights of `{{ trained_model }}` were trained on `{{ data }}` with `train_llama2.py`.
+
+## Use
+
+The prompt is `{{ prompt_open }}` + article + `{{ prompt_close.strip() }}` + newline, and the summary ends with the \
+end-of-sequence token. Prompt and summary together had at most {{ block_size }} tokens in training; cut longer articles.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "OWNER/NAME"  # of this model on the Hub, or its folder
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
+article = "The mayor opened the new bridge on Monday. It took the builders two years."
+prompt = f"{{ prompt_open }}{article}{{ prompt_close.rstrip() }}\\n"
+inputs = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
+written = model.generate(**inputs, max_new_tokens={{ max_summary_tokens }}, num_beams={{ num_beams }}, do_sample=False)
+print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+```
 
 ## Results
 
@@ -3716,6 +3854,15 @@ All weights of `{{ trained_model }}` were trained on `{{ data }}` with `train_ll
 {% for name, value in results.items() -%}
 | {{ name }} | {{ value }} |
 {% endfor %}
+{%- if test %}
+| test split, {{ test.test_samples }} documents | ROUGE-1 | ROUGE-2 | ROUGE-Lsum |
+| --- | --- | --- | --- |
+{% for who, scores in test_scores.items() -%}
+| {{ who }} | {{ scores | join(" | ") }} |
+{% endfor %}
+Mean F1 in percent, with stemming, and its 95% bootstrap interval. A summary has {{ test.test_mean_words | round(1) }} \
+words on average, and {{ (100 * test.test_ended_share) | round(1) }}% of the summaries ended by themselves.
+{% endif %}
 {%- if has_curves %}
 ![curves](curves.png)
 {% endif %}
@@ -3747,20 +3894,26 @@ This model is a derivative of it, and its use is bound by that licence and its a
 {% endif %}"""
 
 
+TRAINING_SECTION = re.compile(r"^## Training\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+
+
 def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> None:
     """Writes `README.md` into the save folder: what was trained, how, on what, and how well. Rank 0 writes.
 
-    Results are read from the log files, earlier runs included. A run without new steps or scores keeps the card.
+    Results are read from the log files, earlier runs included. A run without new steps or scores keeps the card, and
+    one that only scored keeps its section on the training, which other devices may have done.
     """
     config, cluster, folder = parallel.config, parallel.cluster, Path(parallel.config.save_model_dir)
-    news = log.steps_of_this_run > 0 or log.last_scores or not (folder / "README.md").exists()
-    if not parallel.is_main or not news:
+    path = folder / "README.md"
+    if not parallel.is_main or not (log.steps_of_this_run or log.last_scores or log.tested or not path.exists()):
         return
     is_llama_2 = bool(re.search("llama-?2", config.model_name_or_path, re.IGNORECASE))
     with keep_going("the model card could not be written", parallel):
         lines, samples = read_lines(folder / METRICS_FILE), read_lines(folder / SAMPLES_FILE)
         trained = next((line for line in reversed(lines) if "loss" in line), {})
         evaluated = next((line for line in reversed(lines) if "eval_loss" in line), {})
+        test = next((line for line in reversed(lines) if "test_samples" in line and line["step"] == state.step), None)
+        systems = {"this model": "test_", "Lead-3: the article's first three sentences": "test_lead3_"} if test else {}
         results = {"optimizer steps": state.step, "tokens": f"{state.tokens:,}", "training loss": trained.get("loss")}
         results |= {name.replace("eval_", "validation "): value for name, value in evaluated.items() if name != "step"}
         card = huggingface_hub.ModelCard.from_template(
@@ -3775,11 +3928,16 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
             ),
             template_str=MODEL_CARD,
             is_llama_2=is_llama_2,
-            trained_model=config.model_name_or_path,
-            base_name=Path(config.model_name_or_path).name,
-            data=" ".join(config.dataset_paths),
+            trained_model=published_name(config.model_name_or_path),
+            base_name=published_name(config.model_name_or_path).rpartition("/")[2],
+            data=" ".join(map(published_name, config.dataset_paths)),
             prompt_open=PROMPT_OPEN,
             prompt_close=PROMPT_CLOSE,
+            block_size=config.block_size,
+            max_summary_tokens=config.max_summary_tokens,
+            num_beams=config.num_beams,
+            test=test,
+            test_scores={who: [shown_interval(test, kind + name) for name in ROUGE] for who, kind in systems.items()},
             results={n: f"{value:.4f}" if isinstance(value, float) else value for n, value in results.items()},
             has_curves=(folder / "curves.png").exists(),
             command=typed_command(cluster),
@@ -3788,18 +3946,29 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
             plan_check="\n".join(log.plan_check.lines()),
             samples=[sample for sample in samples if sample["step"] == evaluated.get("step")][:SHOWN_SAMPLES],
         )
-        write_atomically(folder / "README.md", card.save)
+        if not log.steps_of_this_run and path.exists() and (former := TRAINING_SECTION.search(path.read_text())):
+            card.text = TRAINING_SECTION.sub(lambda _: former[0], card.text)
+        write_atomically(path, card.save)
+
+
+def published_name(word: str) -> str:
+    """Returns a word of the command line as strangers may read it: of a local path, also after `--flag=`, the name."""
+    flag, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + (os.path.basename(os.path.abspath(path)) if is_local(path) else path)
 
 
 def typed_command(cluster: Cluster) -> str:
-    """Returns the command of this run, to be run on every node; replace HOST by the first node."""
+    """Returns the command of this run, to be run on every node; replace HOST by the first node.
+
+    Of local paths it has the names alone: a model card is made to be published.
+    """
     launcher = (
         f"torchrun --standalone --nproc_per_node={cluster.ranks_per_node}" if cluster.world_size > 1 else "python"
     )
     if cluster.nodes > 1:
         meeting_point = f"--nnodes={cluster.nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
         launcher = launcher.replace("--standalone", meeting_point)
-    return f"{launcher} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
+    return f"{launcher} {shlex.join(map(published_name, [Path(sys.argv[0]).name, *sys.argv[1:]]))}"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -3838,7 +4007,7 @@ class RunLog:
         self.bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=hidden)
         self.started = time.perf_counter()
         self.stopped_seconds = 0.0  # in evaluations and saves, which the clock leaves out
-        self.steps_of_this_run, self.last_loss, self.last_scores = 0, math.nan, {}
+        self.steps_of_this_run, self.last_loss, self.last_scores, self.tested = 0, math.nan, {}, False
         self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
         self.begin_interval()
         self.plan_check = PlanCheck(parallel, compiled)
@@ -3979,25 +4148,46 @@ class RunLog:
         for sample in samples[:SHOWN_SAMPLES]:
             self.parallel.say(f"{at}  reference  {' '.join(sample['reference'].split())}")
             self.parallel.say(f"{at}  summary    {' '.join(sample['summary'].split())}")
+        self.append_samples(state.step, "validation", samples)
         if self.parallel.is_main:
-            with keep_going(f"{self.folder / SAMPLES_FILE} could not be written", self.parallel):
-                self.metrics.append_samples(state.step, samples)
             with keep_going(f"the summaries could not be sent to {self.config.report_to}", self.parallel):
-                self.track_samples(state.step, samples[:SHOWN_SAMPLES])
+                self.track_samples(state.step, "samples", samples[:SHOWN_SAMPLES])
             with keep_going("curves.png could not be drawn", self.parallel):
                 draw_curves(self.folder)
 
-    def track_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+    def test(self, state: TrainingState, scores: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        """Reports the scores of the test split. Files and trackers get the same scores once."""
+        self.tested = True
+        line = dict(step=state.step, test_samples=len(samples), **{f"test_{n}": value for n, value in scores.items()})
+        for prefix, whose in (("", "the model"), ("lead3_", "Lead-3, each article's first three sentences")):
+            rouge = "  ".join(f"{name} {shown_interval(scores, prefix + name)}" for name in ROUGE)
+            self.parallel.say(f"test      {rouge}  {whose}")
+        self.parallel.say(
+            f"test      {len(samples):,} documents, {scores['mean_words']:.1f} words a summary; "
+            f"{scores['ended_share']:.1%} of the summaries ended by themselves"
+        )
+        before = [line for line in read_lines(self.folder / METRICS_FILE) if "test_samples" in line]
+        if self.parallel.is_main and before[-1:] != [line]:
+            self.write(line)
+            with keep_going(f"the summaries could not be sent to {self.config.report_to}", self.parallel):
+                self.track_samples(state.step, "test samples", samples[:SHOWN_SAMPLES])
+
+    def append_samples(self, step: int, split: str, samples: list[dict[str, Any]]) -> None:
+        if self.parallel.is_main:
+            with keep_going(f"{self.folder / SAMPLES_FILE} could not be written", self.parallel):
+                self.metrics.append_samples(step, split, samples)
+
+    def track_samples(self, step: int, name: str, samples: list[dict[str, Any]]) -> None:
         """Shows summaries in the trackers that take text. Rank 0 alone."""
         for tracker in self.parallel.accelerator.trackers if samples else []:
             if tracker.name == "wandb":
                 rows = [[sample["reference"], sample["summary"]] for sample in samples]
-                tracker.log_table("samples", columns=["reference", "summary"], data=rows, step=step)
+                tracker.log_table(name, columns=["reference", "summary"], data=rows, step=step)
             elif tracker.name == "tensorboard":
                 texts = [
                     f"**reference** {sample['reference']}\n\n**summary** {sample['summary']}" for sample in samples
                 ]
-                tracker.writer.add_text("samples", "\n\n".join(texts), step)
+                tracker.writer.add_text(name, "\n\n".join(texts), step)
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes a line to metrics.jsonl and to the trackers."""
@@ -4040,7 +4230,7 @@ class RunLog:
         upload = shlex.join(["hf", "upload", "OWNER/NAME", str(self.folder), "--exclude", "*/*", "--exclude", ".*"])
         self.parallel.say(f"publish   {upload}")
         if not self.training_tokens:
-            words = f"done      already at step {state.step}; the model in {self.folder} was written again"
+            words = f"done      already at step {state.step}, so nothing was trained; model in {self.folder}"
             return self.parallel.say(words, always=True)
         rate = self.training_tokens / self.training_seconds
         eval_loss = f", eval loss {self.last_scores['eval_loss']:.4f}" if self.last_scores else ""
@@ -4051,6 +4241,10 @@ class RunLog:
             f"model in {self.folder}",
             always=True,
         )
+
+
+def shown_interval(scores: dict[str, float], name: str) -> str:
+    return f"{scores[name]:.2f} ({scores[name + '_low']:.2f} to {scores[name + '_high']:.2f})"
 
 
 @contextlib.contextmanager
@@ -4103,10 +4297,18 @@ class MetricsFile:
         while self.unwritten:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
-    def append_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+    def append_samples(self, step: int, split: str, samples: list[dict[str, Any]]) -> None:
         if samples:
             with self.samples.open("a") as stream:
-                stream.writelines(json.dumps(dict(step=step, **sample)) + "\n" for sample in samples)
+                stream.writelines(json.dumps(dict(step=step, split=split, **sample)) + "\n" for sample in samples)
+
+    def test_summaries(self, step: int, made_by: str) -> dict[int, dict[str, Any]]:
+        """Returns the test summaries so far by index, after dropping those of this step that others have made."""
+        records = read_lines(self.samples)
+        kept = [r for r in records if r["step"] != step or r.get("made_by", made_by) == made_by]
+        if len(kept) < len(records):
+            replace_lines(self.samples, kept)
+        return {record["index"]: record for record in kept if record.get("made_by") == made_by}
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):  # a full disk was reported when writing
@@ -4121,14 +4323,14 @@ def continue_lines(path: Path, state: TrainingState) -> None:
     if state.step == 0 and path.exists() and path.stat().st_size:
         former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
         path.replace(next(name for name in former if not name.exists()))
-    kept = [
-        json.dumps(record) + "\n"
-        for record in read_lines(path)
-        if record["step"] <= (state.step if "loss" in record else state.evaluated_step)
-    ]
+    steps = {name: state.step for name in ("loss", "test_samples", "made_by")}  # what an evaluation's lines do not have
+    records = read_lines(path)
+    replace_lines(path, [r for r in records if r["step"] <= max(state.evaluated_step, *(steps.get(n, 0) for n in r))])
 
+
+def replace_lines(path: Path, records: list[dict[str, Any]]) -> None:
     def write(beside: Path) -> None:
-        beside.write_text("".join(kept))
+        beside.write_text("".join(json.dumps(record) + "\n" for record in records))
         sync_to_disk(beside)
 
     write_atomically(path, write)

@@ -163,7 +163,7 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 
 def saved(folder: Path) -> list[str]:
     """Returns the names in a run's folder of checkpoints."""
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name != "final-model.json")
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -252,6 +253,56 @@ def test_a_folder_of_save_to_disk_is_read(data, capsys, save: Callable[[Path], N
     assert start(data) == 0
     trained = 6 if save is saved_splits else 5
     assert any(line.startswith(f"train: {trained} documents") for line in said(capsys)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The test split, which --test-samples alone asks for
+# ----------------------------------------------------------------------------------------------------------------
+
+needs_rouge = pytest.mark.skipif(importlib.util.find_spec("rouge_score") is None, reason="rouge-score is not installed")
+UNUSABLE_TESTS = {
+    "none": (None, "has no test split, only train; name a file or split test, or leave out --test-samples"),
+    "no summaries": (
+        [dict(article="A story.")],
+        "highlights is not a column of the test split; it has article; name another, or leave out --test-samples",
+    ),
+    "empty summaries": (
+        [dict(article="A story.", highlights=" ")],
+        "no label tokens are left in the 1 test documents; their articles or summaries are empty, or leave out",
+    ),
+}
+
+
+@needs_rouge
+@pytest.mark.parametrize(("rows", "problem"), UNUSABLE_TESTS.values(), ids=UNUSABLE_TESTS)
+def test_a_test_split_that_cannot_be_scored_is_refused(data, capsys, rows, problem):
+    write_jsonl(data / "train.jsonl")
+    if rows is not None:
+        write_jsonl(data / "test.jsonl", rows)
+    assert start(data, test_samples="all") == 2
+    assert problem in said(capsys)[1]
+
+
+def test_without_the_flag_a_test_split_is_left_alone(data, capsys, monkeypatch):
+    write_jsonl(data / "train.jsonl")
+    write_jsonl(data / "test.jsonl", [dict(article="A story without a summary.")])
+    load, loaded = train_llama2.load_files, []
+    monkeypatch.setattr(train_llama2, "load_files", lambda those, *rest: loaded.extend(those) or load(those, *rest))
+    assert start(data) == 0
+    assert [file.name for file in loaded] == ["train.jsonl"]
+    assert not any("documents" in line and line.startswith("test") for line in said(capsys)[0])
+
+
+@needs_rouge
+def test_the_test_split_of_save_to_disk_is_summarised(data):
+    rows = datasets.Dataset.from_list(STORIES)
+    datasets.DatasetDict(train=rows, test=rows.select([4, 2])).save_to_disk(data)
+    assert start(data, test_samples="all", max_summary_tokens=2) == 0
+    samples = [json.loads(line) for line in (data.parent / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {(each["index"], each["reference"]) for each in samples} == {
+        (0, "A town, number 4."),
+        (1, "A town, number 2."),
+    }
 
 
 def test_splits_saved_under_one_meaning_are_joined(data, capsys):

@@ -6,9 +6,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,10 +28,11 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import train_llama2
-from train_llama2 import UNFINISHED_MODEL, Config, Parallel, enable_advanced_parallelization
+from train_llama2 import UNFINISHED_MODEL, Config, Parallel, enable_advanced_parallelization, encode_batch
 
 pytestmark = pytest.mark.usefixtures("own_processes")
 
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json")
 TWO_STEPS = dict(max_train_samples=4, max_eval_samples=2, batch_size=2, block_size=128)
 
 
@@ -117,7 +120,7 @@ def typed_run(tmp_path_factory) -> SimpleNamespace:
     """
     if "tensorboard" not in map(str, get_available_trackers()):
         pytest.skip("tensorboard is not installed")
-    base, consoles, cards = tmp_path_factory.mktemp("typed"), [], []
+    base, consoles, cards, times = tmp_path_factory.mktemp("typed"), [], [], []
     shutil.copytree(TINY_LLAMA, base / "tiny model")
     (base / "tiny model" / "tokenizer.model").write_bytes(b"sentencepiece")
     files = [str(base / f"my {name}.jsonl") for name in ("train", "validation")]
@@ -135,7 +138,8 @@ def typed_run(tmp_path_factory) -> SimpleNamespace:
             assert train_llama2.command_line() == 0
             (base / "the run" / ".lock").open().close()
             cards.append((base / "the run" / "README.md").read_text())
-    return SimpleNamespace(base=base, folder=base / "the run", files=files, consoles=consoles, cards=cards)
+            times.append([(base / "the run" / name).stat().st_mtime_ns for name in MODEL_FILES])
+    return SimpleNamespace(base=base, folder=base / "the run", consoles=consoles, cards=cards, times=times)
 
 
 def test_the_layout_is_what_other_readers_look_for(typed_run):
@@ -153,10 +157,11 @@ def test_the_layout_is_what_other_readers_look_for(typed_run):
     assert generation["bos_token_id"] == 1
 
 
-def test_a_finished_run_writes_the_model_again_and_says_so(typed_run):
+def test_a_finished_run_keeps_its_model_and_says_so(typed_run):
     assert typed_run.consoles[0][-1].startswith("done      2 steps")
-    again = f"done      already at step 2; the model in {typed_run.folder} was written again"
+    again = f"done      already at step 2, so nothing was trained; model in {typed_run.folder}"
     assert typed_run.consoles[1][-1] == again
+    assert typed_run.times[0] == typed_run.times[1]
 
 
 def test_the_publish_command_uploads_model_and_results_alone(typed_run):
@@ -179,15 +184,24 @@ def test_the_publish_command_uploads_model_and_results_alone(typed_run):
 
 
 def test_the_cards_command_is_the_runs_own(typed_run):
-    """A shell that reads it gets the configuration of this run, paths with spaces and several files included."""
+    """A shell that reads it gets the configuration of this run, names with spaces and several files included."""
     card = ModelCard.load(typed_run.folder / "README.md")
     (command,) = [part.split("\n```")[0] for part in card.text.split("```bash\n")[1:]]
     launcher, script, *flags = shlex.split(command)
     assert (launcher, script) == ("python", "train_llama2.py")
     config = train_llama2.parse_config(flags)
-    assert config.dataset_name_or_path == tuple(typed_run.files)
+    named = dict(
+        model_name_or_path="tiny model",
+        dataset_name_or_path=["my train.jsonl", "my validation.jsonl"],
+        save_model_dir="the run",
+    )
     ran = json.loads((typed_run.folder / "train_config.json").read_text())["flags"]
-    assert json.loads(json.dumps(vars(config))) == ran
+    assert json.loads(json.dumps(vars(config))) == ran | named
+
+
+def test_no_path_of_this_machine_is_in_the_card(typed_run):
+    card = typed_run.cards[0]
+    assert str(typed_run.base) not in card and not re.search(r"(?<!\w)/\w+/", card)
 
 
 def test_the_card_has_model_data_results_and_plan(typed_run):
@@ -197,8 +211,8 @@ def test_the_card_has_model_data_results_and_plan(typed_run):
         language="en", library_name="transformers", pipeline_tag="text-generation",
         tags=["summarization", "full-fine-tuning"],
     )  # fmt: skip  # model and data are local: there is nothing on the Hub to name, and no licence is known
-    model, data = typed_run.base / "tiny model", " ".join(typed_run.files)
-    assert f"All weights of `{model}` were trained on `{data}`" in card.text
+    assert "All weights of `tiny model` were trained on `my train.jsonl my validation.jsonl`" in card.text
+    assert card.text.strip().startswith("# tiny model fine-tuned for summarisation")
     for name, value in (
         ("optimizer steps", "2"),
         ("tokens", f"{steps[-1]['tokens']:,}"),
@@ -235,6 +249,12 @@ LINES = [
     dict(step=9, loss=1.5, tokens=1000),
     dict(step=9, eval_loss=1.25, eval_perplexity=3.4903, rouge1=40.0),
 ]
+TEST_LINE = dict(step=9, test_samples=11490, test_mean_words=55.25, test_ended_share=0.991) | {
+    f"test_{whose}{name}{bound}": value + offset
+    for whose, offset in (("", 44), ("lead3_", 40))
+    for name in ("rouge1", "rouge2", "rougeLsum")
+    for bound, value in (("", 0.123), ("_low", 0), ("_high", 0.246))
+}
 SAMPLES = [
     dict(step=step, reference=f"Reference {step}.{n}", summary=f"Summary {step}.{n}")
     for step in (5, 9)
@@ -242,17 +262,26 @@ SAMPLES = [
 ]
 
 
-def write_card(folder: Path, nodes: int = 1, ranks: int = 8, is_main: bool = True, **flags: object) -> str:
+def write_card(
+    folder: Path,
+    nodes: int = 1,
+    ranks: int = 8,
+    is_main: bool = True,
+    steps_of_this_run: int = 9,
+    lines: Sequence[dict] = LINES,
+    **flags: object,
+) -> str:
     """Writes a card into the folder and returns what was said meanwhile."""
-    for name, lines in (("metrics.jsonl", LINES), ("samples.jsonl", SAMPLES)):
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, records in (("metrics.jsonl", lines), ("samples.jsonl", SAMPLES)):
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     config = Config(save_model_dir=str(folder), **flags)
     cluster = SimpleNamespace(nodes=nodes, ranks_per_node=ranks, world_size=nodes * ranks, device_name="NVIDIA H100")
     plan, said = SimpleNamespace(describe=lambda: "fsdp, micro-batch 8 x 1"), []
     parallel = SimpleNamespace(config=config, is_main=is_main, cluster=cluster, plan=plan, say=said.append)
     check = train_llama2.PlanCheck(parallel, compiled=False)
     check.quantities = dict(step_seconds=dict(predicted=2.0, measured=2.5, band=[1.8, 2.2]))
-    log, state = SimpleNamespace(steps_of_this_run=9, plan_check=check), SimpleNamespace(step=9, tokens=1000)
+    log = SimpleNamespace(steps_of_this_run=steps_of_this_run, last_scores={}, tested=True, plan_check=check)
+    state = SimpleNamespace(step=9, tokens=1000)
     train_llama2.write_model_card(parallel, state, log)
     return "\n".join(said)
 
@@ -281,6 +310,61 @@ def test_a_card_has_scores_check_curves_and_three_last_samples(tmp_path):
     (tmp_path / "curves.png").touch()
     write_card(tmp_path)
     assert "![curves](curves.png)" in ModelCard.load(tmp_path / "README.md").text
+
+
+def test_a_card_has_test_scores_with_intervals_beside_lead_3(tmp_path):
+    write_card(tmp_path, lines=[*LINES, dict(TEST_LINE, step=8, test_samples=3)])
+    assert "Lead-3" not in (tmp_path / "README.md").read_text(), "scores of another step"
+    write_card(tmp_path, lines=[*LINES, dict(TEST_LINE, test_samples=3), TEST_LINE])
+    text = ModelCard.load(tmp_path / "README.md").text
+    row = " | ".join(["44.12 (44.00 to 44.25)"] * 3)
+    assert "\n\n| test split, 11490 documents | ROUGE-1 | ROUGE-2 | ROUGE-Lsum |\n| --- | --- | --- | --- |\n" in text
+    assert f"\n| this model | {row} |\n" in text
+    assert f"\n| Lead-3: the article's first three sentences | {row.replace('44.', '40.')} |\n\n" in text
+    assert "55.2 words on average, and 99.1% of the summaries ended by themselves." in text
+
+
+def test_a_run_that_only_scored_keeps_the_cards_training_section(tmp_path):
+    write_card(tmp_path, ranks=8)
+    write_card(tmp_path, ranks=1, steps_of_this_run=0, lines=[*LINES, TEST_LINE])
+    text = (tmp_path / "README.md").read_text()
+    assert "torchrun --standalone --nproc_per_node=8" in text and "on 8 x NVIDIA H100" in text
+    assert "Lead-3" in text and text.count("## Training") == text.count("## Samples") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-13b-hf"),
+        ("/models/Llama-2-13b-hf/", "Llama-2-13b-hf"),
+        ("--save-model-dir=~/the run", "--save-model-dir=the run"),
+        ("--save-model-dir=/x=1/y", "--save-model-dir=y"),
+        ("../news/train.jsonl", "train.jsonl"),
+        ("tests/data/news", "news"),
+        ("--lr=1e-5", "--lr=1e-5"),
+        ("2x8xH100-80GB,ib=400", "2x8xH100-80GB,ib=400"),
+    ],
+)
+def test_local_paths_are_published_by_their_names(monkeypatch, word, shown):
+    monkeypatch.chdir(conftest.ROOT)
+    assert train_llama2.published_name(word) == shown
+
+
+def test_the_cards_example_summarises_as_trained(three_rank_run, tmp_path, monkeypatch, capsys):
+    """Runs it as it stands, with a folder of the name that stands for the model's on the Hub."""
+    _, folder = three_rank_run
+    (example,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "OWNER").mkdir()
+    (tmp_path / "OWNER" / "NAME").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(example, found)
+    document = encode_batch([found["article"]], ["A bridge."], AutoTokenizer.from_pretrained(TINY_LLAMA), 1024)
+    prompt = document["input_ids"][0][: document["prompt_length"][0]]
+    assert found["inputs"]["input_ids"].tolist() == [prompt]
+    assert capsys.readouterr().out.strip() == found["tokenizer"].decode(
+        found["written"][0, len(prompt) :], skip_special_tokens=True
+    ).strip() != ""  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -374,7 +458,7 @@ def test_a_kill_leaves_former_model_none_or_the_new(tmp_path, monkeypatch, forme
         train_llama2.save_model(model, tokenizer, warm_up)
 
         def save():
-            train_llama2.save_model(model, tokenizer, parallel)
+            train_llama2.save_model(model, tokenizer, parallel, source="the new checkpoint")
 
         for k in itertools.count():
             shutil.rmtree(folder, ignore_errors=True)
@@ -410,6 +494,30 @@ def test_a_kill_leaves_former_model_none_or_the_new(tmp_path, monkeypatch, forme
     # Until the new model is whole the former one is there. While the files move in there is none.
     phases = [value for value, _ in itertools.groupby(left_by_kills)]
     assert phases == ([None, NEW] if former == "none" else [FORMER, None, NEW])
+
+
+def test_the_model_is_that_of_the_step_gone_back_to(tmp_path):
+    """One step is finished, then a second. Its checkpoint is deleted, and the command of one step run again."""
+    assert start(tmp_path, max_steps=1) == 0
+    first = (tmp_path / "model.safetensors").read_bytes()
+    assert start(tmp_path, max_steps=2, resume_anyway=True) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() != first
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000002")
+    assert start(tmp_path, max_steps=1) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("change", ["another dtype", "a file cut short", "no config.json"])
+def test_a_model_that_is_not_whole_or_asked_for_is_written_again(tmp_path, change):
+    assert start(tmp_path, max_steps=1) == 0
+    before = (tmp_path / "model.safetensors").read_bytes()
+    if change == "a file cut short":
+        (tmp_path / "model.safetensors").write_bytes(before[:-1])
+    if change == "no config.json":
+        (tmp_path / "config.json").unlink()
+    assert start(tmp_path, max_steps=1, **(dict(save_dtype="bf16") if change == "another dtype" else {})) == 0
+    assert ((tmp_path / "model.safetensors").read_bytes() == before) == (change != "another dtype")
+    AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_save_right_after_a_kill_gives_the_new_model(tmp_path):

@@ -277,7 +277,8 @@ def test_samples_are_cut_back_with_the_metrics(resumed_run):
     for sample in samples_of(folder):  # --block-size 64 cuts some of them
         assert len(sample["reference"]) > 60
         assert any(each.strip().startswith(sample["reference"]) for each in highlights)
-    assert {frozenset(sample) for sample in samples_of(folder)} == {frozenset({"step", "reference", "summary"})}
+    names = frozenset({"step", "split", "index", "reference", "summary", "ended"})
+    assert {frozenset(sample) for sample in samples_of(folder)} == {names}
 
 
 def test_without_rouge_samples_there_are_no_samples_or_scores(whole_set_run):

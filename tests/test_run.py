@@ -87,7 +87,7 @@ def test_losses_and_norms_equal_one_process_step_by_step(runs, key):
 @pytest.mark.skipif(not SUMMARIES, reason="rouge-score is not installed")
 def test_hsdp_writes_the_summaries_of_one_process(runs):
     one, four = (
-        [json.loads(line) for line in runs[key][2].splitlines() if line.startswith('{"step": 9, "reference"')]
+        [json.loads(line) for line in runs[key][2].splitlines() if line.startswith('{"step": 9, "split": "validation"')]
         for key in (("1", "one process"), ("4", "hsdp"))
     )
     assert len(one) == 3 and len({sample["reference"] for sample in one}) == 3

@@ -8,8 +8,11 @@ import importlib.util
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -261,14 +264,15 @@ def written(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def plain_summary(folder: Path, reference: str, num_beams: int) -> tuple[int, str]:
-    """Returns the prompt's length and what plain transformers writes after it with the model that the run saved."""
+def plain_summary(folder: Path, reference: str, num_beams: int) -> tuple[int, str, bool]:
+    """Returns the prompt's length, what plain transformers writes after it with the saved model, and if that ended."""
     rows = map(json.loads, (NEWS / "validation.jsonl").read_text().splitlines())
     (article,) = [row["article"] for row in rows if row["highlights"].strip() == reference]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(f"[SUMMARIZE] {article} [/SUMMARIZE]\n", split_special_tokens=True)["input_ids"]
     outputs = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, num_beams=num_beams)
-    return len(ids), tokenizer.decode(outputs[0, len(ids) :], skip_special_tokens=True).strip()
+    answer = outputs[0, len(ids) :]
+    return len(ids), tokenizer.decode(answer, skip_special_tokens=True).strip(), tokenizer.eos_token_id in answer
 
 
 @needs_rouge
@@ -277,7 +281,7 @@ def test_summaries_equal_plain_generation_one_by_one(summaries, name):
     """Padded in a batch or not, shared out evenly or not, sharded or not; 8 documents is all there are."""
     samples, flags = written(summaries[name][0]), WAYS.get(name, {"rouge_samples": 8})
     assert len(samples) == len({sample["reference"] for sample in samples}) == flags["rouge_samples"]
-    lengths, expected = zip(
+    lengths, expected, _ = zip(
         *(plain_summary(summaries[name][0], each["reference"], flags.get("num_beams", 1)) for each in samples),
         strict=True,
     )
@@ -327,14 +331,16 @@ def test_rouge_by_hand():
     assert rouge_scores([]) == {}
 
 
-def test_without_the_package_one_line_says_so_before_anything_begins(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["rouge_samples", "test_samples"])
+def test_without_the_package_one_line_says_so_before_anything_begins(tmp_path, capsys, monkeypatch, name):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rouge_score" else find_spec(name))
-    assert train_llama2.command_line(small_run(tmp_path / "run", rouge_samples=3)) == 2
+    assert train_llama2.command_line(small_run(tmp_path / "run", **{name: 3})) == 2
     printed, complained = capsys.readouterr()
     assert printed == ""
     assert complained.count("\n") == 1
-    assert complained.startswith("error: --rouge-samples needs the package rouge-score") and "pip install" in complained
+    assert complained.startswith(f"error: {train_llama2.flag_name(name)} needs the package rouge-score")
+    assert "pip install" in complained
     assert not (tmp_path / "run").exists()
 
 
@@ -355,6 +361,146 @@ def test_as_many_documents_are_summarised_together_as_memory_holds_caches(beams,
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# The test split: eight documents, and an empty one in row 2. Two FSDP ranks are stopped after the first call of both,
+# and one process goes on.
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory) -> SimpleNamespace:
+    """Returns the folder, what each of two starts left of summaries and said, and the prompts that the second wrote."""
+    pytest.importorskip("rouge_score", reason="rouge-score is not installed")
+    base = tmp_path_factory.mktemp("tested")
+    (base / "news").mkdir()
+    for split in ("train", "validation"):
+        shutil.copy(NEWS / f"{split}.jsonl", base / "news")
+    rows = (NEWS / "validation.jsonl").read_text().splitlines()
+    empty = json.dumps(dict(json.loads(rows[0]), highlights=" "))
+    (base / "news" / "test.jsonl").write_text("\n".join([*rows[:2], empty, *rows[2:]]) + "\n")
+    flags = dict(model_name_or_path=talkative_model(base / "model"), dataset_name_or_path=base / "news")
+    flags |= dict(SUMMARISED, test_samples="all", rouge_samples=1, save_interval=1)
+    result = SimpleNamespace(folder=base / "run", flags=flags, rows=[json.loads(row) for row in rows], prompts=[])
+    fsdp = small_run(result.folder, **flags, parallelism="fsdp", micro_batch_size=1)
+    stopped = torchrun(RANKS / "interrupted_run.py", "sigusr1_in_the_test", *fsdp, processes=2)
+    assert stopped.returncode == 0, stopped.stderr
+    result.said, result.kept, result.model = stopped.stdout, test_samples(result.folder), model_times(result.folder)
+    result.lines_of_stopped = [line for line in lines_of(result.folder) if "test_samples" in line]
+    result.prompts = start_counting_prompts(result.folder, **flags, micro_batch_size=4)
+    return result
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def model_times(folder: Path) -> dict[str, int]:
+    return {
+        file.name: file.stat().st_mtime_ns for file in folder.glob("*.*") if file.suffix in (".json", ".safetensors")
+    }
+
+
+def test_samples(folder: Path) -> list[dict]:
+    return [sample for sample in written(folder) if sample["split"] == "test"]
+
+
+test_samples.__test__ = False
+
+
+def start_counting_prompts(folder: Path, **flags: object) -> list[int]:
+    """Runs the script in this process. Returns the lengths of the prompts that it summarised, validation included."""
+    lengths, pad_prompts = [], train_llama2.pad_prompts
+    fresh_accelerate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_llama2, "pad_prompts", lambda p, t: lengths.extend(map(len, p)) or pad_prompts(p, t))
+        train_llama2.main(small_run(folder, **flags))
+    (folder / ".lock").open().close()
+    return lengths
+
+
+def test_a_stopped_test_goes_on_with_other_ranks(tested):
+    assert len(tested.kept) == 2 and not tested.lines_of_stopped
+    assert "test      2/8 summaries are kept; the same command writes the others" in tested.said
+    assert "after step 1; the checkpoint is saved, and the same command resumes from it" in tested.said
+    assert len(tested.prompts) == 6, "summaries that were done were written again, or others were not"
+    samples = test_samples(tested.folder)
+    assert samples[:2] == tested.kept
+    assert sorted(sample["index"] for sample in samples) == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert {sample["made_by"] for sample in samples} == {tested.kept[0]["made_by"]}
+
+
+def test_the_model_is_not_written_again_for_the_test(tested):
+    times = model_times(tested.folder)
+    assert {"config.json", "model.safetensors"} <= tested.model.keys()
+    assert {name: times[name] for name in times if name != "train_config.json"} == {
+        name: time for name, time in tested.model.items() if name != "train_config.json"
+    }
+
+
+def test_test_summaries_equal_plain_generation_with_their_ends(tested):
+    samples = test_samples(tested.folder)
+    for sample in samples:
+        row = tested.rows[sample["index"] - (sample["index"] > 2)]
+        assert sample["reference"] == row["highlights"].strip()
+        _, summary, ended = plain_summary(tested.folder, sample["reference"], num_beams=1)
+        assert (sample["summary"], sample["ended"]) == (summary, ended)
+    assert {sample["ended"] for sample in samples} == {True, False}
+
+
+def test_the_test_line_has_scores_with_intervals_and_lead_3(tested):
+    (line,) = [line for line in lines_of(tested.folder) if "test_samples" in line]
+    samples = sorted(test_samples(tested.folder), key=lambda sample: sample["index"])
+    first_three = [
+        dict(sample, summary=" ".join(re.split(r"(?<=[.!?])\s+", row["article"].strip())[:3]))
+        for sample, row in zip(samples, tested.rows, strict=True)
+    ]
+    assert line["step"] == 1 and line["test_samples"] == 8
+    for prefix, some in (("test_", samples), ("test_lead3_", first_three)):
+        for name, score in rouge_scores(some).items():
+            assert line[prefix + name] == pytest.approx(score)
+            assert line[f"{prefix}{name}_low"] <= score <= line[f"{prefix}{name}_high"]
+    assert line["test_lead3_rouge1_high"] - line["test_lead3_rouge1_low"] > 1
+    assert line["test_mean_words"] == np.mean([len(sample["summary"].split()) for sample in samples])
+    assert line["test_ended_share"] == np.mean([sample["ended"] for sample in samples])
+
+
+def test_a_finished_test_changes_nothing_when_started_again(tested, tmp_path):
+    folder = shutil.copytree(tested.folder, tmp_path / "copy")
+    before = [(folder / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "README.md")]
+    assert start_counting_prompts(folder, **tested.flags, micro_batch_size=4) == []
+    assert [(folder / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "README.md")] == before
+
+
+def test_fewer_or_more_documents_reuse_what_is_written(tested, tmp_path):
+    folder = shutil.copytree(tested.folder, tmp_path / "copy")
+    (folder / "samples.jsonl").unlink()
+    drawn = start_counting_prompts(folder, **dict(tested.flags, test_samples=3))
+    assert len(drawn) == 3 and lines_of(folder)[-1]["test_samples"] == 3
+    assert len(start_counting_prompts(folder, **tested.flags)) == 5
+    assert lines_of(folder)[-1] == next(line for line in lines_of(tested.folder) if "test_samples" in line)
+
+
+def test_summaries_of_other_flags_never_count(tested, tmp_path):
+    folder = shutil.copytree(tested.folder, tmp_path / "copy")
+    assert len(start_counting_prompts(folder, **dict(tested.flags, max_summary_tokens=4))) == 8
+    assert len(test_samples(folder)) == 8
+    assert all(sample["made_by"] != tested.kept[0]["made_by"] for sample in test_samples(folder))
+
+
+def test_summaries_of_other_weights_of_the_step_never_count(tested, tmp_path):
+    """The checkpoint of the last step is deleted, and the step taken again at another rate, up to its save."""
+    folder = shutil.copytree(tested.folder, tmp_path / "copy")
+    shutil.rmtree(folder / "checkpoints" / "step-000001")
+    shutil.copytree(tested.folder / "checkpoints" / "step-000001", tmp_path / "first")
+    flags = dict(tested.flags, lr=1e-2, resume_anyway=True)
+    (folder / "samples.jsonl").rename(tmp_path / "samples.jsonl")
+    start_counting_prompts(folder, **dict(flags, test_samples=0))
+    model = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "samples.jsonl").rename(folder / "samples.jsonl")  # as if the kill had come before anything was dropped
+    assert len(start_counting_prompts(folder, **flags)) == 8
+    assert (folder / "model.safetensors").read_bytes() == model != (tested.folder / "model.safetensors").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # On a GPU
 # ----------------------------------------------------------------------------------------------------------------
 
@@ -367,7 +513,7 @@ def gpu_step(**flags: object) -> Iterator[Callable[[], None]]:
     config = train_llama2.parse_config(small_run(Path("unused"), batch_size=8, micro_batch_size=2, **flags))
     with train_llama2.enable_advanced_parallelization(config) as parallel:
         tokenizer = train_llama2.load_tokenizer(parallel)
-        documents, _ = train_llama2.load_data(tokenizer, parallel)
+        documents, *_ = train_llama2.load_data(tokenizer, parallel)
         model = train_llama2.load_model(parallel)
         optimizer = train_llama2.build_optimizer(model, config)
         train_llama2.compile_layers(model, parallel, steps=10**6)

@@ -64,6 +64,19 @@ def ctrl_c():
     after_step(6, 0, lambda: os.killpg(os.getpgid(os.getppid()), signal.SIGINT))
 
 
+def sigusr1_in_the_test():
+    append = train_llama2.RunLog.append_samples
+
+    def append_and_signal(self, step, split, samples):
+        append(self, step, split, samples)
+        if split == "test" and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while not received:
+                time.sleep(0.01)
+
+    train_llama2.RunLog.append_samples = append_and_signal
+
+
 def kill_inside_a_save():
     complete = train_llama2.Checkpoints.complete
 

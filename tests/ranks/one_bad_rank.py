@@ -15,7 +15,7 @@ import train_llama2 as script
 config = script.parse_config(sys.argv[1:])
 healthy = script.token_loss_sum
 with script.enable_advanced_parallelization(config) as world:
-    documents, _ = script.load_data(script.load_tokenizer(world), world)
+    documents, *_ = script.load_data(script.load_tokenizer(world), world)
     for strategy in ("ddp", "fsdp"):
         config = dataclasses.replace(config, parallelism=strategy)
         plan = script.choose_plan(world.shape, world.cluster, config).chosen.plan

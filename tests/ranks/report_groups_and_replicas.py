@@ -22,13 +22,13 @@ def load_and_report_groups(parallel):
     return model
 
 
-def compare_replicas_and_save(model, tokenizer, parallel):
+def compare_replicas_and_save(model, tokenizer, parallel, source):
     if parallel.plan.strategy == "ddp":
         mine = torch.cat([parameter.detach().flatten().float() for parameter in model.parameters()])
         everyones = [torch.empty_like(mine) for _ in range(parallel.data_parallel_size)]
         torch.distributed.all_gather(everyones, mine)
         parallel.say("REPLICAS EQUAL", all(torch.equal(each, mine) for each in everyones))
-    save_model(model, tokenizer, parallel)
+    save_model(model, tokenizer, parallel, source)
 
 
 train_llama2.load_model, train_llama2.save_model = load_and_report_groups, compare_replicas_and_save
