@@ -2796,7 +2796,8 @@ class TensorParallel:
 
         # renamed in torch 2.13
         all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
-        return all_gather(part.contiguous(), dimension, self.group)
+        # along dimension 0, because to compile the other ways for rows of any length fails in torch 2.13
+        return all_gather(part.movedim(dimension, 0).contiguous(), 0, self.group).movedim(0, dimension).contiguous()
 
     def add_up(self, summand: Tensor) -> Tensor:
         """Returns this rank's tokens of the sum over all ranks, or in generation all of them."""
@@ -2807,7 +2808,7 @@ class TensorParallel:
             return summand
         single = getattr(collectives, "reduce_scatter_single_autograd", None)  # renamed in torch 2.13
         reduce_scatter = single or collectives.reduce_scatter_tensor_autograd
-        return reduce_scatter(summand.contiguous(), "sum", 1, self.group)
+        return reduce_scatter(summand.movedim(1, 0).contiguous(), "sum", 0, self.group).movedim(0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -5094,7 +5095,7 @@ def why_unsplittable(model: PreTrainedModel, attention: str | None) -> str:
             return f"there is no rule for its {name}"
     if not is_plain_projection(model) or not hasattr(norm, "variance_epsilon"):
         return "it does more than Llama"
-    norm = copy.deepcopy(norm).to_empty(device="cpu")
+    norm = copy.deepcopy(norm).to_empty(device="cpu").float()
     hidden = torch.linspace(-1, 1, norm.weight.numel())
     norm.weight.data.copy_(hidden)
     expected = F.rms_norm(hidden, hidden.shape, norm.weight, norm.variance_epsilon)

@@ -1,8 +1,9 @@
-"""Pipeline stages: losses, evaluations, summaries, checkpoints and the final model are those of one process."""
+"""Pipeline stages and tensor parallelism: losses, summaries, checkpoints and the final model are one process's."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from conftest import (
     tree,
 )
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from train_llama2 import (
     Config,
@@ -51,9 +53,17 @@ EIGHT_STEPS = dict(
 SUMMARIES = dict(rouge_samples=3, max_summary_tokens=8)
 PACKED = dict(packing="yes")
 PP2, PP4 = dict(pipeline_parallel_size=2), dict(pipeline_parallel_size=4)
+TP2, TP4 = dict(tensor_parallel_size=2), dict(tensor_parallel_size=4)
 FSDP, REPLICAS = dict(parallelism="fsdp"), dict(parallelism="hsdp", hsdp_shard_size=1)
-ONE_PROCESS = {"padded": SUMMARIES, "packed": PACKED, "beams": SUMMARIES | dict(num_beams=2), "skipped": {}}
-STAGED = {  # by name, which begins with that of the run of one process that it must equal
+RECOMPUTED = dict(activation_checkpointing="full")
+ONE_PROCESS = {
+    "padded": SUMMARIES,
+    "packed": PACKED,
+    "beams": SUMMARIES | dict(num_beams=2),
+    "summary": dict(loss_on="summary"),
+    "skipped": {},
+}
+CUT = {  # by name, which begins with that of the run of one process that it must equal
     "padded, 2 stages": (2, PP2 | SUMMARIES),
     "padded, 2 stages, recomputed": (2, PP2 | dict(activation_checkpointing="every-2")),
     "padded, 2 stages, compiled": (2, PP2 | dict(compile="yes")),
@@ -66,7 +76,20 @@ STAGED = {  # by name, which begins with that of the run of one process that it 
     "packed, 2 stages, fsdp 2": (4, PP2 | FSDP | PACKED | dict(activation_checkpointing="full")),
     "padded, 2 stages, 2 replicas": (4, PP2 | REPLICAS | dict(reshard_after_forward="no")),
     "2 stages, fsdp 2, skipped": (4, PP2 | FSDP),
+    "padded, split in 2": (2, TP2 | SUMMARIES),
+    "packed, split in 2": (2, TP2 | PACKED | dict(activation_checkpointing="every-2")),
+    "summary, split in 2": (2, TP2 | dict(loss_on="summary")),
+    "split in 2, skipped": (2, TP2),
+    "padded, split in 4": (4, TP4 | SUMMARIES),
+    "packed, split in 2, fsdp 2": (4, TP2 | FSDP | PACKED | RECOMPUTED),
+    "padded, split in 2, 2 replicas": (4, TP2 | REPLICAS),
+    "beams, split in 2, 2 stages": (4, TP2 | PP2 | SUMMARIES | dict(num_beams=2)),
+    "packed, split in 2, 2 stages": (4, TP2 | PP2 | PACKED),
 }
+if os.environ.get("EVERY_CUT"):  # minutes on two cores: eight processes to start, and two ranks that compile
+    CUT["padded, split in 2, 2 stages, fsdp 2"] = (8, TP2 | PP2 | FSDP | SUMMARIES)
+    CUT["padded, split in 2, compiled"] = (2, TP2 | dict(compile="yes"))
+    CUT["padded, split in 2, fsdp 2, compiled"] = (4, TP2 | FSDP | dict(compile="yes"))
 LLAMA = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
 
 
@@ -84,10 +107,8 @@ def runs(tmp_path_factory) -> dict[str, tuple[SimpleNamespace, Path]]:
     """Returns every run and its folder by name."""
     base = tmp_path_factory.mktemp("runs")
     ended = run_all(base, ONE_PROCESS, 1)
-    for processes in (2, 4):
-        ended |= run_all(
-            base, {name: flags for name, (ranks, flags) in STAGED.items() if ranks == processes}, processes
-        )
+    for processes in sorted({ranks for ranks, _ in CUT.values()}):
+        ended |= run_all(base, {name: flags for name, (ranks, flags) in CUT.items() if ranks == processes}, processes)
     return {name: (run, base / name) for name, run in ended.items()}
 
 
@@ -95,7 +116,7 @@ def expected_run(name: str) -> str:
     return next(each for each in ONE_PROCESS if each in name)
 
 
-@pytest.mark.parametrize("name", [name for name in STAGED if "skipped" not in name])
+@pytest.mark.parametrize("name", [name for name in CUT if "skipped" not in name])
 def test_losses_equal_one_processs(runs, name):
     folder, expected = runs[name][1], runs[expected_run(name)][1]
     assert_same_run(folder, expected)
@@ -104,21 +125,23 @@ def test_losses_equal_one_processs(runs, name):
     assert sum(step["grad_norm"] > EIGHT_STEPS["max_grad_norm"] for step in steps) >= 3
 
 
-@pytest.mark.parametrize("name", [name for name in STAGED if "skipped" in name])
-def test_an_infinite_gradient_on_one_stage_skips_all_stages(runs, name):
+@pytest.mark.parametrize("name", [name for name in CUT if "skipped" in name])
+def test_an_infinite_gradient_on_some_ranks_skips_all(runs, name):
     (steps, _), (expected, _) = (read_metrics(runs[each][1]) for each in (name, "skipped"))
     assert [step["skipped_steps"] for step in steps] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, flags) in STAGED.items() if "rouge_samples" in flags])
+@pytest.mark.parametrize("name", [name for name, (_, flags) in CUT.items() if "rouge_samples" in flags])
 def test_summaries_equal_one_processs(runs, name):
     summaries = (runs[name][1] / "samples.jsonl").read_text()
     assert summaries.count("\n") == 2 * SUMMARIES["rouge_samples"]
     assert summaries == (runs[expected_run(name)][1] / "samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize("name", ["padded, 2 stages", "beams, 2 stages, fsdp 2"])
+@pytest.mark.parametrize(
+    "name", ["padded, 2 stages", "beams, 2 stages, fsdp 2", "padded, split in 2", "beams, split in 2, 2 stages"]
+)
 def test_the_final_model_is_one_processs(runs, name):
     folder, expected = runs[name][1], runs[expected_run(name)][1]
     assert {path.name for path in folder.iterdir()} == {path.name for path in expected.iterdir()}
@@ -135,7 +158,7 @@ def test_the_final_model_is_one_processs(runs, name):
 def test_each_rank_holds_the_parameters_of_its_stage_alone(runs, name):
     line = next(line for line in runs[name][0].stdout.splitlines() if line.startswith("STAGES"))
     of_ranks = json.loads(line.removeprefix("STAGES"))
-    stages = STAGED[name][1]["pipeline_parallel_size"]
+    stages = CUT[name][1]["pipeline_parallel_size"]
     of_stages = of_ranks[:: len(of_ranks) // stages]
     for rank, names in enumerate(of_ranks):
         assert names == of_stages[rank * stages // len(of_ranks)]
@@ -143,27 +166,40 @@ def test_each_rank_holds_the_parameters_of_its_stage_alone(runs, name):
     assert [name for names in of_stages for name in names] == [name for name, _ in model.named_parameters()]
 
 
-@pytest.mark.parametrize(
-    ("saved_by", "processes", "flags"),
-    [
-        ("packed, 2 stages, fsdp 2", 1, PACKED),
-        ("padded", 4, PP2 | FSDP),
-        ("padded, 2 stages", 4, FSDP),
-        ("padded, 2 stages, 2 replicas", 2, PP2),
-        ("padded, 4 stages", 4, PP2 | REPLICAS),
-    ],
-    ids=str,
-)
-def test_a_checkpoint_moves_between_plans(runs, tmp_path, saved_by, processes, flags):
-    folder = Path(shutil.copytree(runs[saved_by][1], tmp_path / "run"))
-    shutil.rmtree(folder / "checkpoints" / "step-000008")
-    run = run_script(*small_run(folder, **{**EIGHT_STEPS, **flags}), processes=processes)
-    assert run.returncode == 0, run.stderr
+MOVES = {  # by what saved the checkpoint: on how many processes the run goes on, and with which flags
+    "packed, 2 stages, fsdp 2": (1, PACKED),
+    "packed, split in 2, fsdp 2": (1, PACKED),
+    "padded": (4, PP2 | FSDP),
+    "beams": (4, TP2 | FSDP | SUMMARIES | dict(num_beams=2)),
+    "padded, 2 stages": (4, FSDP),
+    "padded, 2 stages, 2 replicas": (2, PP2),
+    "padded, 4 stages": (4, PP2 | REPLICAS),
+    "padded, split in 2, 2 replicas": (4, TP2 | PP2),
+    "beams, split in 2, 2 stages": (2, FSDP | SUMMARIES | dict(num_beams=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def moved(runs, tmp_path_factory) -> dict[str, tuple[SimpleNamespace, Path]]:
+    """Returns by its first part every run that went on from step 4 under another plan, and its folder."""
+    base, ended = tmp_path_factory.mktemp("moved"), {}
+    for processes in (1, 2, 4):
+        flags_of = {name: flags for name, (ranks, flags) in MOVES.items() if ranks == processes}
+        for name in flags_of:
+            shutil.copytree(runs[name][1], base / name)
+            shutil.rmtree(base / name / "checkpoints" / "step-000008")
+        ended |= run_all(base, flags_of, processes)
+    return {name: (run, base / name) for name, run in ended.items()}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_checkpoint_moves_between_plans(runs, moved, name):
+    run, folder = moved[name]
     assert "resume    from" in run.stdout and "step-000004, saved by" in run.stdout
-    metrics, expected = (read_metrics(each) for each in (folder, runs[expected_run(saved_by)][1]))
-    for lines, expected_lines, name in zip(metrics, expected, ("loss", "eval_loss"), strict=True):
+    metrics, expected = (read_metrics(each) for each in (folder, runs[expected_run(name)][1]))
+    for lines, expected_lines, value in zip(metrics, expected, ("loss", "eval_loss"), strict=True):
         assert [line["step"] for line in lines] == [line["step"] for line in expected_lines]
-        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected_lines], abs=1e-5)
+        assert [line[value] for line in lines] == pytest.approx([line[value] for line in expected_lines], abs=1e-5)
 
 
 def interrupted(act: str, folder: Path, **environment: str) -> SimpleNamespace:
@@ -212,13 +248,21 @@ def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
         (dict(pipeline_parallel_size=8), "needs a layer for each stage, and the model has 4; use at most that"),
         (dict(pipeline_parallel_size=3), "3 needs equally many processes in each stage, and 8 were started"),
         (PP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --pipeline-parallel-size 2; use hsdp"),
-        (PP2 | dict(parallelism="none"), "runs one process for each stage, but 4 were started"),
-        (PP2 | dict(parallelism="hsdp", hsdp_shard_size=4), "groups of at least 1 ranks for each stage"),
+        (PP2 | dict(parallelism="none"), "runs one process for each part of the model, but 4 were started"),
+        (PP2 | dict(parallelism="hsdp", hsdp_shard_size=4), "groups of at least 1 ranks for each part of the model"),
         (dict(parallelism="hsdp", hsdp_shard_size=1), "groups of at least 2 ranks"),
+        (dict(tensor_parallel_size=3), "3 cannot be had here: it has to divide 8 and the 8 processes of a node"),
+        (dict(tensor_parallel_size=8), "8 cannot be had here: the model has 4 heads, which it does not divide"),
+        (TP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --tensor-parallel-size 2; use hsdp"),
+        (
+            TP2 | dict(parallelism="fsdp", cpu_offload="yes"),
+            "--cpu-offload yes does not go with --tensor-parallel-size",
+        ),
+        (TP4 | dict(parallelism="none"), "runs one process for each part of the model, but 2 were started"),
     ],
     ids=str,
 )
-def test_stages_that_cannot_work_are_refused(config, rule):
+def test_parts_that_cannot_work_are_refused(config, rule):
     shape = model_shape(transformers.LlamaConfig(**LLAMA))
     with pytest.raises(UserError, match=rule):
         candidate_plans(shape, parse_cluster("8xH100-80GB"), Config(**config))
@@ -242,6 +286,33 @@ def test_models_are_cut_only_where_layers_pass_hidden_states_alone(kind, changes
     settings = LLAMA | dict(tie_word_embeddings=False) | changes
     uncuttable = model_shape(getattr(transformers, f"{kind}Config")(**settings)).uncuttable
     assert reason in uncuttable and bool(reason) == bool(uncuttable)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("Llama", {}, ""),
+        ("Mistral", dict(sliding_window=None), ""),
+        ("Qwen2", dict(use_sliding_window=False), ""),  # with biases on query, key and value
+        ("Llama", dict(tie_word_embeddings=True), "one matrix"),
+        ("Llama", dict(attention_bias=True), "no rule for its model.layers.0.self_attn.o_proj.bias"),
+        ("Mistral", dict(sliding_window=16), "needs a mask"),
+        ("Qwen3", dict(head_dim=8), "no rule for its model.layers.0.self_attn.q_norm.weight"),
+        ("Granite", dict(logits_scaling=2.0), "more than Llama"),
+        ("Gemma", dict(head_dim=8), "no rule for its model.embed_tokens.weight"),  # it multiplies what it looks up
+        ("StableLm", {}, "no rule for its model.layers.0.input_layernorm.bias"),
+        ("GPTNeoX", {}, "no rule for its"),
+    ],
+)
+def test_models_are_split_only_where_every_parameter_has_a_rule(kind, changes, reason):
+    settings = LLAMA | dict(tie_word_embeddings=False) | changes
+    unsplittable = model_shape(getattr(transformers, f"{kind}Config")(**settings)).unsplittable
+    assert reason in unsplittable and bool(reason) == bool(unsplittable)
+
+
+def test_norms_of_another_kind_are_not_split(monkeypatch):
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, hidden: hidden * (1 + self.weight))
+    assert model_shape(transformers.LlamaConfig(**LLAMA)).unsplittable == "its norms are not those of Llama"
 
 
 @pytest.mark.parametrize(
