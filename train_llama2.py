@@ -343,7 +343,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Returns the configuration that the flags describe. Raises UserError with every problem of the flags at once."""
     given, unknown = build_parser().parse_known_args(argv)
     # A word without a dash is reported only if it comes first: after an unknown flag it is that flag's value.
-    problems = [unknown_flag(word) for word in unknown if word.startswith("-") or word is unknown[0]]
+    problems = [unknown_flag(word) for place, word in enumerate(unknown) if word.startswith("-") or place == 0]
     values = {}
     for name, words in vars(given).items():
         leave_out = f"leave it out for the default, {shown_default(FLAGS[name])}"
@@ -437,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             batches = log.timing_the_wait(training_batches(train_set, state.step, total_steps, parallel))
 
             stop.listen()
-            while True:
+            while True:  # what is due after the steps so far, then the next step
                 if log.evaluation_due(state) and not stop.agreed():
                     with log.clock_stopped():
                         log.evaluation(state, evaluate(model, eval_set, parallel, stop))
@@ -476,7 +476,8 @@ def command_line(argv: Sequence[str] | None = None) -> int:
         problems = error.problems if isinstance(error, UserError) else [error]
         if isinstance(error, RunError) and error.__cause__ is not None:  # only the rank that failed has the cause
             traceback.print_exception(error.__cause__)
-        if launched_rank() == 0:
+        alone = not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") == "0"  # a node may fail by itself
+        if launched_rank() == 0 or alone:
             print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
         else:
             time.sleep(5)
@@ -529,9 +530,9 @@ def lost_contact(error: RuntimeError) -> bool:
 # 4. Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------
 # The loss of a step is the sum of the token losses of the whole global batch, divided by its number of label tokens, so
-# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. Except
-# under CPU offload a step never waits for the device. The validation loss weighs every token the same and counts each
-# document once on any number of ranks.
+# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. Except under CPU
+# offload, a step never waits for the device. The validation loss weighs every token the same and counts each document
+# once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 
@@ -541,7 +542,8 @@ class TrainingState:
     """Where the run stands. The tensors stay on the device, so counting costs no host sync.
 
     `skipped` counts the updates skipped so far, `skipped_in_a_row` those at the end, and `longest_skip` is the longest
-    series yet, so that one that ended between two looks at it is seen. `tokens` are those trained on, without padding.
+    series yet, so that one that ended between two looks at it is seen. `tokens` are those of the documents so far,
+    without padding.
     """
 
     skipped: Tensor
@@ -639,11 +641,10 @@ def clip_gradients(model: nn.Module, parallel: Parallel) -> Tensor:
 
 
 def token_loss_sum(model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
-    """Returns the sum of the token losses of a micro-batch, in fp32, on the device. It can be differentiated.
+    """Runs a micro-batch through the model and returns the sum of its token losses, in fp32, on the device.
 
-    `load_model` has made the model itself return that sum where `predict_at` and `targets` are among its inputs.
-
-    A pipeline stage before the last has no losses and returns its hidden states (B, T, h).
+    The model computes the loss itself when it is given `predict_at` and `targets` (see `use_token_loss`). A pipeline
+    stage before the last has no loss, and returns its hidden states (B, T, h). Gradients flow through both.
     """
     inputs: dict[str, Any] = {
         name: tensor.to(parallel.device, non_blocking=True)
@@ -652,8 +653,7 @@ def token_loss_sum(model: nn.Module, micro_batch: dict[str, Tensor], parallel: P
     }
     if parallel.plan.packing:
         inputs["max_length"] = parallel.config.block_size  # an upper bound; a changing one would recompile the layers
-    with torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts):
-        return model(**inputs, use_cache=False)
+    return model(**inputs, use_cache=False)
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
@@ -670,8 +670,8 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 def stop_if_broken(state: TrainingState, saving: bool) -> None:
     """Raises RunError after too many skipped updates in a row. All ranks do, because all saw the same loss and norm.
 
-    Reading the count waits for the device, so this is done every fifth step, and before a save: the longest series is
-    saved too, so a checkpoint made after five skips in a row would stop every run that resumes from it.
+    It looks every fifth step, because reading the count waits for the device, and before every save, because a
+    checkpoint holds the count: one that was saved after five skips in a row would stop every run resumed from it.
     """
     if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
         raise RunError(
@@ -743,7 +743,8 @@ def evaluate_test(
     """Summarises and scores --test-samples documents, drawn by the seed, and returns whether it came to its end.
 
     Finished summaries go to samples.jsonl after every call, marked with what made them. The same command, also on
-    another number of ranks, writes only those that are missing, and none that other weights or flags have made count.
+    another number of ranks, writes only those that are missing. Summaries that other weights or flags have made are
+    not counted.
     """
     parallel, config, rows = log.parallel, log.config, test_set.dataset.with_format("numpy")["row"][:]
     drawn = np.random.default_rng(config.seed).permutation(len(test_set))[: config.test_samples]
@@ -862,10 +863,9 @@ def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
     training_attention = model.config._attn_implementation
     if training_attention == "causal_attention":  # a model's own takes a mask as it is
         model.set_attn_implementation("sdpa")
-    autocast = torch.autocast(parallel.device.type, torch.bfloat16, enabled=parallel.plan.autocasts)
     parallel.tensor.splits_tokens = False
     try:
-        with autocast, torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         parallel.tensor.splits_tokens = True
@@ -916,8 +916,9 @@ def enable_advanced_parallelization(config: Config, trains_stages: bool = False)
     goes on as one plain process. Elsewhere the plan follows from the processes that torchrun started, the model's
     config and the devices' memory. Call it once, before the model is built: `load_model(parallel)` then returns the
     model in the plan's parallel form, and a plain `model(...)` and `loss.backward()` train it, in another script's loop
-    too: `enable_advanced_parallelization(Config(model_name_or_path=...))`. Raises UserError where the model cannot be
-    read, or the plan that was asked for cannot work.
+    too: `enable_advanced_parallelization(Config(model_name_or_path=...))`. Rows must be padded at their end there,
+    because training computes plain causal attention without looking at the mask. Raises UserError where the model
+    cannot be read, or the plan that was asked for cannot work.
 
     `trains_stages` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages need it,
     because a stage alone has no loss, so without `trains_stages` no plan with stages is chosen or accepted.
@@ -965,7 +966,8 @@ def moai_plan(shape: ModelShape, config: Config) -> Plan:
 
     Raises UserError for flags that would take the decision from it.
     """
-    for name in ("parallelism", "pipeline_parallel_size", "tensor_parallel_size", "cpu_offload"):
+    decided = ("pipeline_parallel_size", "tensor_parallel_size", "gradient_sync", "reshard_after_forward", "packing")
+    for name in ("parallelism", "cpu_offload", *decided):
         if (value := getattr(config, name)) not in ("auto", "none", "no", None, 1):
             raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
     check_block(shape, config)
@@ -1003,7 +1005,7 @@ def quieten_libraries(speaks: bool, quiet: bool) -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # our error line names the bad file
-    # it would rather gather the matrices of FSDP beside tensor parallelism in one go than in two
+    # it warns that matrices sharded by FSDP and split are gathered in two steps, and that one would be faster
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if not speaks or quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -1202,11 +1204,11 @@ def on_all_ranks(
     if dist.is_initialized():
         outcomes = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome, group=group)
-    for _, problems, failure in outcomes:
-        if problems:
-            raise UserError(*problems)
-        if failure:
-            raise RunError(failure) from cause
+    for _, problems_of_rank, failure_of_rank in outcomes:
+        if problems_of_rank:
+            raise UserError(*problems_of_rank)
+        if failure_of_rank:
+            raise RunError(failure_of_rank) from cause
     if gathered:
         return [result for result, _, _ in outcomes]
     return outcomes[0][0] if main_only else result
@@ -1254,7 +1256,9 @@ def check_launcher() -> None:
     counts = (*of_torchrun[:4], "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     for name in counts:
         if not (value := os.environ.get(name) or "0").isdigit():
-            raise UserError(f"{name}={value} in the environment is no whole number; start with torchrun, or unset it")
+            raise UserError(
+                f"{name}={value} in the environment is not a whole number; start with torchrun, or unset it"
+            )
     if "LOCAL_RANK" in os.environ or "RANK" in os.environ:
         if missing := [name for name in of_torchrun if not os.environ.get(name)]:
             given = "RANK" if "RANK" in os.environ else "LOCAL_RANK"
@@ -1444,7 +1448,7 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
             wanted = {name: those for name, those in files.items() if name != "test" or config.test_samples != 0}
             splits = {name: load_files(those, file_format, config) for name, those in wanted.items()}
         else:
-            splits = datasets.load_dataset(paths[0], config.dataset_config)
+            splits = by_meaning(datasets.load_dataset(paths[0], config.dataset_config))
     except UserError:
         raise
     except Exception as error:
@@ -1469,16 +1473,26 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
 
 
 def saved_splits(paths: list[str], config: Config) -> dict[str, Dataset]:
-    """Returns the splits of a folder written by `save_to_disk`; those whose names mean the same split are joined."""
+    """Returns the splits of a folder written by `save_to_disk`."""
     import datasets
 
     if len(paths) > 1:
         raise UserError(f"{shown_data(config)}: {paths[0]} is a folder of save_to_disk; name it alone")
     saved = datasets.load_from_disk(paths[0])
-    by_split: dict[str, list[Dataset]] = {}
-    for name, split in saved.items() if isinstance(saved, dict) else [("train", saved)]:
-        by_split.setdefault(split_of(str(name)), []).append(split)
-    return {name: datasets.concatenate_datasets(those) for name, those in by_split.items()}
+    return by_meaning(saved if isinstance(saved, dict) else {"train": saved})
+
+
+def by_meaning(splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Returns the splits under the names train, validation and test, whichever word they go by, and no others.
+
+    Those that mean the same are joined.
+    """
+    import datasets
+
+    found: dict[str, list[Dataset]] = {}
+    for name, split in splits.items():
+        found.setdefault(SPLIT_WORDS.get(str(name).lower(), str(name)), []).append(split)
+    return {name: datasets.concatenate_datasets(those) for name, those in found.items()}
 
 
 def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
@@ -1500,7 +1514,7 @@ def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
 
 
 def plain_name(file: Path) -> str:
-    """Returns a path that means this file to `datasets`, which reads paths as patterns, and `::` as a chain.
+    """Returns a path that `datasets` takes for exactly this file, as it reads paths as patterns, and `::` as a chain.
 
     A file whose name has such characters is read through a link in the cache.
     """
@@ -1525,7 +1539,7 @@ def is_local(name: str) -> bool:
 
 def looks_like_a_path(name: str) -> bool:
     """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or data_suffix(Path(name)) in DATA_FORMATS
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(format_of(Path(name)))
 
 
 def data_suffix(file: Path) -> str:
@@ -1665,7 +1679,7 @@ def open_file(file: Path, mode: str = "rt", **how: Any) -> Any:
 
 
 def bad_value(file: Path, config: Config) -> str:
-    """Returns the first row of a jsonl file that is no object, or holds no text where text belongs; "" if none does."""
+    """Returns the first row of a jsonl file that is not an object, or lacks text where it belongs; "" if none does."""
     if ".jsonl" not in data_suffix(file):
         return ""
     with open_file(file) as stream:
@@ -1675,9 +1689,11 @@ def bad_value(file: Path, config: Config) -> str:
                 for column in (config.article_column, config.summary_column):
                     if not isinstance(row.get(column, ""), str | None):
                         shown = textwrap.shorten(json.dumps(row[column]), 60)
-                        return f"{file}, row {number}: {column} is {shown}, which is no text; repair it or leave it out"
+                        return (
+                            f"{file}, row {number}: {column} is {shown}, which is not text; repair it or leave it out"
+                        )
             except (ValueError, AttributeError) as error:
-                return f"{file}, row {number} is no JSON object ({first_line(error)}); repair it or leave it out"
+                return f"{file}, row {number} is not a JSON object ({first_line(error)}); repair it or leave it out"
     return ""
 
 
@@ -1887,7 +1903,7 @@ def epoch_batches(documents: Documents, epoch: int, config: Config) -> list[np.n
 def evaluation_batches(documents: Documents, parallel: Parallel) -> list[np.ndarray]:
     """Returns every document once, longest first, in batches of one micro-batch's documents per data rank.
 
-    Packed, they are four times as many: short documents share a row, and a larger choice fills rows better. Any rank
+    With packing there are four times as many: short documents share a row, and more of them fill rows better. Any rank
     may call it alone.
     """
     order = np.argsort(-documents.lengths, kind="stable")
@@ -1987,7 +2003,10 @@ def with_whole_tiles(micro_batch: dict[str, Tensor], pad_id: int) -> dict[str, T
 
 
 def with_targets(micro_batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the micro-batch with `predict_at` and `targets`; without labels, one ignored target is added."""
+    """Returns the micro-batch with `predict_at` and `targets`; without labels, one ignored target is added.
+
+    Then the head still runs on every rank, which FSDP needs.
+    """
     next_labels = F.pad(micro_batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
     predict_at = (next_labels != IGNORE_INDEX).nonzero().flatten()
     if not len(predict_at):
@@ -2114,6 +2133,8 @@ def load_model(parallel: Parallel) -> nn.Module:
     if not plan.reshard_after_forward:
         model.set_reshard_after_forward(False)
     use_token_loss(model, parallel.pipeline.is_last, parallel.tensor)
+    if plan.autocasts:  # in the model itself, so that it is trained in bf16 in another script's loop too
+        model.forward = torch.autocast(parallel.device.type, torch.bfloat16)(model.forward)
     if plan.pipeline_parallel_size > 1:
         number_layers_of_stage(model)
     if plan.cpu_offload:
@@ -4700,6 +4721,13 @@ def check_block(shape: ModelShape, config: Config) -> None:
         raise UserError(
             f"--block-size {config.block_size} is longer than the {shape.positions} positions of "
             f"{config.model_name_or_path}; use at most {shape.positions}"
+        )
+    longest, summarises = config.block_size + config.max_summary_tokens, config.rouge_samples or config.test_samples
+    if summarises and longest > shape.positions:
+        raise UserError(
+            f"--block-size {config.block_size} + --max-summary-tokens {config.max_summary_tokens} is more than the "
+            f"{shape.positions} positions of {config.model_name_or_path}, so some summaries could not be written; "
+            "lower one of them"
         )
 
 

@@ -95,10 +95,10 @@ def test_a_csv_is_read_by_the_separator_of_its_header(data, capsys, separator):
 
 
 BROKEN_VALUES = {
-    "a number": ({"highlights": 42}, "row 3: highlights is 42, which is no text; repair it or leave it out"),
-    "a list": ({"highlights": ["a", "b"]}, 'row 3: highlights is ["a", "b"], which is no text'),
-    "not a number": ({"highlights": float("nan")}, "row 3: highlights is NaN, which is no text"),
-    "an object": ({"article": {"en": "text"}}, 'row 3: article is {"en": "text"}, which is no text'),
+    "a number": ({"highlights": 42}, "row 3: highlights is 42, which is not text; repair it or leave it out"),
+    "a list": ({"highlights": ["a", "b"]}, 'row 3: highlights is ["a", "b"], which is not text'),
+    "not a number": ({"highlights": float("nan")}, "row 3: highlights is NaN, which is not text"),
+    "an object": ({"article": {"en": "text"}}, 'row 3: article is {"en": "text"}, which is not text'),
 }
 
 
@@ -112,7 +112,7 @@ def test_the_first_value_that_is_no_text_is_named(data, capsys, value, problem):
 def test_a_line_that_is_no_json_is_named(data, capsys):
     (data / "train.jsonl").write_text("".join(json.dumps(row) + ",\n" for row in STORIES))
     assert start(data) == 2
-    assert f"{data / 'train.jsonl'}, row 1 is no JSON object (Extra data" in said(capsys)[1]
+    assert f"{data / 'train.jsonl'}, row 1 is not a JSON object (Extra data" in said(capsys)[1]
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
@@ -305,9 +305,10 @@ def test_the_test_split_of_save_to_disk_is_summarised(data):
     }
 
 
-def test_splits_saved_under_one_meaning_are_joined(data, capsys):
+def test_saved_splits_of_one_meaning_are_joined_and_no_others(data, capsys):
     rows = datasets.Dataset.from_list(STORIES)
-    datasets.DatasetDict(train=rows, unsupervised=rows.select(range(4)), test=rows).save_to_disk(data / "saved")
+    splits = datasets.DatasetDict(train=rows, training=rows.select(range(4)), unsupervised=rows, test=rows)
+    splits.save_to_disk(data / "saved")
     assert start(data / "saved", num_train_epochs=1, max_eval_samples=1) == 0
     lines, _ = said(capsys)
     assert any("train: 9 documents" in line or "train: 10 documents" in line for line in lines), lines

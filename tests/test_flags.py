@@ -327,7 +327,9 @@ STRANGE = {"text": "a b c", "title": "d"}
         pytest.param({}, ["no data file", ".jsonl"], id="empty folder"),
         pytest.param({"train.txt": "a"}, ["no data file", ".jsonl"], id="unknown format"),
         pytest.param({"train.jsonl": ""}, ["train.jsonl is empty"], id="empty file"),
-        pytest.param({"train.jsonl": lines_of(PAIR) + '{"article'}, ["row 2 is no JSON object"], id="malformed jsonl"),
+        pytest.param(
+            {"train.jsonl": lines_of(PAIR) + '{"article'}, ["row 2 is not a JSON object"], id="malformed jsonl"
+        ),
         pytest.param(
             {"train.jsonl": "null\n" + lines_of(PAIR, PAIR)}, ["train.jsonl does not begin", "JSON object"], id="null"
         ),
@@ -366,7 +368,7 @@ STRANGE = {"text": "a b c", "title": "d"}
         ),
         pytest.param(
             {"train.jsonl": lines_of(*[{**PAIR, "highlights": 3}] * 2)},
-            ["train.jsonl, row 1: highlights is 3, which is no text"],
+            ["train.jsonl, row 1: highlights is 3, which is not text"],
             id="numbers for text",
         ),
         pytest.param(

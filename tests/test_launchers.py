@@ -21,7 +21,7 @@ LAUNCHERS = {
         {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
         "error: RANK is set, but not MASTER_ADDR, MASTER_PORT; use torchrun, which sets all of them",
     ),
-    "WORLD_SIZE in words": ({"WORLD_SIZE": "all"}, "error: WORLD_SIZE=all in the environment is no whole number"),
+    "WORLD_SIZE in words": ({"WORLD_SIZE": "all"}, "error: WORLD_SIZE=all in the environment is not a whole number"),
     "WORLD_SIZE alone": (
         {"WORLD_SIZE": "2"},
         "error: 2 processes were started without torchrun (WORLD_SIZE); start one",
