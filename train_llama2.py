@@ -835,7 +835,9 @@ def prompts_at_a_time(parallel: Parallel) -> int:
 
     A cache holds keys and values of every layer, per token of prompt and summary and per beam.
     """
-    shape, plan, config = parallel.shape, parallel.plan, parallel.config
+    plan, config = parallel.plan, parallel.config
+    parts = shapes_of_stages(parallel.shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
+    shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
     step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
@@ -4516,7 +4518,11 @@ LLAMA_2 = {  # Touvron et al. 2023, table 1 and the released config.json files: 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is executed: `dp_replicate_size` copies of the model, each sharded over `dp_shard_size` ranks."""
+    """How a step is executed. The first four fields say how the ranks share the work, outermost first.
+
+    The layers are cut into pipeline stages, of each stage there are `dp_replicate_size` copies, each copy is sharded
+    over `dp_shard_size` ranks, and each shard's matrices are split over `tensor_parallel_size` ranks.
+    """
 
     pipeline_parallel_size: int = 1
     dp_replicate_size: int = 1
@@ -4596,7 +4602,10 @@ class Plan:
         return waits / (self.gradient_accumulation_steps + waits)
 
     def shard_bytes(self, shape: ModelShape) -> float:
-        """Returns the bytes of a rank's share of the weights, of the gradients, or of one moment."""
+        """Returns the bytes of a rank's share of the weights, of the gradients, or of one moment.
+
+        `shape` is the rank's part of the model.
+        """
         return self.state_bytes * shape.parameters / self.dp_shard_size
 
     def describe(self) -> str:
@@ -4612,7 +4621,7 @@ class Plan:
             f"{layout}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
             {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
-            "reduce once" if self.dp_shard_size > 1 and self.holds_gradients_back else "",
+            "reduce once" if self.uses_fsdp and self.holds_gradients_back else "",
             "offload" if self.cpu_offload else "",
             f"bubble {self.bubble:.0%}" if self.bubble else "",
         ]
@@ -4823,52 +4832,52 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
             cpu_offload=values(config.cpu_offload, False, *([True] if may_offload else [])),
             reshard_after_forward=values(config.reshard_after_forward, True, False) if shards > 1 else [True],
         )
-        for values_of_plan in itertools.product(*open_axes.values()):
-            plan = Plan(stages, replicas, shards, tensor, **fixed)
-            plan = dataclasses.replace(plan, **dict(zip(open_axes, values_of_plan, strict=True)))
-            steps = math.ceil(rank_documents / plan.micro_batch_size)
-            plan = dataclasses.replace(plan, gradient_accumulation_steps=steps)
+        for chosen in itertools.product(*open_axes.values()):
+            axes = dict(zip(open_axes, chosen, strict=True))
+            steps = math.ceil(rank_documents / axes["micro_batch_size"])
+            plan = Plan(stages, replicas, shards, tensor, gradient_accumulation_steps=steps, **axes, **fixed)
             if config.gradient_sync != "auto" or plan.gradient_sync in useful_gradient_syncs(plan):
                 plans.append(plan)
     return plans
 
 
 def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
-    if plan.dp_shard_size == 1 or plan.gradient_accumulation_steps == 1:
+    if plan.gradient_accumulation_steps == 1:
         return ("step",)
     if plan.strategy == "hsdp":  # its all-reduce across replicas waits for the last micro-batch anyway
         return ("micro-batch",)
-    return ("micro-batch", "step")
+    return ("micro-batch", "step") if plan.dp_shard_size > 1 else ("step",)
 
 
 def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> list[tuple[int, int, int, int]]:
     """Returns the degrees of every layout that is open, in the order of `Plan`. Raises UserError where there is none.
 
     Unless they are given, there are as many stages as nodes or a divisor, because stages pay where the network between
-    nodes is slow, and 1, 2, 4 or 8 tensor-parallel ranks. On a single node neither gains more than 5%, so it has no
-    stages, and tensor parallelism only where there are fewer documents than ranks.
+    nodes is slow, so a single node has none; and 1, 2, 4 or 8 tensor-parallel ranks.
     """
-    given = given_stages(shape, cluster, config), given_tensor_size(shape, cluster, config)
-    layouts = [(given[0], *inside, given[1]) for inside in data_parallel_layouts(cluster, config, *given)]
-    if config.parallelism == "ddp":
-        return layouts
-    stages, tensor_sizes = [given[0]], [given[1]]
+    stage_counts, tensor_sizes = [given_stages(shape, cluster, config)], [given_tensor_size(shape, cluster, config)]
     if config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
-        stages += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
-    may_split = cluster.nodes > 1 or config.batch_size < cluster.world_size
-    if config.tensor_parallel_size is None and config.cpu_offload != "yes" and may_split:
+        stage_counts += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
+    if config.tensor_parallel_size is None and config.cpu_offload != "yes":
         tensor_sizes += [size for size in (2, 4, 8) if not why_not_split(shape, cluster, size)]
-    for degrees in itertools.product(stages, tensor_sizes):
-        if degrees != given:
-            with contextlib.suppress(UserError):  # of flags that do not go with these degrees
-                inside = data_parallel_layouts(cluster, config, *degrees)
-                layouts += [(degrees[0], *data_parallel, degrees[1]) for data_parallel in inside]
+    layouts, problems = [], []
+    for stages, tensor in itertools.product(stage_counts, tensor_sizes):
+        try:
+            data_layouts = data_parallel_layouts(cluster, config, stages, tensor)
+            layouts += [(stages, replicas, shards, tensor) for replicas, shards in data_layouts]
+        except UserError as error:
+            problems.append(error)
+    if not layouts:
+        raise problems[0]
     return layouts
 
 
 def micro_batch_sizes(documents: int, stages: int) -> list[int]:
-    """Returns the micro-batch sizes to try. Stages get twice as many micro-batches as there are stages, or the most."""
+    """Returns the micro-batch sizes to try.
+
+    With stages these are the ones that give at least two micro-batches a stage, or the smallest where none does.
+    """
     sizes = even_sizes(documents)
     return [size for size in sizes if stages == 1 or math.ceil(documents / size) >= 2 * stages] or sizes[-1:]
 
@@ -4881,30 +4890,16 @@ def given_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
         raise UserError(f"{shown} cannot be had here: {shape.uncuttable}; leave it out")
     if stages > shape.layers:
         raise UserError(f"{shown} needs a layer for each stage, and the model has {shape.layers}; use at most that")
-    if cluster.world_size % stages:
-        raise UserError(
-            f"{shown} needs equally many processes in each stage, and {cluster.world_size} were started; use a divisor "
-            "of them"
-        )
-    if stages > 1 and config.parallelism == "ddp":
-        raise UserError(
-            f"--parallelism ddp does not go with {shown}; use hsdp with --hsdp-shard-size 1, which keeps whole replicas"
-        )
     return stages
 
 
 def given_tensor_size(shape: ModelShape, cluster: Cluster, config: Config) -> int:
     """Returns the number of tensor-parallel ranks asked for. Raises UserError where model or cluster rule it out."""
     size = config.tensor_parallel_size or 1
-    shown = f"--tensor-parallel-size {size}"
-    if reason := size > 1 and why_not_split(shape, cluster, size):
-        raise UserError(f"{shown} cannot be had here: {reason}")
-    if size > 1 and config.parallelism == "ddp":
-        raise UserError(
-            f"--parallelism ddp does not go with {shown}; use hsdp with --hsdp-shard-size 1, which keeps whole replicas"
-        )
+    if size > 1 and (reason := why_not_split(shape, cluster, size)):
+        raise UserError(f"--tensor-parallel-size {size} cannot be had here: {reason}")
     if size > 1 and config.cpu_offload == "yes":
-        raise UserError(f"--cpu-offload yes does not go with {shown}; leave one of them out")
+        raise UserError(f"--cpu-offload yes does not go with --tensor-parallel-size {size}; leave one of them out")
     return size
 
 
@@ -4914,11 +4909,10 @@ def why_not_split(shape: ModelShape, cluster: Cluster, size: int) -> str:
         return f"{shape.unsplittable}; leave it out"
     if PAD_MULTIPLE % size or cluster.ranks_per_node % size:
         return f"it has to divide {PAD_MULTIPLE} and the {cluster.ranks_per_node} processes of a node; use a divisor"
-    heads = dict(heads=shape.heads, intermediate_size=shape.intermediate, vocab_size=shape.vocabulary)
-    heads["key and value heads"] = shape.kv_size // shape.head_dim
-    if uneven := [f"{value} {name}" for name, value in heads.items() if value % size]:
-        return f"the model has {uneven[0]}, which it does not divide; use a divisor"
-    return ""
+    sizes = dict(heads=shape.heads, intermediate_size=shape.intermediate, vocab_size=shape.vocabulary)
+    sizes["key and value heads"] = shape.kv_size // shape.head_dim
+    uneven = next((f"{value} {name}" for name, value in sizes.items() if value % size), "")
+    return uneven and f"it does not divide the model's {uneven}; use a divisor"
 
 
 def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
@@ -4939,19 +4933,33 @@ def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
 
 
 def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1, tensor: int = 1) -> list[tuple[int, int]]:
-    """Returns (dp_replicate_size, dp_shard_size) of every strategy the flags leave open. Raises UserError for none."""
-    strategies = [config.parallelism]
+    """Returns (dp_replicate_size, dp_shard_size) of every strategy the flags leave open, for each part of the model.
+
+    Raises UserError where they leave none, or where there are not equally many ranks for each part.
+    """
+    strategies, parts = [config.parallelism], stages * tensor
+    cuts = {"--pipeline-parallel-size": stages, "--tensor-parallel-size": tensor}
+    shown = " and ".join(f"{name} {size}" for name, size in cuts.items() if size > 1)
+    if cluster.world_size % parts:
+        raise UserError(
+            f"{shown} needs equally many processes for each of {parts} parts of the model, and {cluster.world_size} "
+            "were started; use a divisor"
+        )
+    if parts > 1 and config.parallelism == "ddp":
+        raise UserError(
+            f"--parallelism ddp does not go with {shown}; use hsdp with --hsdp-shard-size 1, which keeps whole replicas"
+        )
     if config.parallelism == "auto":
-        ranks, ranks_per_node = cluster.world_size // (stages * tensor), cluster.ranks_per_node // tensor
-        groups = ranks > ranks_per_node > 1
-        several = [*(["ddp"] if stages * tensor == 1 else []), "fsdp", *(["hsdp"] if groups else [])]
+        ranks, ranks_per_node = cluster.world_size // parts, cluster.ranks_per_node // tensor
+        several = [*(["ddp"] if parts == 1 else []), "fsdp", *(["hsdp"] if ranks > ranks_per_node > 1 else [])]
         strategies = several if ranks > 1 else ["none"]
     if config.cpu_offload == "yes":
         if not cluster.has_gpu:
             raise UserError("--cpu-offload yes moves memory off a GPU, and this machine has none; leave it out")
         strategies = [strategy for strategy in strategies if strategy in ("fsdp", "hsdp")]
         if not strategies and cluster.world_size > 1:
-            raise UserError(f"--cpu-offload yes needs FSDP or HSDP, not --parallelism {config.parallelism}; use fsdp")
+            remedy = f"leave out {shown}" if parts > 1 else "use fsdp"
+            raise UserError(f"--cpu-offload yes needs FSDP or HSDP, not --parallelism {config.parallelism}; {remedy}")
         if not strategies:
             raise UserError(
                 "--cpu-offload yes needs FSDP or HSDP, so at least 2 processes; use torchrun --nproc_per_node=2"
@@ -4972,8 +4980,8 @@ def replicas_and_shards(
         )
     if strategy in ("ddp", "fsdp") and world < 2:
         raise UserError(
-            f"--parallelism {strategy} needs at least 2 processes{of_part}, but 1 was started; use torchrun "
-            f"--nproc_per_node={2 * parts}"
+            f"--parallelism {strategy} needs at least 2 processes{of_part}, but 1 was started; use "
+            f"{'none, or twice as many processes' if of_part else 'torchrun --nproc_per_node=2'}"
         )
     if strategy != "hsdp":
         return (1, world) if strategy == "fsdp" else (world, 1)
@@ -4981,8 +4989,8 @@ def replicas_and_shards(
     smallest = 1 if parts > 1 else 2  # one process and its replicas are DDP, but there is no DDP of parts
     if world < 2 * smallest:
         raise UserError(
-            f"--parallelism hsdp needs at least {2 * smallest} processes{of_part}, but {world} started; use torchrun "
-            f"--nproc_per_node={2 * smallest * parts}"
+            f"--parallelism hsdp needs at least {2 * smallest} processes{of_part}, but {world} started; use "
+            f"{'none, or more processes' if of_part else 'torchrun --nproc_per_node=4'}"
         )
     if shard < smallest or world % shard or world == shard:
         raise UserError(
@@ -5179,7 +5187,6 @@ def has_sliding_windows(model_config: PretrainedConfig) -> bool:
 CONTEXT_GIB = (0.5, 1.0, 1.6)
 GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
-MOMENTS_OF_HEAD = ("gathering the head", "loss", "cast of the head's gradient", "backward of the last norm")
 
 
 def predict_memory(
@@ -5236,8 +5243,6 @@ def memory_moments(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -
     """
     step = StepMemory(shape, plan, tokens, stage)
     moments = sharded_moments(step) if plan.uses_fsdp else replicated_moments(step)
-    if not shape.has_head:
-        moments = {name: terms for name, terms in moments.items() if name not in MOMENTS_OF_HEAD}
     # StochasticAdamW's temporaries for the largest parameter: fp32 copies and random bits, eight numbers of 4 bytes an
     # element. Fused AdamW has none.
     largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
@@ -5248,36 +5253,36 @@ def memory_moments(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -
 
 
 def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
-    """FSDP2, wrapped as transformers does it: embedding and each layer alone, last norm and head kept gathered."""
+    """Returns the moments of FSDP2, wrapped as transformers does it.
+
+    The embedding and each layer are wrapped alone, and the last norm and the head together, which stay gathered.
+    """
     shape, plan, saved, rotary = step.shape, step.plan, step.saved, step.rotary
     layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
     layers, width = shape.layers, plan.compute_bytes
     # What one rank holds alone is cast when its turn comes (`FSDPParamGroup.wait_for_unshard`), not gathered ahead.
     width_ahead = width if plan.dp_shard_size > 1 else 0
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
-    all_saved, beside_head = sum(saved), kept or width_ahead * layer  # the last layer is gathered ahead
-    moments = {
+    saved_before = list(itertools.accumulate(saved, initial=0))
+    all_saved, beside_head = saved_before[-1] + rotary, kept or width_ahead * layer  # the last layer is gathered ahead
+    moments = {}
+    if shape.has_head:
         # In the forward pass a layer's gathered buffer is freed once the next one's has been copied out of its own.
-        "gathering the head": step.moment(all_saved + step.stream + rotary, 0, kept + width * (layer + 2 * head), 0),
-        "loss": step.moment(
-            all_saved + step.norm + step.stream + rotary + step.scalars,
-            step.head_buffers,
-            beside_head + width * head,
-            0,
-        ),
-        "backward of the last norm": step.moment(
-            all_saved + step.norm_backward + rotary, 0, beside_head + (width + 4) * head, head
-        ),
-    }
+        gathering = kept + width * (layer + 2 * head)
+        moments["gathering the head"] = step.moment(all_saved + step.stream, 0, gathering, 0)
+        in_loss = all_saved + step.norm + step.stream + step.scalars
+        moments["loss"] = step.moment(in_loss, step.head_buffers, beside_head + width * head, 0)
+        gathered = beside_head + (width + 4) * head
+        moments["backward of the last norm"] = step.moment(all_saved + step.norm_backward, 0, gathered, head)
+    else:
+        last_gathered = (kept or width * layer) + 2 * width_ahead * layer  # into one buffer, by way of another
+        moments["gathering the last layer"] = step.moment(saved_before[-2] + rotary, 0, last_gathered, 0)
     if plan.holds_gradients_back:
         # The last layer to go back, the first: its input and four tensors of the stream's width; its weights, their
         # gradients before they are added in fp32, and the layer gathered ahead.
         held = step.layer_input + 4 * width * shape.hidden + rotary
         moments["end of the first backward"] = step.moment(held, 0, (2 * width + width_ahead) * layer, 0)
-    if not shape.has_head:  # with a head, more is gathered a moment later
-        last_gathered = (kept or width * layer) + 2 * width_ahead * layer  # into one buffer, by way of another
-        moments["gathering the last layer"] = step.moment(sum(saved[:-1]) + rotary, 0, last_gathered, 0)
-    for i in reversed(range(layers)):
+    for i in layers_that_may_peak(layers, plan):
         ahead = layer if i else embedding  # gathered before its turn
         reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of what came before
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
@@ -5287,48 +5292,64 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
         if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:  # of one between the first and the last
             ways.append((gathered - reducing, 0))
         moments[f"backward of layer {i}"] = largest(
-            step.moment(sum(saved[:i]) + own + rotary, width * computed, *way)
-            for own, computed in step.backward_of_layer(plan.recomputes_layer(i))
+            step.moment(saved_before[i] + in_layer + rotary, width * computed, *way)
+            for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
             for way in ways
         )
     return moments
 
 
 def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
-    """One process, or DDP: whole weights, and under autocast bf16 copies of them, cached until the forward pass ends
-    and saved for the backward pass of layers that are not recomputed."""
+    """Returns the moments where a rank holds its part of the model whole: one process, DDP, stages, a split.
+
+    Under autocast there are bf16 copies of the weights, cached until the forward pass ends, and saved for the backward
+    pass of layers that are not recomputed.
+    """
     shape, plan, saved, rotary = step.shape, step.plan, step.saved, 2 * step.rotary
     layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
     copy_bytes = 2 if plan.autocasts else 0  # per parameter
     copies = [0 if plan.recomputes_layer(i) else copy_bytes * layer for i in range(shape.layers)]
-    cache = sum(copies) if plan.compiled else copy_bytes * shape.layers * layer  # a compiled layer casts for itself
+    # a compiled layer casts for itself, and autocast caches no copies of the local parts of DTensors
     split = plan.tensor_parallel_size > 1
-    # autocast's norms are in fp32 throughout
-    all_saved, norm = sum(saved), step.norm if split else (3 * 4 if plan.autocasts else 8) * h
-    head_copy = copy_bytes * head
-    moments = {
-        "end of forward": step.moment(all_saved + norm + step.stream + rotary, step.chunk, cache + head_copy, 0),
-        "loss": step.moment(all_saved + norm + rotary + step.scalars, step.head_buffers, sum(copies) + head_copy, 0),
-        "cast of the head's gradient": step.moment(
-            all_saved + norm + step.stream + rotary, head_copy, sum(copies), head
-        ),
-        "backward of the last norm": step.moment(
-            all_saved + (step.norm_backward + step.stream if split else 24 * h) + rotary, 0, sum(copies), head
-        ),
-    }
-    for i in reversed(range(shape.layers)):
-        before, finished = sum(saved[:i]) + rotary, head + (shape.layers - 1 - i) * layer
+    cache = sum(copies) if plan.compiled or split else copy_bytes * shape.layers * layer
+    saved_before, copied_before = (list(itertools.accumulate(each, initial=0)) for each in (saved, copies))
+    all_saved, all_copied, head_copy = saved_before[-1] + rotary, copied_before[-1], copy_bytes * head
+    moments = {}
+    if shape.has_head:
+        norm = step.norm if split else (3 * 4 if plan.autocasts else 8) * h  # autocast's are in fp32 throughout
+        norm_backward = step.norm_backward + step.stream if split else 24 * h
+        at_end = all_saved + norm + step.stream
+        moments["end of forward"] = step.moment(at_end, step.chunk, cache + head_copy, 0)
+        in_loss = all_saved + norm + step.scalars
+        moments["loss"] = step.moment(in_loss, step.head_buffers, all_copied + head_copy, 0)
+        moments["cast of the head's gradient"] = step.moment(at_end, head_copy, all_copied, head)
+        moments["backward of the last norm"] = step.moment(all_saved + norm_backward, 0, all_copied, head)
+    else:
+        moments["end of forward"] = step.moment(all_saved + step.stream, 0, cache, 0)
+    for i in layers_that_may_peak(shape.layers, plan):
+        before, finished = saved_before[i] + rotary, head + (shape.layers - 1 - i) * layer
         moments[f"backward of layer {i}"] = largest(
             step.moment(
-                before + own,
+                before + in_layer,
                 plan.state_bytes * computed if plan.strategy == "ddp" else 0,  # before they are moved to a bucket
-                sum(copies[:i]) + copy_bytes * (layer - computed),
+                copied_before[i] + copy_bytes * (layer - computed),
                 finished + computed,
             )
-            for own, computed in step.backward_of_layer(plan.recomputes_layer(i))
+            for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
         )
-    moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)  # the stream's fp32 gradient
+    if shape.embedding_parameters:
+        moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)  # the stream's fp32 gradient
     return moments
+
+
+def layers_that_may_peak(layers: int, plan: Plan) -> list[int]:
+    """Returns the numbers of the first and last layers, last first.
+
+    What a layer's backward pass takes is linear in its number, among layers that are as far from the next recomputed
+    one, but for the first and the last of all.
+    """
+    period = max(1, plan.recompute_every) + 1
+    return [i for i in reversed(range(layers)) if i < period or i >= layers - period]
 
 
 def largest(moments: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -5390,9 +5411,11 @@ class StepMemory:
             self.other_micro_batches += streams_kept * self.layer_input
         # Logits and inputs of the head for one chunk of positions, in fp32.
         rows = min(tokens, HEAD_CHUNK_TOKENS)
-        self.chunk = 4 * rows * (shape.vocabulary + h)
+        # Without linear_cross_entropy, beside tensor parallelism: the logits in bf16 and fp32, their exponentials, and
+        # the gradients of both.
+        self.chunk = rows * ((16 if split else 4) * shape.vocabulary + 4 * h)
         # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
-        logits = 0 if in_fp32 else 2 * 2 * rows * shape.vocabulary
+        logits = 0 if in_fp32 or split else 2 * 2 * rows * shape.vocabulary
         self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
         self.own = own
 
@@ -5441,7 +5464,8 @@ class StepMemory:
     def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
         """Returns the terms of a moment in bytes. `activations` are bytes per token of the micro-batch being worked on,
         and `finished` is the number of parameters whose gradients are complete."""
-        if not (self.plan.holds_gradients_back and finished):  # the last micro-batch reduces, when it is the only one
+        # FSDP holds gradients back until the last micro-batch; by then no other is under way.
+        if not (self.plan.uses_fsdp and self.plan.holds_gradients_back and finished):
             activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
         passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
@@ -5453,8 +5477,8 @@ def host_memory_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     Weights and gradients lie in pinned memory, of which torch takes a power of two for each tensor
     (CachingHostAllocator.h).
     """
-    h, f, k, v = shape.hidden, shape.intermediate, shape.kv_size, shape.vocabulary
-    matrices = shape.layers * [h * h, h * h, h * k, h * k, h * f, h * f, h * f] + [v * h]
+    h, q, f, k, v = shape.hidden, shape.query_size, shape.intermediate, shape.kv_size, shape.vocabulary
+    matrices = shape.layers * [h * q, h * q, h * k, h * k, h * f, h * f, h * f] + [v * h]
     matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
     pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
     of_rank = (2 * pinned + 2 * plan.shard_bytes(shape)) / plan.pipeline_parallel_size
@@ -5463,10 +5487,11 @@ def host_memory_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
 
 # ---- The plan: time ------------------------------------------------------------------------------------------
 
-# The first two are fitted to four rows of MosaicML's table of MPT-13B (sequences of 1,024 and 2,048, on A100 and
-# H100), the third is a ratio of torchtitan's (Llama-3.1-8B on 8 H100, eager 5,762 and compiled 6,667 tokens/s).
+# HALF_EFFICIENCY_TOKENS and OVERLAP are fitted to four rows of MosaicML's table of MPT-13B (sequences of 1,024 and
+# 2,048, on A100 and H100), SPLIT_INEFFICIENCY to the layouts of Hagemann et al. 2023 (arXiv 2311.05610). EAGER_SPEED is
+# a ratio of torchtitan's (Llama-3.1-8B on 8 H100, eager 5,762 and compiled 6,667 tokens/s).
 HALF_EFFICIENCY_TOKENS = 800  # tokens of a micro-batch at which matmuls reach half of their efficiency
-SPLIT_INEFFICIENCY = 0.1  # how many more such tokens for each further tensor-parallel rank: fitted to Hagemann's rows
+SPLIT_INEFFICIENCY = 0.1  # each further tensor-parallel rank raises those tokens by this share
 OVERLAP = 0.5  # share of the shorter of computation and communication that hides behind the other
 EAGER_SPEED = 5762 / 6667  # of a model that is not compiled
 NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68 to 0.96 by message size
@@ -5475,10 +5500,10 @@ NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68
 def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
     """Returns the FLOPs that training on these documents takes, without recomputation.
 
-    PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * hidden per pair of
+    PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * query size per pair of
     tokens in a document, not halved for causality. `squared_lengths` sums length**2 over the documents.
     """
-    return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.hidden * squared_lengths
+    return 6.0 * shape.matmul_parameters * tokens + 12.0 * shape.layers * shape.query_size * squared_lengths
 
 
 def predict_seconds(
@@ -5492,8 +5517,8 @@ def predict_seconds(
     (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
     twice that (Patarasu and Yuan 2009). The slowest pipeline stage sets the pace. In its bubble it waits for as many
     micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch is sent forth and
-    its gradient back. Tensor-parallel ranks exchange the stream four times a layer and pass, half of it gathered, half
-    reduced (Korthikanti et al. 2022, section 4.2.2), and wait for it.
+    its gradient back. Beside tensor parallelism a layer gathers the stream twice and scatters it twice in each pass
+    (Korthikanti et al. 2022, section 4.2.2), and waits for that.
     """
     gpu, steps, stages = cluster.gpu, plan.gradient_accumulation_steps, plan.pipeline_parallel_size
     shards, replicas, split = plan.dp_shard_size, plan.dp_replicate_size, plan.tensor_parallel_size
@@ -5510,8 +5535,7 @@ def predict_seconds(
     parameters = max(part.parameters for part in parts)
     moved_bytes = (steps * gathers * plan.compute_bytes + 4 * reductions) * parameters
     gather_reduce = ring_share * moved_bytes / bus
-    across_nodes = plan.strategy == "hsdp" and shards > 1 and plan.data_parallel_size * split > cluster.ranks_per_node
-    replica_bus = 1e9 * (cluster.network_gb_per_second if across_nodes else cluster.bus_gb_per_second(replicas, split))
+    replica_bus = cluster.bus_gb_per_second(replicas, shards * split) * 1e9
     reduced_bytes = 4 if plan.uses_fsdp else plan.state_bytes
     all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * parameters / shards / replica_bus
     shard_bytes = max(map(plan.shard_bytes, parts))
@@ -5520,8 +5544,8 @@ def predict_seconds(
     stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
     point_to_point = steps * 2 * tokens / split * stream_bytes / stage_bus if stages > 1 else 0.0
     layers = max(part.layers for part in parts)
-    exchanges = 4 * layers + 2 * sum(map(plan.recomputes_layer, range(layers)))
-    exchanged_bytes = exchanges * 2 * (split - 1) / split * tokens * plan.compute_bytes * shape.hidden
+    exchanges = 8 * layers + 4 * sum(map(plan.recomputes_layer, range(layers)))
+    exchanged_bytes = exchanges * (split - 1) / split * tokens * plan.compute_bytes * shape.hidden
     tensor = steps * exchanged_bytes / (gpu.link_gb_per_second * 1e9)
     bubble = (stages - 1) / steps * (compute + tensor + (1 - OVERLAP) * point_to_point)
     communication = gather_reduce + all_reduce + host_link + point_to_point
@@ -5664,7 +5688,7 @@ def flags_of(plan: Plan, cluster: Cluster) -> str:
         sharding |= {"--tensor-parallel-size": plan.tensor_parallel_size, "--parallelism": plan.strategy}
         sharding |= {"--hsdp-shard-size": plan.dp_shard_size} if plan.strategy == "hsdp" else {}
         flags = sharding | flags | {"--cpu-offload": "yes" if plan.cpu_offload else "no"}
-    if plan.dp_shard_size > 1:
+    if plan.uses_fsdp:
         flags["--gradient-sync"] = "step" if plan.holds_gradients_back else "micro-batch"
         flags["--reshard-after-forward"] = "yes" if plan.reshard_after_forward else "no"
     return " ".join(f"{name} {value}" for name, value in flags.items())
@@ -5787,12 +5811,15 @@ class Cluster:
             return self.gpu.peak_tflops * 1e12
         return 1e12 * (self.gpu.fp32_tflops or self.gpu.peak_tflops / 16)
 
-    def bus_gb_per_second(self, ranks: int, split: int = 1) -> float:
-        """Returns the bus bandwidth among `ranks` ranks, each `split`-th of a node: its link, or their share of its
-        network, as there are `split` such groups."""
-        if ranks * split <= self.ranks_per_node:
+    def bus_gb_per_second(self, ranks: int, stride: int = 1) -> float:
+        """Returns the bandwidth of a ring of `ranks` ranks, `stride` places apart.
+
+        Inside a node it is the link. Across nodes, one of `stride` such rings, it gets that share of a node's network.
+        """
+        if ranks * stride <= self.ranks_per_node:
             return self.gpu.link_gb_per_second
-        return min(self.gpu.link_gb_per_second, self.ranks_per_node // split * self.network_gb_per_second)
+        ranks_of_node = max(1, self.ranks_per_node // stride)
+        return min(self.gpu.link_gb_per_second, ranks_of_node * self.network_gb_per_second)
 
     @property
     def network_gb_per_second(self) -> float:

@@ -88,7 +88,11 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, s
     AttentionInterface.register("tracked_attention", flash_attention)
     sharded, stages = plan.uses_fsdp, plan.pipeline_parallel_size
     parallel = SimpleNamespace(
-        plan=plan, shape=script.model_shape(model_config), config=script.Config(), device=torch.device("cpu")
+        plan=plan,
+        shape=script.model_shape(model_config),
+        config=script.Config(),
+        device=torch.device("cpu"),
+        tensor=script.TensorParallel(),
     )
     with fake_ranks(stages * plan.data_parallel_size, stage * plan.data_parallel_size), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -246,19 +246,20 @@ def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
     ("config", "rule"),
     [
         (dict(pipeline_parallel_size=8), "needs a layer for each stage, and the model has 4; use at most that"),
-        (dict(pipeline_parallel_size=3), "3 needs equally many processes in each stage, and 8 were started"),
+        (dict(pipeline_parallel_size=3), "3 needs equally many processes for each of 3 parts of the model, and 8 were"),
         (PP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --pipeline-parallel-size 2; use hsdp"),
         (PP2 | dict(parallelism="none"), "runs one process for each part of the model, but 4 were started"),
         (PP2 | dict(parallelism="hsdp", hsdp_shard_size=4), "groups of at least 1 ranks for each part of the model"),
         (dict(parallelism="hsdp", hsdp_shard_size=1), "groups of at least 2 ranks"),
         (dict(tensor_parallel_size=3), "3 cannot be had here: it has to divide 8 and the 8 processes of a node"),
-        (dict(tensor_parallel_size=8), "8 cannot be had here: the model has 4 heads, which it does not divide"),
+        (dict(tensor_parallel_size=8), "8 cannot be had here: it does not divide the model's 4 heads"),
         (TP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --tensor-parallel-size 2; use hsdp"),
         (
             TP2 | dict(parallelism="fsdp", cpu_offload="yes"),
             "--cpu-offload yes does not go with --tensor-parallel-size",
         ),
         (TP4 | dict(parallelism="none"), "runs one process for each part of the model, but 2 were started"),
+        (TP4 | PP4, "--pipeline-parallel-size 4 and --tensor-parallel-size 4 needs .* 16 parts .* and 8 were started"),
     ],
     ids=str,
 )

@@ -33,7 +33,10 @@ def llama(size: str, **changes: int) -> train_llama2.ModelShape:
     )
 
 
-LLAMA_7B, LLAMA_13B, LLAMA_70B = (llama(size) for size in ("7b", "13b", "70b"))
+SPLITTABLE_13B, SPLITTABLE_70B = llama("13b"), llama("70b")
+LLAMA_7B, LLAMA_13B, LLAMA_70B = (  # most tests are about the other choices
+    dataclasses.replace(llama(size), unsplittable="not here") for size in ("7b", "13b", "70b")
+)
 LLAMA_1B = llama("7b", hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4)
 TINY = llama("7b", hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, vocab_size=1024)
 TIED = train_llama2.model_shape(  # Qwen2.5-0.5B: tied embeddings, grouped queries, a vocabulary larger than the rest
@@ -77,11 +80,10 @@ MEMORY_KEYS = {"active", "reserved", "reserved_low", "reserved_high", "terms", "
 def check_candidate(candidate: dict, world_size: int, batch_size: int) -> None:
     """Checks one candidate of the JSON."""
     assert set(candidate) == PLAN_KEYS | PREDICTION_KEYS
-    stages = candidate["pipeline_parallel_size"]
-    assert candidate["tensor_parallel_size"] == 1
-    ranks_of_stage = candidate["dp_replicate_size"] * candidate["dp_shard_size"]
-    assert stages * ranks_of_stage == world_size
-    rank_documents = math.ceil(batch_size / ranks_of_stage)
+    stages, split = candidate["pipeline_parallel_size"], candidate["tensor_parallel_size"]
+    data_ranks = candidate["dp_replicate_size"] * candidate["dp_shard_size"]
+    assert stages * data_ranks * split == world_size
+    rank_documents = math.ceil(batch_size / data_ranks)
     size, steps = candidate["micro_batch_size"], candidate["gradient_accumulation_steps"]
     assert size * (steps - 1) < rank_documents <= size * steps
     memory, seconds = candidate["memory_gib"], candidate["step_seconds"]
@@ -94,9 +96,9 @@ def check_candidate(candidate: dict, world_size: int, batch_size: int) -> None:
         seconds["compute"] + seconds["bubble"] + seconds["exposed_communication"] + seconds["optimizer"]
     )
     assert (seconds["bubble"] > 0) == (seconds["point_to_point"] > 0) == (stages > 1)
-    assert seconds["communication"] == pytest.approx(
-        seconds["gather_reduce"] + seconds["all_reduce"] + seconds["host_link"] + seconds["point_to_point"]
-    )
+    assert (seconds["tensor_parallel"] > 0) == (split > 1)
+    links = ("gather_reduce", "all_reduce", "host_link", "point_to_point", "tensor_parallel")
+    assert seconds["communication"] == pytest.approx(sum(seconds[link] for link in links))
     assert 0 <= seconds["exposed_communication"] <= seconds["communication"]
     assert 0 < candidate["mfu"] < 1
     assert candidate["fits"] is (not candidate["reason"].startswith("needs"))
@@ -122,8 +124,9 @@ def test_json_of_a_plan_has_every_field_of_every_candidate():
         rate = candidate["tokens_per_second_per_gpu"]  # 64 documents of 2,048 tokens over 8 GPUs
         assert rate * candidate["step_seconds"]["total"] == pytest.approx(64 * 2048 / 8)
     for name, values in {
-        "strategy": {"ddp", "fsdp"},
-        "micro_batch_size": {1, 2, 3, 4, 8},
+        "strategy": {"none", "ddp", "fsdp"},  # none: 8 tensor-parallel ranks, which are one data rank
+        "tensor_parallel_size": {1, 2, 4, 8},
+        "micro_batch_size": {1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 64},
         "activation_checkpointing": {"none", "every-4", "every-3", "every-2", "full"},
         "reshard_after_forward": {True, False},
         "cpu_offload": {True, False},
@@ -160,7 +163,7 @@ def test_planning_needs_config_json_alone_and_under_three_seconds(tmp_path, caps
     assert time.process_time() - began < 3
     plan = json.loads(capsys.readouterr().out)
     assert plan["chosen"]["fits"] and plan["cluster"]["gpu"]["network_gbit_per_second"] == 200
-    assert {candidate["strategy"] for candidate in plan["candidates"]} == {"ddp", "fsdp", "hsdp"}
+    assert {candidate["strategy"] for candidate in plan["candidates"]} == {"none", "ddp", "fsdp", "hsdp"}
     assert not torch.distributed.is_initialized()
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     monkeypatch.setenv("RANK", "1")  # under torchrun rank 0 alone prints
@@ -400,7 +403,7 @@ def test_offload_loads_through_device_and_hsdp_keeps_gradients_there():
     assert moments["loading"] == {"weights": share}
     several = plan_of(2, 8, **offload, gradient_accumulation_steps=2)
     moments = train_llama2.memory_moments(LLAMA_70B, several, 2048)
-    assert moments["backward of layer 3"]["gradients"] == share
+    assert moments["backward of layer 1"]["gradients"] == share
     states = dataclasses.replace(several, precision="bf16-states", cpu_offload=False)
     assert train_llama2.memory_moments(LLAMA_70B, states, 2048)["loss"]["gradients"] == share, "in fp32 all the same"
 
@@ -537,7 +540,10 @@ def test_on_any_cluster_choice_and_table_keep_their_rules(shape):
             if choice.chosen is not None:
                 chosen = choice.chosen
                 assert chosen is choice.candidates[0] and chosen.fits
-                assert chosen.total_seconds <= 1.07 * min(fitting)
+                assert chosen.total_seconds <= 1.15 * min(fitting)
+                parts, fits = chosen.plan.model_parallel_size, [each for each in choice.candidates if each.fits]
+                alike = [each.total_seconds for each in fits if each.plan.model_parallel_size <= parts]
+                assert chosen.total_seconds <= 1.07 * min(alike)
                 if chosen.total_seconds > min(fitting):
                     assert chosen.reason.startswith("too close to call with ")
                 else:
@@ -686,7 +692,7 @@ def test_a_batch_smaller_than_the_world_gives_one_document_each():
 @pytest.mark.parametrize(
     ("cluster", "flags", "reason"),
     [
-        ("2xH100", {"parallelism": "none"}, "runs one process, but 2 were started"),
+        ("2xH100", {"parallelism": "none", "tensor_parallel_size": 1}, "runs one process, but 2 were started"),
         ("1xH100", {"parallelism": "ddp"}, "needs at least 2 processes, but 1 was started"),
         ("1xH100", {"parallelism": "fsdp"}, "needs at least 2 processes, but 1 was started"),
         ("3xH100", {"parallelism": "hsdp"}, "needs at least 4 processes, but 3 started"),
@@ -860,7 +866,7 @@ def test_stages_get_twice_as_many_micro_batches_if_possible():
             assert not any(plan.cpu_offload for plan in staged)
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(1.06, 1), (1.08, 2)], ids=["too close to call", "surely faster"])
+@pytest.mark.parametrize(("seconds", "expected"), [(1.14, 1), (1.16, 2)], ids=["too close to call", "surely faster"])
 def test_stages_must_gain_more_than_the_predictions_error(monkeypatch, seconds, expected):
     """Two stages take 1 s, and whole bands and recomputation speak for them."""
 
@@ -872,7 +878,7 @@ def test_stages_must_gain_more_than_the_predictions_error(monkeypatch, seconds, 
     monkeypatch.setattr(train_llama2, "predict", predict)
     chosen = choose_plan(LLAMA_13B, parse_cluster("2x8xH100-80GB"), Config()).chosen
     assert chosen.plan.pipeline_parallel_size == expected
-    assert expected == 2 or chosen.reason.endswith("it needs fewer stages")
+    assert expected == 2 or chosen.reason.endswith("it cuts the model into fewer parts")
 
 
 @pytest.mark.parametrize("trains_stages", [True, False])
@@ -954,6 +960,77 @@ def test_table_and_step_line_show_stages_with_their_bubble():
     hsdp = dataclasses.replace(PP2, dp_replicate_size=2, dp_shard_size=4)
     assert hsdp.describe().startswith("pp2 x hsdp 2x4, micro-batch 8 x 8")
     assert dataclasses.replace(PP2, dp_shard_size=1).describe().startswith("pp2, micro-batch 8 x 8")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tensor parallelism
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "cluster", "cuts"),
+    [
+        (SPLITTABLE_13B, "8xH100-80GB", lambda stages, split: (stages, split) == (1, 1)),
+        # what Moreh's own planner chose for these two jobs, in its published logs
+        (SPLITTABLE_13B, "4x8xA100-80GB,ib=200", lambda stages, split: (stages, split) == (1, 1)),
+        (SPLITTABLE_70B, "8x8xA100-40GB,ib=50", lambda stages, split: stages > 1),
+        # more GPUs than documents
+        (SPLITTABLE_13B, "16x8xH100-80GB", lambda stages, split: split == 2),
+        (SPLITTABLE_13B, "64x8xH100-80GB", lambda stages, split: stages * split > 1),
+    ],
+    ids=["one node", "MoAI's 13B", "MoAI's 70B", "128 GPUs", "512 GPUs"],
+)
+def test_models_are_split_where_gpus_outnumber_documents(shape, cluster, cuts):
+    plan = choose_plan(shape, parse_cluster(cluster), Config()).chosen.plan
+    assert cuts(plan.pipeline_parallel_size, plan.tensor_parallel_size), plan.describe()
+
+
+def test_a_split_saves_compute_and_costs_traffic():
+    """Two ranks of an H100 node: half the matmuls, and 8 exchanges of half the stream a layer."""
+    cluster, tokens = parse_cluster("8xH100-80GB"), 16_384
+    alone, split = (
+        train_llama2.predict_seconds(
+            SPLITTABLE_13B, cluster, plan_of(tensor_parallel_size=size, activation_checkpointing="none"), tokens, 2048
+        )
+        for size in (1, 2)
+    )
+    ramp = (1 + 1.1 * 800 / tokens) / (1 + 800 / tokens)  # narrower matrices are less efficient
+    assert 0.5 < split["compute"] / alone["compute"] < 0.5 * ramp
+    link = cluster.gpu.link_gb_per_second * 1e9
+    assert split["tensor_parallel"] == pytest.approx(40 * 8 * 0.5 * tokens * 2 * 5120 / link)
+    assert alone["tensor_parallel"] == 0
+
+
+def test_groups_that_cross_nodes_share_the_network():
+    """16 ranks in pairs on two nodes: each of two FSDP groups has 4 of a node's 8 network ports."""
+    cluster = parse_cluster("2x8xA100-80GB,ib=25")
+    one, two = (
+        train_llama2.predict_seconds(
+            SPLITTABLE_13B, cluster, plan_of(shards=16 // size, tensor_parallel_size=size), 4096, 2048
+        )["gather_reduce"]
+        for size in (1, 2)
+    )
+    # half the parameters, at half the bandwidth, among 8 ranks instead of 16; the norms are not split
+    assert two / one == pytest.approx((7 / 8) / (15 / 16), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "tokens", "measured"),
+    [
+        (dict(shards=4, tensor_parallel_size=2, activation_checkpointing="none"), 4096, 8.48),
+        (dict(shards=4, tensor_parallel_size=2, activation_checkpointing="none", compiled=True), 4096, 8.20),
+        (dict(shards=2, tensor_parallel_size=4), 8192, 6.34),
+        (dict(shards=2, tensor_parallel_size=4, compiled=True), 8192, 6.36),
+        (dict(tensor_parallel_size=8, activation_checkpointing="none", gradient_accumulation_steps=2), 8192, 8.99),
+        (dict(shards=4, tensor_parallel_size=2, pipeline_parallel_size=2, activation_checkpointing="none",
+              gradient_accumulation_steps=4), 4096, 7.02),
+    ],
+)  # fmt: skip
+def test_active_memory_of_a_split_is_within_two_percent(plan, tokens, measured):
+    """13B of 8 layers in tests/check_plan.py --device on torch 2.14.1, which plays the first of all ranks."""
+    shape = llama("13b", num_hidden_layers=8)
+    predicted = train_llama2.predict_memory(shape, plan_of(**plan), tokens, stage=0)
+    assert predicted.active == pytest.approx(measured, rel=0.02)
 
 
 def test_512_gpus_are_planned_in_under_three_seconds():
