@@ -117,6 +117,8 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, s
             if not plan.reshard_after_forward:
                 model.set_reshard_after_forward(False)
             script.use_token_loss(model, pipeline.is_last)
+            if plan.autocasts:
+                model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
             optimizer = script.build_optimizer(model, script.Config())
             tracker = FSDPMemTracker(model, optimizer) if sharded else MemTracker()
             if not sharded:
