@@ -5326,12 +5326,15 @@ def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
         moments["backward of the last norm"] = step.moment(all_saved + norm_backward, 0, all_copied, head)
     else:
         moments["end of forward"] = step.moment(all_saved + step.stream, 0, cache, 0)
+    accumulates = plan.gradient_accumulation_steps > 1
+    # of a matrix of the MLP, in bf16 and fp32, before it is added to the one that is there
+    gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
         before, finished = saved_before[i] + rotary, head + (shape.layers - 1 - i) * layer
         moments[f"backward of layer {i}"] = largest(
             step.moment(
                 before + in_layer,
-                plan.state_bytes * computed if plan.strategy == "ddp" else 0,  # before they are moved to a bucket
+                plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # DDP moves them to a bucket
                 copied_before[i] + copy_bytes * (layer - computed),
                 finished + computed,
             )
