@@ -3,6 +3,7 @@
     python tests/soak.py --kills 30 --seed 1       # kill, start the same command again, and so on until it ends
     python tests/soak.py --restarts 20 --agents 1  # kill one rank; torchrun's --max-restarts brings it back
     python tests/soak.py --restarts 10 --agents 2  # the same with two torchrun agents, which stand for two nodes
+    python tests/soak.py --kills 10 --record kills.jsonl  # appends each kill, and counts all that the file holds
 
 It trains a random Llama of 3.7 million parameters with FSDP, so that a save takes long enough to be hit. After a kill
 the next start follows at once. Where torchrun alone was killed, its ranks are still there then: they save and leave
@@ -51,6 +52,8 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="ranks, over all agents together")
     parser.add_argument("--parallelism", default="fsdp", help="of the script: fsdp, hsdp, ddp or none")
     parser.add_argument("--stages", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--split", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--record", type=Path, help="file that the kills are appended to, so that they can be many")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a training")
     parser.add_argument("--save-interval", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -104,12 +107,28 @@ def soak_kills(work: Path, options: argparse.Namespace, reference: Training, dic
     plan, kills = planned_kills(dice), []
     while len(kills) < options.kills:
         kills += kill_until_it_ends(Training(work, options), reference, plan, len(kills), options.kills, dice)
+    if options.record:
+        record(kills, options)
     print(f"{'kind':<22}{'tried':>8}{'inside a save':>15}{'exact':>8}")
     for kind in (*KINDS, "all"):
         those = [each for each in kills if kind in (each.kind, "all")]
         inside, exact = sum(each.inside_a_save for each in those), sum(each.exact for each in those)
         print(f"{kind:<22}{len(those):>8}{inside:>15}{exact:>8}")
     return all(each.exact for each in kills)
+
+
+def record(kills: list[Kill], options: argparse.Namespace) -> None:
+    """Appends the kills to the record, and prints how many of each plan it holds."""
+    names = {"stages": options.stages, "tensor-parallel ranks": options.split}
+    cuts = [f"{size} {name}" for name, size in names.items() if size > 1]
+    plan = ", ".join([f"{options.processes} x {options.parallelism}", *cuts])
+    with options.record.open("a") as file:
+        file.writelines(json.dumps(dict(plan=plan, **vars(each))) + "\n" for each in kills)
+    lines = [json.loads(line) for line in options.record.read_text().splitlines()]
+    for each in sorted({line["plan"] for line in lines}):
+        those = [line for line in lines if line["plan"] == each]
+        inside, exact = (sum(line[name] for line in those) for name in ("inside_a_save", "exact"))
+        print(f"{each}: {len(those)} kills, {inside} inside a save, {exact} exact")
 
 
 def planned_kills(dice: random.Random) -> Iterator[tuple[str, bool]]:
@@ -288,7 +307,7 @@ class Training:
             environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         flags = dict(
             model_name_or_path=self.work / "model", parallelism=self.options.parallelism, block_size=128,
-            pipeline_parallel_size=self.options.stages, batch_size=4, lr=1e-3,
+            pipeline_parallel_size=self.options.stages, tensor_parallel_size=self.options.split, batch_size=4, lr=1e-3,
             num_train_epochs=1000, max_steps=self.options.steps, eval_interval=10,
             save_interval=self.options.save_interval, dist_timeout_minutes=1,
         )  # fmt: skip
