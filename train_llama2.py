@@ -865,12 +865,12 @@ def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
     training_attention = model.config._attn_implementation
     if training_attention == "causal_attention":  # a model's own takes a mask as it is
         model.set_attn_implementation("sdpa")
-    parallel.tensor.splits_tokens = False
+    parallel.tensor_parallel.splits_tokens = False
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        parallel.tensor.splits_tokens = True
+        parallel.tensor_parallel.splits_tokens = True
         if training_attention == "causal_attention":
             model.set_attn_implementation(training_attention)
 
@@ -953,8 +953,8 @@ def enable_advanced_parallelization(config: Config, trains_stages: bool = False)
         refuse_what_does_not_fit(choice, cluster)
         plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
     pipeline = Pipeline(plan, shape.hidden, accelerator.device, timedelta(minutes=config.dist_timeout_minutes))
-    tensor = TensorParallel(plan.tensor_parallel_size)
-    parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline, tensor)
+    split = TensorParallel(plan.tensor_parallel_size)
+    parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline, split)
     parallel.say(words)
     if config.packing == "auto" and cluster.has_gpu and shape.unpackable and not on_moai:
         parallel.say(f"packing   no: {shape.unpackable}, so rows are padded")
@@ -1032,7 +1032,7 @@ class Parallel:
     plan: Plan
     choice: Choice | None  # None on MoAI
     pipeline: Pipeline = dataclasses.field(default_factory=lambda: Pipeline(Plan()))
-    tensor: TensorParallel = dataclasses.field(default_factory=lambda: TensorParallel())
+    tensor_parallel: TensorParallel = dataclasses.field(default_factory=lambda: TensorParallel())
 
     @property
     def device(self) -> torch.device:
@@ -2108,7 +2108,9 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 def load_model(parallel: Parallel) -> nn.Module:
     """Returns the model in the plan's precision and parallel form. Raises UserError where its files cannot be used.
 
-    The files are downloaded once per node.
+    The order of the forms: transformers cuts the layers into stages, splits the matrices of those that are left, and
+    shards them with FSDP, all before it reads a rank's part of the files. Recomputation and the loss without logits
+    come after that. DDP wraps the result, and `compile_layers` comes last.
     """
     from transformers.distributed import DistributedConfig
 
@@ -2118,7 +2120,7 @@ def load_model(parallel: Parallel) -> nn.Module:
         distributed_config = DistributedConfig(
             pp_size=plan.pipeline_parallel_size,
             tp_size=plan.tensor_parallel_size,
-            tp_plan=parallel.tensor.styles_of_modules(),
+            tp_plan=parallel.tensor_parallel.styles_of_modules(),
             fsdp_cpu_offload=plan.cpu_offload,
             fsdp_mixed_precision=plan.precision != "fp32",
         )
@@ -2134,7 +2136,7 @@ def load_model(parallel: Parallel) -> nn.Module:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=plan.recompute_every)
     if not plan.reshard_after_forward:
         model.set_reshard_after_forward(False)
-    use_token_loss(model, parallel.pipeline.is_last, parallel.tensor)
+    use_token_loss(model, parallel.pipeline.is_last, parallel.tensor_parallel)
     if plan.autocasts:  # in the model itself, so that it is trained in bf16 in another script's loop too
         model.forward = torch.autocast(parallel.device.type, torch.bfloat16)(model.forward)
     if plan.pipeline_parallel_size > 1:
@@ -2405,7 +2407,7 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor
 # ---- Model: the loss without logits --------------------------------------------------------------------------
 
 
-def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True, tensor: TensorParallel | None = None) -> None:
+def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True, split: TensorParallel | None = None) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
     A pipeline stage before the last, which has no head, returns its hidden states. Calls without targets (generation)
@@ -2437,7 +2439,7 @@ def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True, tensor: T
 
     @functools.wraps(plain_head)
     def head_forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        return plain_head(hidden) if targets is None else summed_token_loss(hidden, head.weight, targets, tensor)
+        return plain_head(hidden) if targets is None else summed_token_loss(hidden, head.weight, targets, split)
 
     model.forward, head.forward = forward, head_forward
 
@@ -2451,14 +2453,14 @@ def is_plain_projection(model: PreTrainedModel) -> bool:
     )
 
 
-def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, tensor: TensorParallel | None = None) -> Tensor:
+def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, split: TensorParallel | None = None) -> Tensor:
     """Returns the sum of cross-entropies in fp32 of hidden (N, h) times weight (V, h) against targets (N,).
 
     Uses torch's linear_cross_entropy if this torch has it: it computes logits and their gradient a chunk at a time. Its
     own reduction is inaccurate in bf16 (torch 2.13), so the losses are summed here. Without it, and where tensor-
     parallel ranks share the vocabulary, logits are computed in chunks that the backward pass recomputes.
     """
-    shared = tensor is not None and tensor.size > 1
+    shared = split is not None and split.size > 1
     weight = local_part(weight)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -2478,7 +2480,7 @@ def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, tensor: T
             )
         return losses.float().sum()
     total = torch.zeros((), device=hidden.device)
-    chunk_loss = tensor.loss_of_chunk if shared else loss_of_chunk
+    chunk_loss = split.loss_of_chunk if shared else loss_of_chunk
     for chunk, chunk_targets in zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True):
         loss = torch.utils.checkpoint.checkpoint(chunk_loss, chunk, weight, chunk_targets, use_reentrant=False)
         total = total + loss
@@ -2838,7 +2840,7 @@ class TensorParallel:
 class SplitStyle:
     """What transformers asks about a kind of module: how its parameters are shared out, and its forward pass."""
 
-    tensor: TensorParallel
+    ranks: TensorParallel
     kind: str
 
     def validate_param(self, *module_and_parameter: Any, **names: Any) -> None:
@@ -2853,9 +2855,9 @@ class SplitStyle:
         module._parameters[name] = nn.Parameter(distribute_tensor(whole, mesh, [placement], src_data_rank=None))
 
     def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        self.tensor.group = mesh.get_group()
+        self.ranks.group = mesh.get_group()
         if hasattr(module, "weight"):  # not where another pipeline stage holds it
-            module.forward = functools.partial(getattr(self.tensor, self.kind), module)
+            module.forward = functools.partial(getattr(self.ranks, self.kind), module)
 
 
 # ---- Model: pipeline stages ----------------------------------------------------------------------------------
@@ -2910,10 +2912,12 @@ class Pipeline:
     def forward(self, model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
         """Takes a micro-batch through this stage. Returns the sum of its token losses; 0 before the last stage."""
         entered, (rows, width) = None, micro_batch["input_ids"].shape
-        if parallel.tensor.size > 1:  # a model would count the tokens of the stream, of which a rank holds a part
+        if (
+            parallel.tensor_parallel.size > 1
+        ):  # a model would count the tokens of the stream, of which a rank holds a part
             micro_batch = {"position_ids": torch.arange(width)[None], **micro_batch}
         if self.before is not None:
-            shape = (rows, width // parallel.tensor.size, self.hidden)
+            shape = (rows, width // parallel.tensor_parallel.size, self.hidden)
             entered = self.receive(self.before, self.forth, shape)
             entered.requires_grad_(torch.is_grad_enabled())
             micro_batch = dict(micro_batch, inputs_embeds=entered)

@@ -92,7 +92,7 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, s
         shape=script.model_shape(model_config),
         config=script.Config(),
         device=torch.device("cpu"),
-        tensor=script.TensorParallel(),
+        tensor_parallel=script.TensorParallel(),
     )
     with fake_ranks(stages * plan.data_parallel_size, stage * plan.data_parallel_size), warnings.catch_warnings():
         warnings.simplefilter("ignore")
