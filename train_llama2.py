@@ -634,6 +634,10 @@ def training_step(
 def clip_gradients(model: nn.Module, parallel: Parallel) -> Tensor:
     """Clips the global gradient norm, over the shards and stages of all ranks, and returns it as it was before."""
     parameters = list(model.parameters())
+    for parameter in parameters:
+        # Beside tensor parallelism without FSDP, a norm's gradient has yet to be added up over the ranks.
+        if hasattr(parameter.grad, "placements") and parameter.grad.placements != parameter.placements:
+            parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = parallel.pipeline.norm_over_stages(unsharded(nn.utils.get_total_norm(gradients)))
     nn.utils.clip_grads_with_norm_(parameters, parallel.config.max_grad_norm or math.inf, norm)
@@ -2144,10 +2148,12 @@ def load_model(parallel: Parallel) -> nn.Module:
     if plan.cpu_offload:
         keep_parameters_on_cpu(model)
     mesh = getattr(next(model.parameters()), "device_mesh", None)
-    if mesh is not None:  # torch makes these groups with its own default timeout: 10 minutes under NCCL
-        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
-        for dimension in range(mesh.ndim):
-            set_timeout(parallel.timeout, mesh.get_group(dimension))
+    groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)] if mesh is not None else []
+    if plan.pipeline_parallel_size > 1:
+        groups.append(model._pp_stage.pp_group)
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
+    for group in groups:  # torch makes them with its own default timeout: 10 minutes under NCCL
+        set_timeout(parallel.timeout, group)
     return parallel.accelerator.prepare_model(model) if plan.strategy == "ddp" else model
 
 
@@ -2222,7 +2228,7 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
 
 @contextlib.contextmanager
 def tied_weights_in_one_group() -> Iterator[None]:
-    """Inside, FSDP shards tied embeddings as one parameter, in the root group, which holds all that is not in a layer.
+    """Inside, FSDP shards tied embeddings as one parameter, in the root group, alone.
 
     transformers ties embedding and head after it has wrapped them. The matrix then belongs to two FSDP groups, which
     pad it each for itself, and where the ranks do not divide the vocabulary it trains wrongly from the second step on
@@ -2794,9 +2800,10 @@ class TensorParallel:
         return self.gather(F.linear(hidden, module.weight.to_local()), dimension=hidden.ndim - 1)
 
     def loss_of_chunk(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """Returns what `loss_of_chunk` does, from this rank's part of the vocabulary and three numbers a token of each.
+        """Returns what the function `loss_of_chunk` does, with the logits of this rank's part of the vocabulary.
 
-        The gradient that reaches `hidden` is this rank's part of it. The last norm's gather adds the parts up.
+        Per token the ranks exchange the largest logit, the sum of exponentials and the target's logit. The gradient of
+        `hidden` is this rank's part of it; the last norm's gather adds the parts up.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(hidden, weight).float()
@@ -2807,7 +2814,8 @@ class TensorParallel:
         parts = torch.stack([(logits - largest[:, None]).exp().sum(-1), of_target])
         sums = parts.detach().clone()
         dist.all_reduce(sums, group=self.group)
-        exponentials, of_target = parts + (sums - parts.detach())  # the sums, with the gradient of this rank's part
+        # an all-reduce whose backward pass is the identity: each rank's part gets the gradient of the sum
+        exponentials, of_target = parts + (sums - parts.detach())
         return (exponentials.log() + largest - of_target).masked_fill(targets == IGNORE_INDEX, 0).sum()
 
     def places(self, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -2886,7 +2894,8 @@ class Pipeline:
             ranks_of_stage = world_size // self.stages
             self.stage = rank // ranks_of_stage
             self.ranks = list(range(rank % ranks_of_stage, world_size, ranks_of_stage))
-            self.before, self.after = ([None, *self.ranks, None][self.stage + place] for place in (0, 2))
+            self.before = self.ranks[self.stage - 1] if self.stage else None
+            self.after = self.ranks[self.stage + 1] if self.stage + 1 < self.stages else None
             # a group for each direction: in one, a send forward and a send back could wait for each other under NCCL
             make_group = functools.partial(dist.new_group, self.ranks, timeout, use_local_synchronization=True)
             self.forth, self.back = make_group(), make_group()
@@ -2915,7 +2924,7 @@ class Pipeline:
         if (
             parallel.tensor_parallel.size > 1
         ):  # a model would count the tokens of the stream, of which a rank holds a part
-            micro_batch = {"position_ids": torch.arange(width)[None], **micro_batch}
+            micro_batch = {"position_ids": torch.arange(width, device=parallel.device)[None], **micro_batch}
         if self.before is not None:
             shape = (rows, width // parallel.tensor_parallel.size, self.hidden)
             entered = self.receive(self.before, self.forth, shape)
@@ -2975,14 +2984,19 @@ class Pipeline:
         of_each_rank = on_all_ranks(lambda: described, gathered=True)
         for owner in self.ranks:
             for name, shape, dtype in of_each_rank[owner]:
-                whole = torch.empty(shape, dtype=dtype, device=self.device)
                 if name in tensors:
                     whole = unsharded(tensors[name]).to(self.device)
+                else:
+                    whole = torch.empty(shape, dtype=dtype, device=self.device)
                 dist.broadcast(whole, owner, group=self.forth)
                 yield name, whole
+                del whole  # before there is another
 
     def note(self, words: str) -> None:
-        """Notes what this rank waits for from here on. While watched, what came before must first be done on a GPU."""
+        """Notes what this rank waits for from here on.
+
+        While watched, it first waits for the GPU, so that the note is about the operation that really hangs.
+        """
         if self.is_watched and self.device.type == "cuda":
             torch.cuda.synchronize()
         self.noted = (words, time.monotonic())
@@ -3019,7 +3033,7 @@ class Pipeline:
 def stages_of_the_plan(parallel: Parallel) -> Iterator[None]:
     """Inside, transformers cuts the layers into the plan's stages; its own leave the head out of account.
 
-    It would also split layers for tensor parallelism that the stage does not hold any more, and fail.
+    transformers would also try to split layers that this stage does not hold, and fail.
     """
     from transformers.distributed import mixin
     from transformers.distributed.pipeline_parallel import PipelineStage
@@ -3323,7 +3337,8 @@ class Checkpoints:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
 
-        shares = {name: each.nbytes // self.parallel.data_parallel_size for name, each in tensors.items()}
+        sharers = self.parallel.data_parallel_size * self.parallel.plan.tensor_parallel_size
+        shares = {name: each.nbytes // sharers for name, each in tensors.items()}
 
         try:
             self.on_all_ranks(make_folder, main_only=True)
@@ -4627,6 +4642,7 @@ class Plan:
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
             "reduce once" if self.uses_fsdp and self.holds_gradients_back else "",
             "offload" if self.cpu_offload else "",
+            "eager" if self.tensor_parallel_size > 1 and self.recompute_every else "",
             f"bubble {self.bubble:.0%}" if self.bubble else "",
         ]
         return ", ".join(filter(None, parts))
@@ -4840,8 +4856,17 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
             axes = dict(zip(open_axes, chosen, strict=True))
             steps = math.ceil(rank_documents / axes["micro_batch_size"])
             plan = Plan(stages, replicas, shards, tensor, gradient_accumulation_steps=steps, **axes, **fixed)
+            if tensor > 1 and plan.recompute_every and plan.compiled:
+                if config.compile == "yes":
+                    continue
+                plan = dataclasses.replace(plan, compiled=False)  # torch 2.13 cannot compile recomputed DTensors
             if config.gradient_sync != "auto" or plan.gradient_sync in useful_gradient_syncs(plan):
                 plans.append(plan)
+    if not plans:
+        raise UserError(
+            f"--compile yes and --activation-checkpointing {config.activation_checkpointing} do not go together beside "
+            "tensor parallelism; leave one of them out"
+        )
     return plans
 
 
@@ -4860,10 +4885,11 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     nodes is slow, so a single node has none; and 1, 2, 4 or 8 tensor-parallel ranks.
     """
     stage_counts, tensor_sizes = [given_stages(shape, cluster, config)], [given_tensor_size(shape, cluster, config)]
-    if config.pipeline_parallel_size is None and not shape.uncuttable:
+    cuts_by_itself = config.parallelism not in ("none", "ddp")  # where there is one process for the whole model
+    if cuts_by_itself and config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
         stage_counts += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
-    if config.tensor_parallel_size is None and config.cpu_offload != "yes":
+    if cuts_by_itself and config.tensor_parallel_size is None and config.cpu_offload != "yes":
         tensor_sizes += [size for size in (2, 4, 8) if not why_not_split(shape, cluster, size)]
     layouts, problems = [], []
     for stages, tensor in itertools.product(stage_counts, tensor_sizes):
@@ -5134,6 +5160,9 @@ def why_unsplittable(model: PreTrainedModel, attention: str | None) -> str:
     if model.config.get_text_config().tie_word_embeddings:
         return "its embedding and its head are one matrix"
     modules, norm = dict(model.named_modules()), getattr(model.base_model, "norm", None)
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name in modules}
+    if missing := next((name for name in SPLIT_MODULES if name not in names), None):
+        return f"it has no {missing}"
     for name, _ in model.named_parameters():
         module, _, parameter = name.rpartition(".")
         kind = SPLIT_MODULES.get(re.sub(r"\.\d+\.", ".*.", module))

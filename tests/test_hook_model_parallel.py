@@ -80,6 +80,7 @@ CUT = {  # by name, which begins with that of the run of one process that it mus
     "packed, split in 2": (2, TP2 | PACKED | dict(activation_checkpointing="every-2")),
     "summary, split in 2": (2, TP2 | dict(loss_on="summary")),
     "split in 2, skipped": (2, TP2),
+    "split in 2, bf16-states": (2, TP2 | dict(precision="bf16-states")),
     "padded, split in 4": (4, TP4 | SUMMARIES),
     "packed, split in 2, fsdp 2": (4, TP2 | FSDP | PACKED | RECOMPUTED),
     "padded, split in 2, 2 replicas": (4, TP2 | REPLICAS),
@@ -116,7 +117,10 @@ def expected_run(name: str) -> str:
     return next(each for each in ONE_PROCESS if each in name)
 
 
-@pytest.mark.parametrize("name", [name for name in CUT if "skipped" not in name])
+COMPARED = [name for name in CUT if not name.endswith(("skipped", "bf16-states"))]
+
+
+@pytest.mark.parametrize("name", COMPARED)
 def test_losses_equal_one_processs(runs, name):
     folder, expected = runs[name][1], runs[expected_run(name)][1]
     assert_same_run(folder, expected)
@@ -190,6 +194,13 @@ def moved(runs, tmp_path_factory) -> dict[str, tuple[SimpleNamespace, Path]]:
             shutil.rmtree(base / name / "checkpoints" / "step-000008")
         ended |= run_all(base, flags_of, processes)
     return {name: (run, base / name) for name, run in ended.items()}
+
+
+def test_norms_stay_equal_on_ranks_that_split_a_layer(runs):
+    """Each rank sees the gradient of its own tokens alone, and AdamW in bf16 works on what each rank holds."""
+    line = next(line for line in runs["split in 2, bf16-states"][0].stdout.splitlines() if line.startswith("NORMS"))
+    first, second = json.loads(line.removeprefix("NORMS"))
+    assert len(first) == 9 and first == second
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -302,6 +313,7 @@ def test_models_are_cut_only_where_layers_pass_hidden_states_alone(kind, changes
         ("Granite", dict(logits_scaling=2.0), "more than Llama"),
         ("Gemma", dict(head_dim=8), "no rule for its model.embed_tokens.weight"),  # it multiplies what it looks up
         ("StableLm", {}, "no rule for its model.layers.0.input_layernorm.bias"),
+        ("Arcee", {}, "it has no model.layers.*.mlp.gate_proj"),
         ("GPTNeoX", {}, "no rule for its"),
     ],
 )
