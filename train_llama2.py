@@ -1655,9 +1655,13 @@ def csv_problem(file: Path, config: Config) -> str:
         rows, number = csv.reader(stream, delimiter=separator, strict=True), 0
         try:
             header = next(rows, [])
-            if missing := [name for name in (config.article_column, config.summary_column) if name not in header]:
+            wanted = {"--article-column": config.article_column, "--summary-column": config.summary_column}
+            if missing := [flag for flag, name in wanted.items() if name not in header]:
                 shown = ", ".join(textwrap.shorten(name, 40) for name in header[:5])
-                return f"has no column {missing[0]} in its first row, but {shown}; write the columns' names there"
+                return (
+                    f"has no column {wanted[missing[0]]} in its first row, but {shown}; name another with "
+                    f"{missing[0]}, or write the columns' names there"
+                )
             number = 1
             for number, row in enumerate(rows, 2):
                 if row and len(row) != len(header):
@@ -4937,8 +4941,10 @@ def why_not_split(shape: ModelShape, cluster: Cluster, size: int) -> str:
     """Returns why the layers cannot be split over `size` ranks of a node, and what can be done; "" if they can."""
     if shape.unsplittable:
         return f"{shape.unsplittable}; leave it out"
-    if PAD_MULTIPLE % size or cluster.ranks_per_node % size:
-        return f"it has to divide {PAD_MULTIPLE} and the {cluster.ranks_per_node} processes of a node; use a divisor"
+    if PAD_MULTIPLE % size:
+        return f"it has to divide {PAD_MULTIPLE}; use a divisor"
+    if (ranks := cluster.ranks_per_node) % size:
+        return f"it does not divide the {ranks} rank(s) of a node; use a divisor, or another --nproc_per_node"
     sizes = dict(heads=shape.heads, intermediate_size=shape.intermediate, vocab_size=shape.vocabulary)
     sizes["key and value heads"] = shape.kv_size // shape.head_dim
     uneven = next((f"{value} {name}" for name, value in sizes.items() if value % size), "")
@@ -4973,7 +4979,7 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1, ten
     if cluster.world_size % parts:
         raise UserError(
             f"{shown} needs equally many processes for each of {parts} parts of the model, and {cluster.world_size} "
-            "were started; use a divisor"
+            "were started; use a divisor, or another --nproc_per_node"
         )
     if parts > 1 and config.parallelism == "ddp":
         raise UserError(

@@ -352,7 +352,7 @@ STRANGE = {"text": "a b c", "title": "d"}
         pytest.param({"train.csv": "article,highlights\n"}, ["at least one row"], id="csv of a header alone"),
         pytest.param(
             {"train.csv": "a b c,d\ne f g,h\n"},
-            ["no column article in its first row", "a b c, d"],
+            ["no column article in its first row", "a b c, d", "--article-column"],
             id="csv without a header",
         ),
         pytest.param({"train.parquet": "PAR0"}, ["Parquet", "malformed"], id="malformed parquet"),

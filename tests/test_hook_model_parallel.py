@@ -257,12 +257,15 @@ def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
     ("config", "rule"),
     [
         (dict(pipeline_parallel_size=8), "needs a layer for each stage, and the model has 4; use at most that"),
-        (dict(pipeline_parallel_size=3), "3 needs equally many processes for each of 3 parts of the model, and 8 were"),
+        (dict(pipeline_parallel_size=3), "for each of 3 parts of the model, and 8 were started; .* --nproc_per_node"),
         (PP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --pipeline-parallel-size 2; use hsdp"),
-        (PP2 | dict(parallelism="none"), "runs one process for each part of the model, but 4 were started"),
+        (
+            PP2 | dict(parallelism="none", tensor_parallel_size=1),
+            "runs one process for each part of the model, but 4 were started",
+        ),
         (PP2 | dict(parallelism="hsdp", hsdp_shard_size=4), "groups of at least 1 ranks for each part of the model"),
-        (dict(parallelism="hsdp", hsdp_shard_size=1), "groups of at least 2 ranks"),
-        (dict(tensor_parallel_size=3), "3 cannot be had here: it has to divide 8 and the 8 processes of a node"),
+        (dict(parallelism="hsdp", hsdp_shard_size=1, tensor_parallel_size=1), "groups of at least 2 ranks"),
+        (dict(tensor_parallel_size=3), "3 cannot be had here: it has to divide 8; use a divisor"),
         (dict(tensor_parallel_size=8), "8 cannot be had here: it does not divide the model's 4 heads"),
         (TP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --tensor-parallel-size 2; use hsdp"),
         (
@@ -278,6 +281,12 @@ def test_parts_that_cannot_work_are_refused(config, rule):
     shape = model_shape(transformers.LlamaConfig(**LLAMA))
     with pytest.raises(UserError, match=rule):
         candidate_plans(shape, parse_cluster("8xH100-80GB"), Config(**config))
+
+
+def test_tensor_parallelism_on_too_few_processes_names_nproc():
+    shape, cluster = model_shape(transformers.LlamaConfig(**LLAMA)), parse_cluster("1xH100-80GB")
+    with pytest.raises(UserError, match=r"does not divide the 1 rank\(s\) of a node; .* --nproc_per_node"):
+        candidate_plans(shape, cluster, Config(**TP2))
 
 
 @pytest.mark.parametrize(
