@@ -458,9 +458,9 @@ def test_positions_without_a_label_never_reach_the_head(monkeypatch, packing):
     documents, prompts, seen = random_documents(20, 33), [15, 30], []
     healthy = train_llama2.summed_token_loss
 
-    def recording(hidden, weight, targets):
+    def recording(hidden, weight, targets, *split):
         seen.append((tuple(hidden.shape), tuple(targets.shape)))
-        return healthy(hidden, weight, targets)
+        return healthy(hidden, weight, targets, *split)
 
     monkeypatch.setattr(train_llama2, "summed_token_loss", recording)
     micro = pack(documents, prompts)
