@@ -323,7 +323,7 @@ def test_models_are_cut_only_where_layers_pass_hidden_states_alone(kind, changes
         ("Gemma", dict(head_dim=8), "no rule for its model.embed_tokens.weight"),  # it multiplies what it looks up
         ("StableLm", {}, "no rule for its model.layers.0.input_layernorm.bias"),
         ("Arcee", {}, "it has no model.layers.*.mlp.gate_proj"),
-        ("GPTNeoX", {}, "no rule for its"),
+        ("GPTNeoX", {}, "it has no model.embed_tokens"),
     ],
 )
 def test_models_are_split_only_where_every_parameter_has_a_rule(kind, changes, reason):
