@@ -927,7 +927,8 @@ def enable_advanced_parallelization(config: Config, trains_stages: bool = False)
     cannot be read, or the plan that was asked for cannot work.
 
     `trains_stages` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages need it,
-    because a stage alone has no loss, so without `trains_stages` no plan with stages is chosen or accepted.
+    because a stage alone has no loss, and tensor parallelism, because its ranks share out rows of a multiple of 8
+    tokens. Without `trains_stages` no plan with either is chosen or accepted.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -948,7 +949,7 @@ def enable_advanced_parallelization(config: Config, trains_stages: bool = False)
     cluster = find_cluster()
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
     if not trains_stages:
-        own_loop = "the calling loop does not say that it trains_stages"
+        own_loop = "the caller of enable_advanced_parallelization does not set trains_stages"
         shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop)
     if on_moai:
         choice, plan, words = None, moai_plan(shape, config), MOAI_WORDS
@@ -2640,11 +2641,13 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
             parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
             return False
-    # Recomputing or not, one row (a size of 1 is compiled as a constant) or several, training or evaluation: with the
-    # variants of each, more graphs than torch's limit of 8.
+    # Layers are compiled apart for recomputing or not, for one row (a size of 1 is a constant) or several, and for
+    # training or evaluation. That can be more than torch's limit of 8 graphs.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
-    torch._dynamo.config.optimize_ddp = False  # it would cut a layer into 11 graphs, which save more between them
+    torch._dynamo.config.optimize_ddp = (
+        False  # it cuts a layer into 11 graphs, and keeps what passes between them in memory
+    )
     for layer in decoder_layers(parallel.accelerator.unwrap_model(model)):
         layer.compile(dynamic=True)
     return True
@@ -3081,7 +3084,7 @@ LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its sav
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
-CHECKPOINT_VERSION = 2  # without one: held-out documents were drawn before empty ones were dropped
+CHECKPOINT_VERSION = 2  # checkpoints without one drew the held-out documents before they dropped empty ones
 WRITING, DELETING = ".writing", ".deleting"
 
 
@@ -4444,8 +4447,9 @@ def run_description(parallel: Parallel, resolved: dict[str, Any], plan_check: di
 class PlanCheck:
     """Predicted against measured for the second step of this run. The first one allocates and compiles.
 
-    `quantities` hold, once it has ended, `predicted`, `measured` and the `band` that the prediction claims, for active
-    and reserved GiB of rank 0 and for the seconds of the step. Rank 0 alone; on MoAI there is nothing to compare.
+    Once the second step has ended, `quantities` hold `predicted`, `measured` and the `band` that the prediction claims,
+    for active and reserved GiB of rank 0 and for the seconds of the step. Rank 0 alone; on MoAI there is nothing to
+    compare.
     """
 
     def __init__(self, parallel: Parallel, compiled: bool):
@@ -5111,7 +5115,7 @@ class ModelShape:
 def shapes_of_stages(shape: ModelShape, stages: int, tensor: int = 1) -> tuple[ModelShape, ...]:
     """Returns the part of the model on each pipeline stage: the embedding is on the first, the head on the last.
 
-    Beside tensor parallelism it is one rank's part of that: the stream and the norms keep their width.
+    Beside tensor parallelism it is one rank's part of that. The hidden size is not divided.
     """
     if stages * tensor == 1:
         return (shape,)
@@ -5263,7 +5267,7 @@ def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> fl
     """Returns what the allocator's pools hold, one per stream, after each has been at its peak.
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
-    Reduced gradients end up all there at once. Gathering takes the buffers of two layers and of the head, and one layer
+    All reduced gradients are there at the end. Gathering takes the buffers of two layers and of the head, and one layer
     of them is in the moments already.
     """
     plan, shape = step.plan, step.shape
@@ -5399,19 +5403,19 @@ def largest(moments: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 class StepMemory:
-    """What the moments of a step have in common, for micro-batches of `tokens` tokens. In bytes.
+    """What the moments of a step have in common, for micro-batches of `tokens` tokens.
 
     Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
-    shows how closely). h hidden, f intermediate, k key and value size, a heads, v vocabulary.
+    shows how closely). h hidden, f intermediate, q query size, k key and value size, a heads.
     """
 
     def __init__(self, shape: ModelShape, plan: Plan, tokens: int, stage: int = 0):
         self.shape, self.plan, self.tokens = shape, plan, tokens
         h, f, q, k, a = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, shape.heads
         split = plan.tensor_parallel_size > 1
-        # `own` is what a rank holds of the stream: beside tensor parallelism, that of its tokens. A norm gathers all of
-        # it. There the norms are torch's fused ones, which save no more than their input.
-        own = h / plan.tensor_parallel_size
+        # What a rank holds of the residual stream, in elements per token: beside tensor parallelism, its tokens' part.
+        # A norm gathers all of it. There the norms are torch's fused ones, which save no more than their input.
+        stream_width = h / plan.tensor_parallel_size
         in_fp32 = plan.compute_bytes == 4
         # In bytes per token, but for `layers_kept_whole`, a count, and `other_copies`, `chunk` and `head_buffers`,
         # bytes.
@@ -5423,13 +5427,13 @@ class StepMemory:
         self.norm_backward = self.norm + 16 * h
         if split:  # its input, and the output of all ranks; then also the gradients of both
             in_stream = 4 if in_fp32 or plan.autocasts else 2
-            self.norm = in_stream * own + plan.compute_bytes * h
+            self.norm = in_stream * stream_width + plan.compute_bytes * h
             self.norm_backward = 2 * self.norm
         # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
         # gradient.
         self.scalars = 4 * 8 + 3 * 4
         # What a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32.
-        self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * own
+        self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * stream_width
         # What an eager layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key
         # and value 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Under autocast the norms save fp32 alone,
         # 16h, and the inputs of five projections are copied to bf16, 10h.
@@ -5438,7 +5442,7 @@ class StepMemory:
         if plan.compiled:
             # Its input, and what matmuls and attention read or write: two norms' outputs 2h, query and attention output
             # 2q, its projection, key and value 2k, gate, up and their product 3f. The rest is computed again from them.
-            read = 2 * h + 2 * q + own + 2 * k + 3 * f
+            read = 2 * h + 2 * q + stream_width + 2 * k + 3 * f
             self.whole_layer = self.layer_input + plan.compute_bytes * read + 4 * a + 8
         recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
         self.layers_kept_whole = recomputed.count(False)
@@ -5459,14 +5463,14 @@ class StepMemory:
         # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
         logits = 0 if in_fp32 or split else 2 * 2 * rows * shape.vocabulary
         self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
-        self.own = own
+        self.stream_width = stream_width
 
     def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
         """Returns where the backward pass of a layer may peak: bytes per token, and parameters with a gradient by then.
 
         In its MLP; or at the end, in the backward of its first norm. A compiled layer may also peak in its attention.
         """
-        shape, plan, own = self.shape, self.plan, self.own
+        shape, plan = self.shape, self.plan
         h, f, q, k, width = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, plan.compute_bytes
         gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         if not plan.compiled:
@@ -5475,12 +5479,12 @@ class StepMemory:
             norm = self.norm_backward + (self.stream if width == 2 else 0)
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once; else the product is
-        # gone by then, and gate's takes the place of the gate.
+        # gone by then, and the gate's gradient overwrites the gate.
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
         # Input and output gradient. The first norm's output and attention's projection, query and attention's output
         # 2q, key and value 2k; gradients of the MLP's inputs 2h, of attention's output and query 2q, of key and value
         # 2k. Flash attention adds up the query's in fp32, 4q.
-        attention = (2 * self.layer_input + width * (3 * h + own + 4 * q + 4 * k) + 4 * q, 3 * h * f)
+        attention = (2 * self.layer_input + width * (3 * h + self.stream_width + 4 * q + 4 * k) + 4 * q, 3 * h * f)
         # Input and gradient. The first norm's output, the gradients of the three that read it, and their sum: 5h.
         return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
