@@ -2765,7 +2765,7 @@ class TensorParallel:
     less memory (sequence parallelism: Korthikanti et al. 2022, "Reducing Activation Recomputation", section 4.2.2).
 
     Parameters are DTensors on one mesh, norms too, so that clipping, AdamW and checkpoints see whole matrices. The
-    forward pass computes with their local parts, because DTensors do not compile for lengths of any size.
+    forward pass computes with their local parts. Its layers are not compiled (see `candidate_plans`).
     """
 
     def __init__(self, size: int = 1):
@@ -2836,7 +2836,6 @@ class TensorParallel:
 
         # renamed in torch 2.13
         all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
-        # along dimension 0, because to compile the other ways for rows of any length fails in torch 2.13
         return all_gather(part.movedim(dimension, 0).contiguous(), 0, self.group).movedim(0, dimension).contiguous()
 
     def add_up(self, summand: Tensor) -> Tensor:
@@ -4650,7 +4649,7 @@ class Plan:
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
             "reduce once" if self.uses_fsdp and self.holds_gradients_back else "",
             "offload" if self.cpu_offload else "",
-            "eager" if self.tensor_parallel_size > 1 and self.recompute_every else "",
+            "eager" if self.tensor_parallel_size > 1 else "",
             f"bubble {self.bubble:.0%}" if self.bubble else "",
         ]
         return ", ".join(filter(None, parts))
@@ -4864,16 +4863,17 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
             axes = dict(zip(open_axes, chosen, strict=True))
             steps = math.ceil(rank_documents / axes["micro_batch_size"])
             plan = Plan(stages, replicas, shards, tensor, gradient_accumulation_steps=steps, **axes, **fixed)
-            if tensor > 1 and plan.recompute_every and plan.compiled:
+            if tensor > 1 and plan.compiled:
                 if config.compile == "yes":
                     continue
-                plan = dataclasses.replace(plan, compiled=False)  # torch 2.13 cannot compile recomputed DTensors
+                # Compiled by torch 2.13, layers that gather rows of several documents get wrong gradients.
+                plan = dataclasses.replace(plan, compiled=False)
             if config.gradient_sync != "auto" or plan.gradient_sync in useful_gradient_syncs(plan):
                 plans.append(plan)
     if not plans:
         raise UserError(
-            f"--compile yes and --activation-checkpointing {config.activation_checkpointing} do not go together beside "
-            "tensor parallelism; leave one of them out"
+            f"--compile yes does not go with --tensor-parallel-size {config.tensor_parallel_size}, under which torch "
+            "compiles wrong gradients; leave one of them out"
         )
     return plans
 

@@ -1018,9 +1018,7 @@ def test_groups_that_cross_nodes_share_the_network():
     ("plan", "tokens", "measured"),
     [
         (dict(shards=4, tensor_parallel_size=2, activation_checkpointing="none"), 4096, 8.48),
-        (dict(shards=4, tensor_parallel_size=2, activation_checkpointing="none", compiled=True), 4096, 8.20),
         (dict(shards=2, tensor_parallel_size=4), 8192, 6.34),
-        (dict(shards=2, tensor_parallel_size=4, compiled=True), 8192, 6.36),
         (dict(tensor_parallel_size=8, activation_checkpointing="none", gradient_accumulation_steps=2), 8192, 8.99),
         (dict(shards=4, tensor_parallel_size=2, pipeline_parallel_size=2, activation_checkpointing="none",
               gradient_accumulation_steps=4), 4096, 7.02),
