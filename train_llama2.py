@@ -286,7 +286,8 @@ class Config:
         "auto", "lay documents end to end instead of padding them; auto: where variable-length flash attention runs",
         AUTO_YES_NO)
     compile: str = flag(
-        "auto", "compile the decoder layers, not beside tensor parallelism; auto: on a GPU, if the run is long enough", AUTO_YES_NO)
+        "auto", "compile the decoder layers, not beside tensor parallelism; auto: on a GPU, if the run is long enough",
+        AUTO_YES_NO)
     plan: str | None = flag(
         None, "print the plan for this machine, or for a cluster such as 2x8xH100-80GB,ib=400, and exit",
         text(unset="none"), bare="here")
