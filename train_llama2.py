@@ -1491,7 +1491,7 @@ def saved_splits(paths: list[str], config: Config) -> dict[str, Dataset]:
 
 
 def by_meaning(splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Returns the splits under the names train, validation and test, whichever word they go by, and no others.
+    """Returns the splits under the names train, validation and test, whichever word they go by; others keep theirs.
 
     Those that mean the same are joined.
     """
@@ -2646,9 +2646,8 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     # training or evaluation. That can be more than torch's limit of 8 graphs.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
-    torch._dynamo.config.optimize_ddp = (
-        False  # it cuts a layer into 11 graphs, and keeps what passes between them in memory
-    )
+    # it would cut a layer into 11 graphs, and keep what passes between them in memory
+    torch._dynamo.config.optimize_ddp = False
     for layer in decoder_layers(parallel.accelerator.unwrap_model(model)):
         layer.compile(dynamic=True)
     return True
@@ -2833,22 +2832,22 @@ class TensorParallel:
 
     def gather(self, part: Tensor, dimension: int) -> Tensor:
         """Returns the parts of all ranks side by side. The backward pass adds up and scatters."""
-        from torch.distributed import _functional_collectives as collectives
-
-        # renamed in torch 2.13
-        all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
-        return all_gather(part.movedim(dimension, 0).contiguous(), 0, self.group).movedim(0, dimension).contiguous()
+        return self.collective("all_gather")(part.contiguous(), dimension, self.group)
 
     def add_up(self, summand: Tensor) -> Tensor:
         """Returns this rank's tokens of the sum over all ranks, or in generation all of them."""
-        from torch.distributed import _functional_collectives as collectives
-
         if not self.splits_tokens:
             dist.all_reduce(summand, group=self.group)
             return summand
-        single = getattr(collectives, "reduce_scatter_single_autograd", None)  # renamed in torch 2.13
-        reduce_scatter = single or collectives.reduce_scatter_tensor_autograd
-        return reduce_scatter(summand.movedim(1, 0).contiguous(), "sum", 0, self.group).movedim(0, 1).contiguous()
+        return self.collective("reduce_scatter")(summand.contiguous(), "sum", 1, self.group)
+
+    @staticmethod
+    def collective(name: str) -> Callable[..., Tensor]:
+        """Returns torch's collective that gradients flow through. torch 2.13 has renamed them."""
+        from torch.distributed import _functional_collectives as collectives
+
+        single = getattr(collectives, f"{name}_single_autograd", None)
+        return single or getattr(collectives, f"{name}_tensor_autograd")
 
 
 @dataclass(frozen=True)
@@ -2928,9 +2927,7 @@ class Pipeline:
     def forward(self, model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
         """Takes a micro-batch through this stage. Returns the sum of its token losses; 0 before the last stage."""
         entered, (rows, width) = None, micro_batch["input_ids"].shape
-        if (
-            parallel.tensor_parallel.size > 1
-        ):  # a model would count the tokens of the stream, of which a rank holds a part
+        if parallel.tensor_parallel.size > 1:  # a model would count a rank's part of the tokens
             micro_batch = {"position_ids": torch.arange(width, device=parallel.device)[None], **micro_batch}
         if self.before is not None:
             shape = (rows, width // parallel.tensor_parallel.size, self.hidden)
@@ -2997,7 +2994,7 @@ class Pipeline:
                     whole = torch.empty(shape, dtype=dtype, device=self.device)
                 dist.broadcast(whole, owner, group=self.forth)
                 yield name, whole
-                del whole  # before there is another
+                del whole
 
     def note(self, words: str) -> None:
         """Notes what this rank waits for from here on.
@@ -3837,6 +3834,7 @@ def gather_weights(model: PreTrainedModel, parallel: Parallel) -> dict[str, Tens
     for name, whole in parallel.pipeline.whole_tensors(model.state_dict()):
         if parallel.is_main:
             weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+        del whole  # before the next one is gathered
     return weights
 
 
@@ -4373,9 +4371,12 @@ def continue_lines(path: Path, state: TrainingState) -> None:
     if state.step == 0 and path.exists() and path.stat().st_size:
         former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
         path.replace(next(name for name in former if not name.exists()))
-    steps = {name: state.step for name in ("loss", "test_samples", "made_by")}  # what an evaluation's lines do not have
-    records = read_lines(path)
-    replace_lines(path, [r for r in records if r["step"] <= max(state.evaluated_step, *(steps.get(n, 0) for n in r))])
+
+    def is_kept(record: dict[str, Any]) -> bool:
+        is_evaluation = not record.keys() & {"loss", "test_samples", "made_by"}
+        return record["step"] <= (state.evaluated_step if is_evaluation else state.step)
+
+    replace_lines(path, list(filter(is_kept, read_lines(path))))
 
 
 def replace_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -4749,7 +4750,11 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
     for each in fitting:
         if each is not chosen:
             slower = each.total_seconds / chosen.total_seconds - 1
-            words = "too close to call, and not preferred" if each in contenders else f"{slower:.0%} slower"
+            words = (
+                "too close to call, and not preferred"
+                if is_too_close_to_call(each, fastest)
+                else f"{slower:.0%} slower"
+            )
             candidates.append(dataclasses.replace(each, reason=words))
     return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
 
@@ -4840,7 +4845,6 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
     fixed = dict(
         precision=precision,
         packing=packs(shape, cluster, config),
-        compiled=config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu),
     )
 
     def values(flag_value: Any, *all_of_them: Any) -> Sequence:
@@ -4849,6 +4853,8 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
     plans = []
     for stages, replicas, shards, tensor in parallel_layouts(shape, cluster, config):
         rank_documents = math.ceil(config.batch_size / (replicas * shards))
+        # Compiled by torch 2.13, split layers that gather rows of several documents get wrong gradients.
+        compiled = tensor == 1 and (config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu))
         given_size = config.micro_batch_size
         sizes = [min(given_size, rank_documents)] if given_size else micro_batch_sizes(rank_documents, stages)
         # Offload beside stages would copy a stage's weights anew for each of many micro-batches.
@@ -4863,19 +4869,11 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         for chosen in itertools.product(*open_axes.values()):
             axes = dict(zip(open_axes, chosen, strict=True))
             steps = math.ceil(rank_documents / axes["micro_batch_size"])
-            plan = Plan(stages, replicas, shards, tensor, gradient_accumulation_steps=steps, **axes, **fixed)
-            if tensor > 1 and plan.compiled:
-                if config.compile == "yes":
-                    continue
-                # Compiled by torch 2.13, layers that gather rows of several documents get wrong gradients.
-                plan = dataclasses.replace(plan, compiled=False)
+            plan = Plan(
+                stages, replicas, shards, tensor, gradient_accumulation_steps=steps, compiled=compiled, **axes, **fixed
+            )
             if config.gradient_sync != "auto" or plan.gradient_sync in useful_gradient_syncs(plan):
                 plans.append(plan)
-    if not plans:
-        raise UserError(
-            f"--compile yes does not go with --tensor-parallel-size {config.tensor_parallel_size}, under which torch "
-            "compiles wrong gradients; leave one of them out"
-        )
     return plans
 
 
@@ -4898,7 +4896,8 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     if cuts_by_itself and config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
         stage_counts += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
-    if cuts_by_itself and config.tensor_parallel_size is None and config.cpu_offload != "yes":
+    may_split = config.tensor_parallel_size is None and "yes" not in (config.cpu_offload, config.compile)
+    if cuts_by_itself and may_split:
         tensor_sizes += [size for size in (2, 4, 8) if not why_not_split(shape, cluster, size)]
     layouts, problems = [], []
     for stages, tensor in itertools.product(stage_counts, tensor_sizes):
@@ -4939,6 +4938,11 @@ def given_tensor_size(shape: ModelShape, cluster: Cluster, config: Config) -> in
         raise UserError(f"--tensor-parallel-size {size} cannot be had here: {reason}")
     if size > 1 and config.cpu_offload == "yes":
         raise UserError(f"--cpu-offload yes does not go with --tensor-parallel-size {size}; leave one of them out")
+    if size > 1 and config.compile == "yes":
+        raise UserError(
+            f"--compile yes does not go with --tensor-parallel-size {size}, under which torch compiles wrong "
+            "gradients; leave one of them out"
+        )
     return size
 
 
@@ -5414,9 +5418,6 @@ class StepMemory:
         self.shape, self.plan, self.tokens = shape, plan, tokens
         h, f, q, k, a = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, shape.heads
         split = plan.tensor_parallel_size > 1
-        # What a rank holds of the residual stream, in elements per token: beside tensor parallelism, its tokens' part.
-        # A norm gathers all of it. There the norms are torch's fused ones, which save no more than their input.
-        stream_width = h / plan.tensor_parallel_size
         in_fp32 = plan.compute_bytes == 4
         # In bytes per token, but for `layers_kept_whole`, a count, and `other_copies`, `chunk` and `head_buffers`,
         # bytes.
@@ -5426,15 +5427,15 @@ class StepMemory:
         # A norm's backward pass: what it saved, and in fp32 the gradients of the normalised input, of the input by way
         # of the scale and of the variance, and their sum, 4h each.
         self.norm_backward = self.norm + 16 * h
-        if split:  # its input, and the output of all ranks; then also the gradients of both
-            in_stream = 4 if in_fp32 or plan.autocasts else 2
-            self.norm = in_stream * stream_width + plan.compute_bytes * h
-            self.norm_backward = 2 * self.norm
         # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
         # gradient.
         self.scalars = 4 * 8 + 3 * 4
-        # What a recomputed layer keeps. Under autocast (one process, and DDP) the stream is fp32.
-        self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * stream_width
+        # What a recomputed layer keeps: the stream, of which a tensor-parallel rank holds the part of its tokens. Under
+        # autocast (one process, and DDP) it is fp32.
+        self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h / plan.tensor_parallel_size
+        if split:  # torch's fused norms save their input; their output is gathered. Then the gradients of both.
+            self.norm = self.layer_input + plan.compute_bytes * h
+            self.norm_backward = 2 * self.norm
         # What an eager layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key
         # and value 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Under autocast the norms save fp32 alone,
         # 16h, and the inputs of five projections are copied to bf16, 10h.
@@ -5443,7 +5444,7 @@ class StepMemory:
         if plan.compiled:
             # Its input, and what matmuls and attention read or write: two norms' outputs 2h, query and attention output
             # 2q, its projection, key and value 2k, gate, up and their product 3f. The rest is computed again from them.
-            read = 2 * h + 2 * q + stream_width + 2 * k + 3 * f
+            read = 3 * h + 2 * q + 2 * k + 3 * f
             self.whole_layer = self.layer_input + plan.compute_bytes * read + 4 * a + 8
         recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
         self.layers_kept_whole = recomputed.count(False)
@@ -5464,7 +5465,6 @@ class StepMemory:
         # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
         logits = 0 if in_fp32 or split else 2 * 2 * rows * shape.vocabulary
         self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
-        self.stream_width = stream_width
 
     def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
         """Returns where the backward pass of a layer may peak: bytes per token, and parameters with a gradient by then.
@@ -5485,7 +5485,7 @@ class StepMemory:
         # Input and output gradient. The first norm's output and attention's projection, query and attention's output
         # 2q, key and value 2k; gradients of the MLP's inputs 2h, of attention's output and query 2q, of key and value
         # 2k. Flash attention adds up the query's in fp32, 4q.
-        attention = (2 * self.layer_input + width * (3 * h + self.stream_width + 4 * q + 4 * k) + 4 * q, 3 * h * f)
+        attention = (2 * self.layer_input + width * (4 * h + 4 * q + 4 * k) + 4 * q, 3 * h * f)
         # Input and gradient. The first norm's output, the gradients of the three that read it, and their sum: 5h.
         return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
