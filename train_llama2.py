@@ -286,8 +286,7 @@ class Config:
         "auto", "lay documents end to end instead of padding them; auto: where variable-length flash attention runs",
         AUTO_YES_NO)
     compile: str = flag(
-        "auto", "compile the decoder layers, not beside tensor parallelism; auto: on a GPU, if the run is long enough",
-        AUTO_YES_NO)
+        "auto", "compile the decoder layers; auto: on a GPU, in a run long enough to pay for it", AUTO_YES_NO)
     plan: str | None = flag(
         None, "print the plan for this machine, or for a cluster such as 2x8xH100-80GB,ib=400, and exit",
         text(unset="none"), bare="here")
@@ -2649,7 +2648,10 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     # it would cut a layer into 11 graphs, and keep what passes between them in memory
     torch._dynamo.config.optimize_ddp = False
     for layer in decoder_layers(parallel.accelerator.unwrap_model(model)):
-        layer.compile(dynamic=True)
+        # torch 2.13 cannot compile a checkpoint of parameters that are DTensors, only the modules inside
+        inside = parallel.tensor_parallel.size > 1 and layer.gradient_checkpointing
+        for module in layer.children() if inside else [layer]:
+            module.compile(dynamic=True)
     return True
 
 
@@ -2765,7 +2767,7 @@ class TensorParallel:
     less memory (sequence parallelism: Korthikanti et al. 2022, "Reducing Activation Recomputation", section 4.2.2).
 
     Parameters are DTensors on one mesh, norms too, so that clipping, AdamW and checkpoints see whole matrices. The
-    forward pass computes with their local parts. Its layers are not compiled (see `candidate_plans`).
+    forward pass computes with their local parts, because DTensors do not compile for lengths of any size.
     """
 
     def __init__(self, size: int = 1):
@@ -2832,22 +2834,59 @@ class TensorParallel:
 
     def gather(self, part: Tensor, dimension: int) -> Tensor:
         """Returns the parts of all ranks side by side. The backward pass adds up and scatters."""
-        return self.collective("all_gather")(part.contiguous(), dimension, self.group)
+        return GatherParts.apply(part, dimension, self.size, self.group)
 
     def add_up(self, summand: Tensor) -> Tensor:
         """Returns this rank's tokens of the sum over all ranks, or in generation all of them."""
         if not self.splits_tokens:
             dist.all_reduce(summand, group=self.group)
             return summand
-        return self.collective("reduce_scatter")(summand.contiguous(), "sum", 1, self.group)
+        return ScatterSum.apply(summand, 1, self.size, self.group)
+
+
+class GatherParts(torch.autograd.Function):
+    """All ranks' parts side by side along a dimension. Backward, their gradients are added up and scattered.
+
+    torch's own collectives with a gradient do the same, but from those torch 2.13 compiled wrong gradients for several
+    rows.
+    """
 
     @staticmethod
-    def collective(name: str) -> Callable[..., Tensor]:
-        """Returns torch's collective that gradients flow through. torch 2.13 has renamed them."""
-        from torch.distributed import _functional_collectives as collectives
+    def forward(context: Any, part: Tensor, dimension: int, size: int, group: dist.ProcessGroup) -> Tensor:
+        context.layout = dimension, size, group
+        return gather_parts(part, dimension, size, group)
 
-        single = getattr(collectives, f"{name}_single_autograd", None)
-        return single or getattr(collectives, f"{name}_tensor_autograd")
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return scatter_sum(gradient, *context.layout), None, None, None
+
+
+class ScatterSum(torch.autograd.Function):
+    """This rank's part, along a dimension, of the sum over all ranks. Backward, all gradients are gathered."""
+
+    @staticmethod
+    def forward(context: Any, summand: Tensor, dimension: int, size: int, group: dist.ProcessGroup) -> Tensor:
+        context.layout = dimension, size, group
+        return scatter_sum(summand, dimension, size, group)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gather_parts(gradient, *context.layout), None, None, None
+
+
+def gather_parts(part: Tensor, dimension: int, size: int, group: dist.ProcessGroup) -> Tensor:
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+    parts = part.new_empty(size * part.shape[0], *part.shape[1:])
+    all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts.chunk(size), dimension)
+
+
+def scatter_sum(summand: Tensor, dimension: int, size: int, group: dist.ProcessGroup) -> Tensor:
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+    parts = torch.cat(summand.chunk(size, dimension))
+    total = parts.new_empty(parts.shape[0] // size, *parts.shape[1:])
+    reduce_scatter(total, parts, group=group)
+    return total
 
 
 @dataclass(frozen=True)
@@ -4651,7 +4690,6 @@ class Plan:
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
             "reduce once" if self.uses_fsdp and self.holds_gradients_back else "",
             "offload" if self.cpu_offload else "",
-            "eager" if self.tensor_parallel_size > 1 else "",
             f"bubble {self.bubble:.0%}" if self.bubble else "",
         ]
         return ", ".join(filter(None, parts))
@@ -4742,20 +4780,20 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
         return Choice(None, too_large, lever_to_fit(shape, cluster, config))
     fastest = fitting[0]
     contenders = [each for each in fitting if is_too_close_to_call(each, fastest)]
-    chosen = min(contenders, key=lambda each: preference(each, cluster))
+    chosen = min(contenders, key=lambda each: tuple(preferences(each, cluster).values()))
     reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
     if chosen is not fastest:
-        reason = f"too close to call with {fastest.plan.describe()}; {why_preferred(chosen, fastest, cluster)}"
+        mine, others = preferences(chosen, cluster), preferences(fastest, cluster)
+        why = next(words for words in mine if mine[words] != others[words])
+        reason = f"too close to call with {fastest.plan.describe()}; {why}"
     candidates = [dataclasses.replace(chosen, reason=reason)]
     for each in fitting:
         if each is not chosen:
-            slower = each.total_seconds / chosen.total_seconds - 1
-            words = (
-                "too close to call, and not preferred"
-                if is_too_close_to_call(each, fastest)
-                else f"{slower:.0%} slower"
+            close = is_too_close_to_call(each, fastest)
+            slower = f"{each.total_seconds / fastest.total_seconds - 1:.0%} slower than the fastest"
+            candidates.append(
+                dataclasses.replace(each, reason="too close to call, and not preferred" if close else slower)
             )
-            candidates.append(dataclasses.replace(each, reason=words))
     return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
 
 
@@ -4780,37 +4818,26 @@ def is_too_close_to_call(candidate: Candidate, fastest: Candidate) -> bool:
     return candidate.total_seconds <= fastest.total_seconds * (1 + band)
 
 
-def preference(candidate: Candidate, cluster: Cluster) -> tuple:
-    """Returns the sort key of candidates that are too close to call: the lowest is chosen.
+def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
+    """Returns what decides between candidates that are too close to call, first things first. The lowest is chosen.
 
-    First the plan that cuts the model into fewest parts, then one whose whole band of reserved memory fits, then one
-    that recomputes less: published runs gain 10 to 20% from that, and the extra time that the prediction adds for small
-    micro-batches is uncertain. Then the simplest plan, and of those the one that takes least memory.
+    Published runs gain 10 to 20% from less recomputation, and the extra time that the prediction adds for small
+    micro-batches is uncertain.
     """
     plan = candidate.plan
-    return (
-        plan.model_parallel_size,
-        candidate.memory_gib.reserved_high > cluster.memory_gib,
-        1 / plan.recompute_every if plan.recompute_every else 0.0,
-        ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
-        plan.cpu_offload,
-        not plan.reshard_after_forward,
-        plan.dp_shard_size > 1 and plan.holds_gradients_back,
-        plan.gradient_accumulation_steps,
-        candidate.memory_gib.active,
-    )
-
-
-def why_preferred(chosen: Candidate, fastest: Candidate, cluster: Cluster) -> str:
-    reasons = (
-        "it cuts the model into fewer parts",
-        "its reserved memory surely fits",
-        "it recomputes less",
-        *["it is the simpler"] * 5,
-        "it takes less memory",
-    )
-    keys = zip(preference(chosen, cluster), preference(fastest, cluster), reasons, strict=True)
-    return next(reason for mine, others, reason in keys if mine != others)
+    return {
+        "it cuts the model into fewer parts": plan.model_parallel_size,
+        "its reserved memory surely fits": candidate.memory_gib.reserved_high > cluster.memory_gib,
+        "it recomputes less": 1 / plan.recompute_every if plan.recompute_every else 0.0,
+        "it is the simpler": (
+            ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
+            plan.cpu_offload,
+            not plan.reshard_after_forward,
+            plan.dp_shard_size > 1 and plan.holds_gradients_back,
+            plan.gradient_accumulation_steps,
+        ),
+        "it takes less memory": candidate.memory_gib.active,
+    }
 
 
 def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate]:
@@ -4845,6 +4872,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
     fixed = dict(
         precision=precision,
         packing=packs(shape, cluster, config),
+        compiled=config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu),
     )
 
     def values(flag_value: Any, *all_of_them: Any) -> Sequence:
@@ -4853,8 +4881,6 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
     plans = []
     for stages, replicas, shards, tensor in parallel_layouts(shape, cluster, config):
         rank_documents = math.ceil(config.batch_size / (replicas * shards))
-        # Compiled by torch 2.13, split layers that gather rows of several documents get wrong gradients.
-        compiled = tensor == 1 and (config.compile == "yes" or (config.compile == "auto" and cluster.has_gpu))
         given_size = config.micro_batch_size
         sizes = [min(given_size, rank_documents)] if given_size else micro_batch_sizes(rank_documents, stages)
         # Offload beside stages would copy a stage's weights anew for each of many micro-batches.
@@ -4869,9 +4895,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         for chosen in itertools.product(*open_axes.values()):
             axes = dict(zip(open_axes, chosen, strict=True))
             steps = math.ceil(rank_documents / axes["micro_batch_size"])
-            plan = Plan(
-                stages, replicas, shards, tensor, gradient_accumulation_steps=steps, compiled=compiled, **axes, **fixed
-            )
+            plan = Plan(stages, replicas, shards, tensor, gradient_accumulation_steps=steps, **axes, **fixed)
             if config.gradient_sync != "auto" or plan.gradient_sync in useful_gradient_syncs(plan):
                 plans.append(plan)
     return plans
@@ -4896,7 +4920,7 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     if cuts_by_itself and config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
         stage_counts += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
-    may_split = config.tensor_parallel_size is None and "yes" not in (config.cpu_offload, config.compile)
+    may_split = config.tensor_parallel_size is None and config.cpu_offload != "yes"
     if cuts_by_itself and may_split:
         tensor_sizes += [size for size in (2, 4, 8) if not why_not_split(shape, cluster, size)]
     layouts, problems = [], []
@@ -4938,11 +4962,6 @@ def given_tensor_size(shape: ModelShape, cluster: Cluster, config: Config) -> in
         raise UserError(f"--tensor-parallel-size {size} cannot be had here: {reason}")
     if size > 1 and config.cpu_offload == "yes":
         raise UserError(f"--cpu-offload yes does not go with --tensor-parallel-size {size}; leave one of them out")
-    if size > 1 and config.compile == "yes":
-        raise UserError(
-            f"--compile yes does not go with --tensor-parallel-size {size}, under which torch compiles wrong "
-            "gradients; leave one of them out"
-        )
     return size
 
 
@@ -5703,7 +5722,7 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
     """Returns the fastest candidate that fits; None where none does, or where the flags rule each other out."""
     with contextlib.suppress(UserError):
         fitting = (each for each in weigh(shape, cluster, config) if each.fits)
-        return min(fitting, key=lambda each: (each.total_seconds, preference(each, cluster)), default=None)
+        return min(fitting, key=lambda each: (each.total_seconds, *preferences(each, cluster).values()), default=None)
     return None
 
 

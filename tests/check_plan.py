@@ -572,8 +572,6 @@ def settings_of(compiled: str) -> Iterator[Setting]:
     yield Setting("13b", 8, 16, 4, flags("fsdp", 1, "none", f"{kept} {stages}"), nodes=2)
     yield Setting("13b", 8, 8, 4, flags("hsdp", 1, "none", f"{whole} 1"), nodes=2)
     yield Setting("13b", 8, 16, 4, flags("hsdp", 1, "full", f"{whole} 4"), nodes=2)
-    if compiled == "yes":  # which tensor parallelism is not
-        return
     yield Setting("13b", 8, 8, 1, flags("fsdp", 2, "none", f"{each} --tensor-parallel-size 2"))
     yield Setting("13b", 8, 8, 1, flags("fsdp", 4, "full", f"{each} --tensor-parallel-size 4"))
     yield Setting("13b", 8, 8, 1, flags("none", 4, "none", "--tensor-parallel-size 8"))

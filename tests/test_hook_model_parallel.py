@@ -82,6 +82,8 @@ if os.environ.get("EVERY_CUT"):  # these take minutes on two cores, those that c
         "padded, 2 stages, compiled": (2, PP2 | dict(compile="yes")),
         "summary, split in 2": (2, TP2 | dict(loss_on="summary")),
         "split in 2, skipped": (2, TP2),
+        "padded, split in 2, compiled": (2, TP2 | dict(compile="yes")),
+        "padded, split in 2, compiled, recomputed": (2, TP2 | RECOMPUTED | dict(compile="yes")),
         "padded, 4 stages, one micro-batch": (4, PP4 | dict(micro_batch_size=11)),
         "packed, 4 stages": (4, PP4 | PACKED),
         "packed, 2 stages, fsdp 2": (4, PP2 | FSDP | PACKED | RECOMPUTED),
@@ -89,6 +91,10 @@ if os.environ.get("EVERY_CUT"):  # these take minutes on two cores, those that c
         "padded, split in 4": (4, TP4 | SUMMARIES),
         "padded, split in 2, 2 replicas": (4, TP2 | REPLICAS),
         "packed, split in 2, 2 stages": (4, TP2 | PP2 | PACKED),
+        "packed, split in 2, fsdp 2, compiled": (
+            4,
+            TP2 | FSDP | PACKED | dict(compile="yes", activation_checkpointing="every-2"),
+        ),
         "padded, split in 2, 2 stages, fsdp 2": (8, TP2 | PP2 | FSDP | SUMMARIES),
     }
 LLAMA = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
@@ -276,7 +282,6 @@ def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
             TP2 | dict(parallelism="fsdp", cpu_offload="yes"),
             "--cpu-offload yes does not go with --tensor-parallel-size",
         ),
-        (TP2 | dict(compile="yes"), "--compile yes does not go with --tensor-parallel-size 2, under which torch"),
         (TP4 | dict(parallelism="none"), "runs one process for each part of the model, but 2 were started"),
         (TP4 | PP4, "--pipeline-parallel-size 4 and --tensor-parallel-size 4 needs .* 16 parts .* and 8 were started"),
     ],

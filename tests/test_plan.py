@@ -619,7 +619,7 @@ def test_the_fastest_or_a_simpler_close_one_is_chosen(monkeypatch):
     assert (choice.chosen.plan.strategy, choice.chosen.reason) == ("fsdp", "the fastest that fits")
     choice = weigh(monkeypatch, {"ddp": (1.08, True), "fsdp": (1.0, True)})
     assert (choice.chosen.plan.strategy, choice.chosen.reason) == ("fsdp", "the fastest that fits")
-    assert choice.candidates[1].reason == "8% slower"
+    assert choice.candidates[1].reason == "8% slower than the fastest"
     choice = weigh(monkeypatch, {"ddp": (1.06, True), "fsdp": (1.0, True)})
     assert choice.chosen.plan.strategy == "ddp"
     assert choice.chosen.reason.startswith("too close to call with fsdp, micro-batch 8 x 1")
@@ -629,7 +629,7 @@ def test_the_fastest_or_a_simpler_close_one_is_chosen(monkeypatch):
     choice = weigh(monkeypatch, {"ddp": (1.12, True), "fsdp": (1.06, True), "hsdp": (1.0, True)}, "2x4xH100-80GB")
     assert choice.chosen.plan.strategy == "fsdp"
     assert {each.plan.strategy: each.reason for each in choice.candidates[1:]} == {
-        "hsdp": "too close to call, and not preferred", "ddp": "6% slower",
+        "hsdp": "too close to call, and not preferred", "ddp": "12% slower than the fastest",
     }  # fmt: skip
 
 
