@@ -2090,8 +2090,8 @@ def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndar
     return (
         f"data      {name}: {len(documents):,} documents, {tokens:,} tokens (mean {tokens / len(documents):,.0f}); "
         f"{(cut > 0).sum():,} articles cut by {cut.sum():,} tokens; {summaries_cut.sum():,} summaries cut; "
-        f"{total - len(documents):,} empty documents dropped; {1 - tokens / loads.sum():.1%} padding; longest rank "
-        f"{waiting:.3f} of the mean"
+        f"{total - len(documents):,} empty documents dropped; {1 - tokens / loads.sum():.1%} padding; the busiest rank "
+        f"computes {waiting - 1:.1%} more than the mean"
     )
 
 
@@ -2648,10 +2648,11 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     # it would cut a layer into 11 graphs, and keep what passes between them in memory
     torch._dynamo.config.optimize_ddp = False
     for layer in decoder_layers(parallel.accelerator.unwrap_model(model)):
-        # torch 2.13 cannot compile a checkpoint of parameters that are DTensors, only the modules inside
-        inside = parallel.tensor_parallel.size > 1 and layer.gradient_checkpointing
-        for module in layer.children() if inside else [layer]:
-            module.compile(dynamic=True)
+        if parallel.tensor_parallel.size > 1:
+            layer.register_forward_pre_hook(set_own_parts)
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        else:
+            layer.compile(dynamic=True)
     return True
 
 
@@ -2790,19 +2791,16 @@ class TensorParallel:
         return self.add_up(F.embedding(places, weight) * here[..., None])
 
     def norm(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        from torch.distributed.tensor import Partial
-
-        weight = module.weight.to_local(grad_placements=[Partial()])  # a rank sees the gradient of its own tokens
-        hidden = F.rms_norm(hidden, hidden.shape[-1:], weight, module.variance_epsilon)
+        hidden = F.rms_norm(hidden, hidden.shape[-1:], own_part(module, "weight"), module.variance_epsilon)
         if torch.is_autocast_enabled(hidden.device.type):  # the matmuls would cast it anyway, after twice the traffic
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return self.gather(hidden, dimension=1) if self.splits_tokens else hidden
 
     def column(self, module: nn.Linear, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, module.weight.to_local(), None if module.bias is None else module.bias.to_local())
+        return F.linear(hidden, own_part(module, "weight"), own_part(module, "bias"))
 
     def row(self, module: nn.Linear, hidden: Tensor) -> Tensor:
-        return self.add_up(F.linear(hidden, module.weight.to_local()))
+        return self.add_up(F.linear(hidden, own_part(module, "weight")))
 
     def head(self, module: nn.Linear, hidden: Tensor) -> Tensor:
         """Returns the logits of the whole vocabulary, for generation."""
@@ -2842,6 +2840,28 @@ class TensorParallel:
             dist.all_reduce(summand, group=self.group)
             return summand
         return ScatterSum.apply(summand, 1, self.size, self.group)
+
+
+def own_part(module: nn.Module, name: str) -> Tensor | None:
+    """Returns this rank's part of a parameter of a module, with the gradient that belongs to it."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    if hasattr(module, "own_parts"):
+        return module.own_parts[name]
+    parameter = getattr(module, name)
+    if parameter is None:
+        return None
+    # what every rank holds has on each the gradient of its own tokens
+    summed = [Partial()] if parameter.placements == (Replicate(),) else None
+    return parameter.to_local(grad_placements=summed)
+
+
+def set_own_parts(layer: nn.Module, inputs: tuple) -> None:
+    """Takes a layer's parts out before compiled code sees them: torch 2.13 fails to compile recomputed DTensors."""
+    for module in layer.modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            vars(module).pop("own_parts", None)
+            module.own_parts = {name: own_part(module, name) for name in module._parameters}
 
 
 class GatherParts(torch.autograd.Function):
@@ -3457,7 +3477,7 @@ class Checkpoints:
             self.check_settings(run, folder)
             self.load(folder, run, model, optimizer, state)
             self.parallel.say(
-                f"resume    from {folder}, saved by {run['world_size']} rank(s) under {run['strategy']}"
+                f"resume    from {folder}, saved with world size {run['world_size']} and parallelism {run['strategy']}"
                 + (f"; --resume {named} says only where a new run begins" if own and named != "auto" else "")
             )
             return state
@@ -4314,7 +4334,8 @@ class RunLog:
     def done(self, state: TrainingState) -> None:
         """Says how to publish the model, and then what the run did."""
         self.bar.close()
-        upload = shlex.join(["hf", "upload", "OWNER/NAME", str(self.folder), "--exclude", "*/*", "--exclude", ".*"])
+        upload = shlex.join(["hf", "upload", "OWNER/NAME", str(self.folder)])
+        upload += " --exclude '*/*' --exclude '.*' --exclude train_config.json"  # which holds this machine's paths
         self.parallel.say(f"publish   {upload}")
         if not self.training_tokens:
             words = f"done      already at step {state.step}, so nothing was trained; model in {self.folder}"
@@ -4751,9 +4772,13 @@ def print_plan(config: Config) -> None:
     choice = choose_plan(shape, cluster, config)
     if launched_rank() == 0:
         as_json = config.plan_format == "json"
-        print(
+        words = (
             json.dumps(choice_as_json(choice, cluster)) if as_json else describe_choice(choice, shape, cluster, config)
         )
+        try:
+            print(words, flush=True)
+        except BrokenPipeError:  # `--plan ... | head` has seen enough; Python would complain of it again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     refuse_what_does_not_fit(choice, cluster)
 
 

@@ -114,11 +114,11 @@ def first_steps(folder: Path, steps: int, expected: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "resumed_from", "steps"),
     [
-        ("fsdp 2", "step-000002, saved by 4 rank(s) under hsdp", 4),
-        ("ddp 2", "step-000004, saved by 2 rank(s) under fsdp", 6),
-        ("fsdp 2 again", "step-000006, saved by 2 rank(s) under ddp", 8),
-        ("fsdp 2 orphaned", "step-000004, saved by 2 rank(s) under fsdp", 6),
-        ("fsdp 4", "step-000007, saved by 1 rank(s) under none", 9),
+        ("fsdp 2", "step-000002, saved with world size 4 and parallelism hsdp", 4),
+        ("ddp 2", "step-000004, saved with world size 2 and parallelism fsdp", 6),
+        ("fsdp 2 again", "step-000006, saved with world size 2 and parallelism ddp", 8),
+        ("fsdp 2 orphaned", "step-000004, saved with world size 2 and parallelism fsdp", 6),
+        ("fsdp 4", "step-000007, saved with world size 1 and parallelism none", 9),
     ],
 )
 def test_losses_stay_equal_across_processes_and_strategies(stages, uninterrupted, part, resumed_from, steps):
@@ -243,7 +243,7 @@ def test_a_path_says_only_where_a_run_begins(stopped, uninterrupted, copy_of, tm
     path = tmp_path / "deleted" / "checkpoints" / "step-000008" if gone else path
     assert start(folder, resume=path) == 0
     newest = folder / "checkpoints" / "step-000005"
-    said = f"resume    from {newest}, saved by 1 rank(s) under none; --resume {path} says only where a new run begins"
+    said = f"{newest}, saved with world size 1 and parallelism none; --resume {path} says only where a new run begins"
     assert said in capsys.readouterr().out
     assert_same_run(folder, uninterrupted)
     assert tree(uninterrupted) == before

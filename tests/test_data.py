@@ -524,19 +524,19 @@ def test_the_audit_counts_what_encoding_did(tmp_path, tokenizer, parallel, capsy
     said = [line for line in capsys.readouterr().out.splitlines() if re.match(r"data .* documents, ", line)]
     assert said[0] == (
         "data      train: 4 documents, 72 tokens (mean 18); 2 articles cut by 12 tokens; 1 summaries cut; "
-        "3 empty documents dropped; 10.0% padding; longest rank 1.000 of the mean"
+        "3 empty documents dropped; 10.0% padding; the busiest rank computes 0.0% more than the mean"
     )
     assert "validation: 1 documents, 11 tokens (mean 11); 0 articles cut by 0 tokens; 0 summaries cut" in said[1]
     assert train.lengths.tolist() == [13, 24, 24, 11] and len(validation) == 1
 
 
 def test_the_audit_of_packed_rows_tells_padding_and_balance(tmp_path, tokenizer, packing, capsys):
-    """13 and 22 tokens on two ranks: the longest has 22 of a mean of 17.5."""
+    """13 and 22 tokens on two ranks: the busiest has 22, 25.7% more than the mean of 17.5."""
     two_ranks = dataclasses.replace(packing, plan=dataclasses.replace(packing.plan, dp_replicate_size=2))
     rows = [pair(words(3), "d"), pair(words(11), "a b")]
     load(settings(write(tmp_path / "data", train=rows, validation=rows)), tokenizer, two_ranks)
-    said = re.findall(r"([\d.]+)% padding; longest rank ([\d.]+) of the mean", capsys.readouterr().out)
-    assert said == [("0.0", "1.257")] * 2
+    said = re.findall(r"([\d.]+)% padding; the busiest rank computes ([\d.]+)% more", capsys.readouterr().out)
+    assert said == [("0.0", "25.7")] * 2
 
 
 def test_the_audit_counts_padding_as_rows_are_padded(tmp_path, tokenizer, parallel, capsys):

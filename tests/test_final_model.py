@@ -179,7 +179,7 @@ def test_the_publish_command_uploads_model_and_results_alone(typed_run):
     shards = {file.name for file in folder.glob("model-*.safetensors")}
     assert set(filter_repo_objects(present, ignore_patterns=patterns)) - {"curves.png"} == shards | {
         "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-        "tokenizer_config.json", "tokenizer.model", "metrics.jsonl", "train_config.json",
+        "tokenizer_config.json", "tokenizer.model", "metrics.jsonl",
     }  # fmt: skip
 
 

@@ -1,0 +1,129 @@
+"""A `python` that starts warm: the libraries are imported once, and each process is a fork of the one that has them.
+
+To import torch, transformers and datasets takes most of the time of a small run, in torchrun as in each of its ranks.
+`start` starts a server that has imported them, and returns a program that takes the place of `python`. That one hands
+its words, environment, folder and streams to the server, passes signals on to the fork, and leaves as the fork does. If
+it is killed, so is the fork. What the libraries read from the environment while they are imported is the server's. It
+needs Linux.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import CodeType
+
+LIBRARIES = (
+    "torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.launcher.api",
+    "torch.distributed.tensor", "torch.distributed.fsdp", "transformers.generation",
+    "transformers.models.llama.modeling_llama", "accelerate", "datasets",
+)  # fmt: skip
+CLIENT = """#!{python} -IS
+import array, json, os, signal, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    request = json.dumps(dict(words=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd())).encode()
+    streams = array.array("i", [0, 1, 2])
+    server.sendmsg([len(request).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    server.sendall(request)
+    answers = server.makefile()
+    fork = int(next(answers))
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, lambda number, frame: os.kill(fork, number))
+    code = int(next(answers))
+if code < 0:  # a signal ended it
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+def start(folder: Path) -> str:
+    """Returns the program, once its server is ready. The server ends when this process does."""
+    address, client = str(folder / "python.socket"), folder / "python"
+    client.write_text(CLIENT.format(python=sys.executable, address=address))
+    client.chmod(0o755)
+    command = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import warm_python"
+    words = [sys.executable, "-u", "-c", f"{command}; exec(warm_python.serve({address!r}))"]
+    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout.readline() == b"ready\n"
+    return str(client)
+
+
+def serve(address: str) -> CodeType:
+    """Forks for every client that comes. Returns only in the forks: what they shall run as `__main__`."""
+    for name in LIBRARIES:
+        __import__(name)
+    sys.path.remove(str(Path(__file__).parent))
+    gc.collect()
+    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    print("ready", flush=True)
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            os._exit(0)
+        client, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return keep_a_fork(client)
+        client.close()
+
+
+def keep_a_fork(client: socket.socket) -> CodeType:
+    """Forks, waits for the end of the fork or of the client, and leaves. Returns in the fork, with its program."""
+    length, ancillary, _, _ = client.recvmsg(4, socket.CMSG_LEN(3 * array.array("i").itemsize))
+    streams = array.array("i", ancillary[0][2])
+    with client.makefile("rb") as received:
+        request = json.loads(received.read(int.from_bytes(length, "big")))
+    fork = os.fork()
+    if fork == 0:
+        client.close()
+        os.setsid()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        return program(**request)
+    for stream in streams:
+        os.close(stream)
+    client.sendall(f"{fork}\n".encode())
+    end = os.pidfd_open(fork)
+    ready, _, _ = select.select([end, client], [], [])
+    if end not in ready:
+        os.kill(fork, signal.SIGKILL)
+    _, status = os.waitpid(fork, 0)
+    with contextlib.suppress(OSError):
+        client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def program(words: list[str], environment: dict[str, str], folder: str) -> CodeType:
+    """Returns what `python` would run for these words, after it has made this process one that starts so."""
+    import __main__
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    if words[0] == "-u":
+        words = words[1:]
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        return compile(words[1], "<string>", "exec")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        return compile("import runpy; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)", "-m", "exec")
+    sys.argv, sys.path[0], __main__.__file__ = words, str(Path(words[0]).parent), words[0]
+    return compile(Path(words[0]).read_bytes(), words[0], "exec")
