@@ -5487,8 +5487,9 @@ class StepMemory:
         self.whole_layer = norms + plan.compute_bytes * (2 * q + 2 * k + 4 * f) + 4 * a + 8
         if plan.compiled:
             # Its input, and what matmuls and attention read or write: two norms' outputs 2h, query and attention output
-            # 2q, its projection, key and value 2k, gate, up and their product 3f. The rest is computed again from them.
-            read = 3 * h + 2 * q + 2 * k + 3 * f
+            # 2q, its projection (scattered where layers are split), key and value 2k, gate, up and their product 3f.
+            # The rest is computed again from them.
+            read = 2 * h + h / plan.tensor_parallel_size + 2 * q + 2 * k + 3 * f
             self.whole_layer = self.layer_input + plan.compute_bytes * read + 4 * a + 8
         recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
         self.layers_kept_whole = recomputed.count(False)
@@ -5524,7 +5525,9 @@ class StepMemory:
             norm = self.norm_backward + (self.stream if width == 2 else 0)
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once; else the product is
-        # gone by then, and the gate's gradient overwrites the gate.
+        # gone by then, and the gate's gradient overwrites the gate. Where layers are split, the stream's gradient is
+        # gathered.
+        gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
         # Input and output gradient. The first norm's output and attention's projection, query and attention's output
         # 2q, key and value 2k; gradients of the MLP's inputs 2h, of attention's output and query 2q, of key and value
