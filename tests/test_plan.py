@@ -1034,18 +1034,21 @@ def test_groups_that_cross_nodes_share_the_network():
 @pytest.mark.parametrize(
     ("plan", "tokens", "measured"),
     [
-        (dict(shards=4, tensor_parallel_size=2, activation_checkpointing="none"), 4096, 8.48),
-        (dict(shards=2, tensor_parallel_size=4), 8192, 6.34),
-        (dict(tensor_parallel_size=8, activation_checkpointing="none", gradient_accumulation_steps=2), 8192, 8.99),
+        (dict(shards=4, tensor_parallel_size=2, activation_checkpointing="none"), 4096, (8.48, 8.12)),
+        (dict(shards=2, tensor_parallel_size=4), 8192, (6.34, 6.37)),
+        (dict(tensor_parallel_size=8, activation_checkpointing="none", gradient_accumulation_steps=2), 8192,
+         (8.99, 8.70)),
         (dict(shards=4, tensor_parallel_size=2, pipeline_parallel_size=2, activation_checkpointing="none",
-              gradient_accumulation_steps=4), 4096, 7.02),
+              gradient_accumulation_steps=4), 4096, (7.02, 6.66)),
     ],
 )  # fmt: skip
 def test_active_memory_of_a_split_is_within_two_percent(plan, tokens, measured):
     """13B of 8 layers in tests/check_plan.py --device on torch 2.14.1, which plays the first of all ranks."""
     shape = llama("13b", num_hidden_layers=8)
-    predicted = train_llama2.predict_memory(shape, plan_of(**plan), tokens, stage=0)
-    assert predicted.active == pytest.approx(measured, rel=0.02)
+    for compiled, expected in enumerate(measured):
+        plan_as_run = plan_of(**plan, compiled=bool(compiled))
+        predicted = train_llama2.predict_memory(shape, plan_as_run, tokens, stage=0)
+        assert predicted.active == pytest.approx(expected, rel=0.02)
 
 
 def test_512_gpus_leave_hardly_more_plans_to_weigh_than_eight():
