@@ -4059,8 +4059,13 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
 
 
 def published_name(word: str) -> str:
-    """Returns a word of the command line as strangers may read it: of a local path, also after `--flag=`, the name."""
+    """Returns a word of the command line as strangers may read it: of a local path, also after `--flag=`, the name.
+
+    A snapshot in the cache of the Hub goes by its name there, not by its commit.
+    """
     flag, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
+    if cached := re.search(r"(?:models|datasets)--([^/]+)/snapshots/[^/]+/?$", path):
+        return flag + equals + cached[1].replace("--", "/", 1)
     return flag + equals + (os.path.basename(os.path.abspath(path)) if is_local(path) else path)
 
 

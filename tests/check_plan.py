@@ -3,7 +3,7 @@
     python tests/check_plan.py --memory               # a few layers of Llama-2-13B's shape, every kind of plan
     python tests/check_plan.py --memory --full        # the full 7B, 13B and 70B shapes; this takes minutes
     python tests/check_plan.py --published            # tokens/s of published runs, predicted and measured
-    python tests/check_plan.py --device               # two steps of 56 settings on this GPU, as one rank of several
+    python tests/check_plan.py --device               # two steps of 60 settings on this GPU, as one rank of several
 
 `--memory` and `--published` need no GPU. The tracker follows fake tensors through two steps of the real model, which
 transformers shards as it does for the script. One process stands for rank 0 of a fake process group. Three traps are

@@ -297,6 +297,10 @@ def test_a_card_names_model_data_and_licence_of_the_hub(tmp_path):
     write_card(tmp_path, model_name_or_path="Qwen/Qwen2.5-0.5B")
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.license) == ("Qwen/Qwen2.5-0.5B", None)
+    snapshot = tmp_path / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / "060db6499f32faf8b98477b0a26969ef7d8b9987"
+    snapshot.mkdir(parents=True)
+    write_card(tmp_path, model_name_or_path=str(snapshot))
+    assert "All weights of `Qwen/Qwen2.5-0.5B` were" in (tmp_path / "README.md").read_text()
 
 
 def test_a_card_has_scores_check_curves_and_three_last_samples(tmp_path):
