@@ -63,13 +63,17 @@ def torchrun(
     return run([sys.executable, *launcher, program, *arguments], timeout, **environment)
 
 
-def run(words: Sequence[object], timeout: float, **environment: str) -> subprocess.CompletedProcess:
+def run(
+    words: Sequence[object], timeout: float, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs a Python program, warm where it needs no environment of its own but what torchrun reads."""
     words = list(map(str, words))
     if words[0] == sys.executable and all(name.startswith("PET_") for name in environment):
         words[0] = environment["PYTHON_EXEC"] = warm()  # torchrun starts its ranks with the latter
     environment = {**os.environ, **environment}
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    return subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
 
 
 @functools.cache

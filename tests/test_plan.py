@@ -23,6 +23,7 @@ from conftest import (
     fresh_accelerate,
     read_metrics,
     run,
+    run_script,
     run_script_several_times,
     small_run,
     warm,
@@ -115,17 +116,10 @@ def check_candidate(candidate: dict, world_size: int, batch_size: int) -> None:
     assert candidate["reason"]
 
 
-def script(*flags: object, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, flags)],
-        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
 def test_json_of_a_plan_has_every_field_of_every_candidate():
-    run = script("--plan", "8xH100-80GB", "--plan-format", "json")
-    assert (run.returncode, run.stderr) == (0, "")
-    plan = json.loads(run.stdout)
+    printed = run_script("--plan", "8xH100-80GB", "--plan-format", "json")
+    assert (printed.returncode, printed.stderr) == (0, "")
+    plan = json.loads(printed.stdout)
     assert set(plan) == {"cluster", "chosen", "candidates", "lever"}
     assert (plan["cluster"]["nodes"], plan["cluster"]["ranks_per_node"]) == (1, 8)
     assert plan["chosen"] in plan["candidates"]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_LLAMA, read_metrics
+from conftest import ROOT, TINY_LLAMA, read_metrics, run
 
 import train_llama2
 
@@ -21,10 +19,6 @@ TESTS_README = (ROOT / "tests" / "README.md").read_text()
 def block(marker: str) -> str:
     """Returns the code block that follows a marker comment in the README."""
     return re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, re.S).group(1)
-
-
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_the_flag_table_is_the_parsers_with_its_defaults():
@@ -44,7 +38,7 @@ def test_the_command_to_try_it_trains_and_the_loss_falls(tmp_path):
     words = [word for word in shlex.split(command) if "=" not in word or word.startswith("--")]
     assert words[0] == ".venv/bin/torchrun"
     assert words[-2] == "--save-model-dir"
-    finished = run([sys.executable, "-m", "torch.distributed.run", *words[1:-1], str(tmp_path)], ROOT)
+    finished = run([sys.executable, "-m", "torch.distributed.run", *words[1:-1], str(tmp_path)], 240, ROOT)
     assert finished.returncode == 0, finished.stderr
     steps, evaluations = read_metrics(tmp_path)
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
@@ -60,7 +54,7 @@ def test_the_hook_example_runs_on_two_processes(tmp_path):
     assert '"Qwen/Qwen2.5-0.5B"' in example
     (tmp_path / "mine.py").write_text(example.replace('"Qwen/Qwen2.5-0.5B"', repr(str(TINY_LLAMA))))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "mine.py"]
-    finished = run(launcher, tmp_path)
+    finished = run(launcher, 240, tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert re.findall(r"^step (\d) loss \d", finished.stdout, re.M) == ["0", "1", "2"]
 
@@ -69,7 +63,7 @@ def test_the_example_of_use_summarises_a_saved_model(tmp_path, three_rank_run):
     """Runs the example as it stands, where the folder of the command to try it is that of another run."""
     (tmp_path / "llama2_summarization_try").symlink_to(three_rank_run[1])
     example = block("example: use")
-    finished = run([sys.executable, "-c", example], tmp_path)
+    finished = run([sys.executable, "-c", example], 240, tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert len(finished.stdout.split()) > 3
     card = re.search(r"```python\n(.*?)```", (three_rank_run[1] / "README.md").read_text(), re.S)[1].splitlines()
