@@ -1100,8 +1100,9 @@ class Parallel:
         """
         line = " ".join(map(str, words))
         if self.is_main and (always or not self.config.quiet or line.startswith("WARNING")):
-            tqdm.write(line, file=sys.stdout)  # Accelerator.print speaks once per node
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # the disk that holds the log is full, or its reader is gone
+                tqdm.write(line, file=sys.stdout)  # Accelerator.print speaks once per node
+                sys.stdout.flush()
 
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """Returns `tensor` summed over the data ranks, on every rank. No host sync.
@@ -3140,7 +3141,7 @@ LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its sav
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
-CHECKPOINT_VERSION = 2  # checkpoints without one drew the held-out documents before they dropped empty ones
+CHECKPOINT_VERSION = 2  # version 1 wrote no number, and drew the held-out documents before it dropped empty ones
 WRITING, DELETING = ".writing", ".deleting"
 
 
@@ -3172,11 +3173,11 @@ def make_save_folder(folder: Path, parallel: Parallel) -> str:
                 f"--save-model-dir {folder} lies in --dataset-name-or-path {data}, where what the run writes "
                 "would be read as data; give another folder"
             )
-    if (folder / "checkpoints").is_file():
-        raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
-    if folder.resolve() == Path(config.model_name_or_path).resolve() and not (folder / "checkpoints").exists():
-        raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
     try:
+        if (folder / "checkpoints").is_file():
+            raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
+        if folder.resolve() == Path(config.model_name_or_path).resolve() and not (folder / "checkpoints").exists():
+            raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -3240,8 +3241,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class StopSignals:
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
-    A second one, two seconds or more later, ends the process at once, as does any signal before `listen()`: while data
-    and model are loaded there is nothing to save. A SIGTERM after Slurm's SIGUSR1 counts as the first.
+    A second one ends the process at once, unless it follows so soon that it is the same one (SAME_SIGNAL_SECONDS), as
+    does any signal before `listen()`: while data and model are loaded there is nothing to save. A SIGTERM after Slurm's
+    SIGUSR1 counts as the first.
     Agreement is an all-reduce of two CPU integers over gloo: about 0.1 ms, no device sync. A context manager; leaving
     it restores the former handlers.
     """
@@ -3340,8 +3342,11 @@ class Checkpoints:
         check_host_memory(parallel)
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
-        self.saved_step, self.sha256 = 0, ""  # of the last checkpoint written or read; on rank 0
-        self.seconds = self.pause_seconds = 0.0  # of the last save: in all, and while training waited
+        self.saved_step, self.sha256 = (
+            0,
+            "",
+        )  # of the last checkpoint written or read; of one written, only rank 0 has the hash
+        self.seconds = 0.0  # of the last save
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -3364,15 +3369,13 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if (
-            self.saved_step == state.step
-        ):  # the background write just waited for was of this step: a stop abandoned the one after
+        if self.saved_step == state.step:  # by the write just waited for; a stop abandoned the step after this one
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
         if self.parallel.device.type == "cuda":
             tensors[f"rng.cuda.{self.parallel.rank}"] = torch.cuda.get_rng_state()
-        run = {
+        facts = {
             **state.as_numbers(),
             "curve": self.settings,  # what decides the loss curve; compared when resuming
             "total_steps": self.total_steps,
@@ -3381,19 +3384,23 @@ class Checkpoints:
             "world_size": self.parallel.cluster.world_size,
             "version": CHECKPOINT_VERSION,
         }
-        self.pause_seconds = time.perf_counter() - began
         if self.asynchronous:
-            self.pending = self.writer.submit(self.write, tensors, run, began)
+            pause_seconds = time.perf_counter() - began
+            self.pending = self.writer.submit(self.write, tensors, facts, began, pause_seconds)
         else:
-            self.write(tensors, run, began)
-            self.pause_seconds = time.perf_counter() - began
+            self.write(tensors, facts, began)
 
-    def write(self, tensors: dict[str, Tensor], run: dict[str, Any], began: float) -> None:
-        """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on."""
+    def write(
+        self, tensors: dict[str, Tensor], facts: dict[str, Any], began: float, pause_seconds: float | None = None
+    ) -> None:
+        """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on.
+
+        `pause_seconds` is for how long training was held, where it does not wait for the write.
+        """
         device = self.parallel.device
         if device.type == "cuda" and device.index is not None:  # a new thread's current device is GPU 0
             torch.cuda.set_device(device)
-        final = self.folder / f"step-{run['step']:06d}"
+        final = self.folder / f"step-{facts['step']:06d}"
         writing = final.with_name(final.name + WRITING)
 
         def make_folder() -> None:
@@ -3412,28 +3419,28 @@ class Checkpoints:
                 lambda: {file.name: file_checksum(file) for file in writing.glob(mine)}, gathered=True
             )
             files = {name: value for sums_of_rank in sums for name, value in sums_of_rank.items()}
-            self.on_all_ranks(lambda: self.complete(writing, final, run, files), main_only=True)
+            self.on_all_ranks(lambda: self.complete(writing, final, facts, files), main_only=True)
         except RunError as failure:
             self.parallel.say(
-                f"WARNING   the checkpoint of step {run['step']} could not be written ({failure}); the run goes on, "
+                f"WARNING   the checkpoint of step {facts['step']} could not be written ({failure}); the run goes on, "
                 "what was saved before is kept, and the next save tries again"
             )
             if self.parallel.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
             return
         seconds, size_gib = time.perf_counter() - began, sum(file["bytes"] for file in files.values()) / GIB
-        held = f", training held for {self.pause_seconds:.1f} s" if self.asynchronous else ""
+        held = f", training held for {pause_seconds:.1f} s" if pause_seconds is not None else ""
         self.parallel.say(f"saved     {final} ({size_gib:.2f} GiB) in {seconds:.1f} s{held}")
         if seconds > 0.8 * patience_seconds() >= self.seconds:
             self.parallel.say(
                 f"WARNING   a save takes {seconds:.0f} s, and torchrun kills its ranks {patience_seconds():.0f} s "
                 f"after a SIGTERM; with torch 2.13, TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} gives more"
             )
-        self.saved_step, self.seconds = run["step"], seconds
+        self.saved_step, self.seconds = facts["step"], seconds
 
-    def complete(self, writing: Path, final: Path, run: dict[str, Any], files: dict[str, Any]) -> None:
+    def complete(self, writing: Path, final: Path, facts: dict[str, Any], files: dict[str, Any]) -> None:
         """Marks a written checkpoint complete, gives it its name, and deletes what is no longer kept. Rank 0 alone."""
-        manifest = {"facts": run, "files": files}
+        manifest = {"facts": facts, "files": files}
         manifest["sha256"] = self.sha256 = json_checksum(manifest)
         (writing / "manifest.json").write_text(json.dumps(manifest, indent=1))
         sync_to_disk(writing / "manifest.json")
@@ -3460,24 +3467,24 @@ class Checkpoints:
         Raises UserError where there are checkpoints, but none that can be resumed.
         """
         state, named = TrainingState.fresh(self.parallel.device), self.config.resume
-        own = self.on_all_ranks(
-            self.tidy_folder, main_only=True
-        )  # rank 0's list, as network filesystems may show files late
+        # rank 0's list, because network filesystems may show files late
+        own = self.on_all_ranks(self.tidy_folder, main_only=True)
         if named != "auto":
             self.on_all_ranks(lambda: self.check_path(Path(named), own))
         begins_elsewhere = named != "auto" and not own
         for folder in [Path(named)] if begins_elsewhere else own:
             try:
-                run = self.on_all_ranks(lambda folder=folder: self.verify(folder))
+                facts = self.on_all_ranks(lambda folder=folder: self.verify(folder))
             except RunError as damage:
                 if begins_elsewhere:
                     raise UserError(f"--resume {named} is not a whole checkpoint: {damage}; name another") from None
                 self.parallel.say(f"WARNING   {folder} is damaged ({damage}); trying the one before it")
                 continue
-            self.check_settings(run, folder)
-            self.load(folder, run, model, optimizer, state)
+            self.check_settings(facts, folder)
+            self.load(folder, facts, model, optimizer, state)
             self.parallel.say(
-                f"resume    from {folder}, saved with world size {run['world_size']} and parallelism {run['strategy']}"
+                f"resume    from {folder}, saved with world size {facts['world_size']} and parallelism "
+                + facts["strategy"]
                 + (f"; --resume {named} says only where a new run begins" if own and named != "auto" else "")
             )
             return state
@@ -3513,7 +3520,7 @@ class Checkpoints:
             )
 
     def verify(self, folder: Path) -> dict[str, Any]:
-        """Returns where a checkpoint's run stood, having checked every n-th file of it on n ranks.
+        """Returns the manifest's facts about the run, having checked every n-th file of it on n ranks.
 
         Raises RunError, naming the file. Any rank may call it alone.
         """
@@ -3535,35 +3542,34 @@ class Checkpoints:
         self.sha256 = signature
         return manifest["facts"]
 
-    def check_settings(self, run: dict[str, Any], folder: Path) -> None:
+    def check_settings(self, facts: dict[str, Any], folder: Path) -> None:
         """Raises UserError if these flags would not give the losses that the run of the checkpoint would have had.
 
         More steps are allowed.
         """
-        saved = run["curve"]
+        saved = facts["curve"]
         changed = [name for name, value in self.settings.items() if saved.get(name) != value]
-        if {"block_size", "loss_on", "model_name_or_path"} & set(
-            changed
-        ):  # these change the tokens too, so do not report the data as changed
+        # these change the tokens too, so the data is not reported beside them
+        if not {"block_size", "loss_on", "model_name_or_path"}.isdisjoint(changed):
             changed = [name for name in changed if name != "dataset_name_or_path"]
         remedy = "set it back, give another --save-model-dir, or add --resume-anyway"
         problems = [
             f"{flag_name(name)} is now {self.settings[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
             for name in changed
         ]
-        if "dataset_name_or_path" in changed and "version" not in run:
+        if "dataset_name_or_path" in changed and "version" not in facts:
             problems.append(
                 f"{folder} was written by an earlier version of the script, which drew held-out documents before it "
                 "dropped empty ones: where the data has both, the training documents are others now"
             )
-        if self.total_steps < run["total_steps"] and not changed:
+        if self.total_steps < facts["total_steps"] and not changed:
             problems.append(
                 f"--num-train-epochs and --max-steps now give {self.total_steps} steps, but {folder} was trained "
-                f"towards {run['total_steps']}, which set its learning rates; {remedy}"
+                f"towards {facts['total_steps']}, which set its learning rates; {remedy}"
             )
         if problems and not self.config.resume_anyway:
             raise UserError(*problems)
-        if run["step"] > self.total_steps:
+        if facts["step"] > self.total_steps:
             raise UserError(
                 f"{folder} is past the {self.total_steps} steps of this run; raise --max-steps or --num-train-epochs"
             )
@@ -3571,7 +3577,7 @@ class Checkpoints:
     def load(
         self,
         folder: Path,
-        run: dict[str, Any],
+        facts: dict[str, Any],
         model: nn.Module,
         optimizer: Optimizer,
         state: TrainingState,
@@ -3598,8 +3604,8 @@ class Checkpoints:
             torch.set_rng_state(tensors[rng])
         if cuda_rng in tensors and self.parallel.device.type == "cuda":
             torch.cuda.set_rng_state(tensors[cuda_rng])
-        state.restore(run)
-        self.seconds, self.saved_step = run["save_seconds"], run["step"]
+        state.restore(facts)
+        self.seconds, self.saved_step = facts["save_seconds"], facts["step"]
 
 
 def loss_settings(documents: Documents, parallel: Parallel) -> dict[str, Any]:
@@ -3644,8 +3650,9 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     on_host = parallel.device.type == "cpu" or plan.cpu_offload
     resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
     usable_share = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted]
-    usable_gib = usable_share * max(0.0, free_host_memory() / GIB - resident_gib)
-    in_background = all(on_all_ranks(lambda: copy_gib <= usable_gib, gathered=True))
+    usable_here_gib = usable_share * max(0.0, free_host_memory() / GIB - resident_gib)
+    usable_gib = min(on_all_ranks(lambda: usable_here_gib, gathered=True))  # of the node that has least
+    in_background = copy_gib <= usable_gib
     if wanted != "no" and not in_background:
         parallel.say(
             f"save      checkpoints are written with training held: a copy to write from takes {copy_gib:.1f} GiB "
@@ -3676,7 +3683,7 @@ def check_disk(folder: Path, checkpoint_bytes: int, parallel: Parallel) -> None:
 def check_host_memory(parallel: Parallel) -> None:
     """Raises UserError where a node's host memory cannot hold what the run will put there.
 
-    That is the states under --cpu-offload, in each rank's share, and on rank 0 beside them the final model's
+    These are the states of all the node's ranks under --cpu-offload, and on rank 0's node also the final model's
     weights while they are written.
     """
     plan, needs = parallel.plan, {}
@@ -3798,10 +3805,8 @@ def file_of_each(sizes_of_ranks: list[dict[str, int]]) -> dict[str, int]:
 
 
 def file_checksum(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while chunk := stream.read(16 * 2**20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(stream, "sha256")
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
@@ -3836,18 +3841,18 @@ UNFINISHED_MODEL = ".final-model.writing"
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: Parallel, source: str = "") -> None:
     """Writes model and tokenizer into the save folder, unless it holds the model of the checkpoint `source` already.
 
-    Everything is written and flushed beside its place. Then the old `config.json` goes, without which no loader takes
-    the folder for a model, and the files move in, the new `config.json` last. `checkpoints/final-model.json`, which
-    says of what checkpoint the model is, goes before all that and comes after it.
+    The files are first written and flushed beside their place. Then the record `checkpoints/final-model.json` and the
+    old `config.json`, without which no loader takes the folder for a model, are deleted. The files move in, the new
+    `config.json` last, and the record is written anew.
     """
     folder = Path(parallel.config.save_model_dir)
     record, identity = folder / "checkpoints" / "final-model.json", [source, str(saved_dtype(parallel))]
 
     def is_written() -> bool:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            files = json.loads(record.read_text())
-            whole = all((folder / name).stat().st_size == size for name, size in files["bytes"].items())
-            return bool(source) and files["of"] == identity and whole
+            saved = json.loads(record.read_text())
+            whole = all((folder / name).stat().st_size == size for name, size in saved["bytes"].items())
+            return bool(source) and saved["of"] == identity and whole
         return False
 
     if on_all_ranks(is_written, main_only=True):
@@ -3859,12 +3864,14 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: P
         written = folder / UNFINISHED_MODEL
         shutil.rmtree(written, ignore_errors=True)
         write_model(model, weights, tokenizer, written)
-        sizes = {file.name: file.stat().st_size for file in written.iterdir()}
+        sizes = {file.name: file.stat().st_size for file in written.iterdir() if file.is_file()}
         record.unlink(missing_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
         for old_weights in folder.glob("model*.safetensors*"):
             if not (written / old_weights.name).exists():
                 old_weights.unlink()
+        for part in filter(Path.is_dir, written.iterdir()):  # a tokenizer's further chat templates
+            shutil.rmtree(folder / part.name, ignore_errors=True)
         for file in sorted(written.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)
         sync_to_disk(folder)
@@ -3920,7 +3927,7 @@ def write_model(
     if sentencepiece.is_file() and not (folder / sentencepiece.name).exists():  # what llama.cpp's converter looks for
         shutil.copyfile(sentencepiece, folder / sentencepiece.name)
     mode = (folder / "config.json").stat().st_mode
-    for file in folder.iterdir():
+    for file in filter(Path.is_file, folder.rglob("*")):
         file.chmod(mode)  # safetensors makes its files readable by their owner alone
         sync_to_disk(file)
     sync_to_disk(folder)
@@ -4023,6 +4030,7 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
         systems = {"this model": "test_", "Lead-3: the article's first three sentences": "test_lead3_"} if test else {}
         results = {"optimizer steps": state.step, "tokens": f"{state.tokens:,}", "training loss": trained.get("loss")}
         results |= {name.replace("eval_", "validation "): value for name, value in evaluated.items() if name != "step"}
+        results = {name: value for name, value in results.items() if value is not None}
         card = huggingface_hub.ModelCard.from_template(
             huggingface_hub.ModelCardData(
                 language="en",
@@ -4074,12 +4082,11 @@ def typed_command(cluster: Cluster) -> str:
 
     Of local paths it has the names alone: a model card is made to be published.
     """
-    launcher = (
-        f"torchrun --standalone --nproc_per_node={cluster.ranks_per_node}" if cluster.world_size > 1 else "python"
-    )
+    meeting_point = "--standalone"
     if cluster.nodes > 1:
         meeting_point = f"--nnodes={cluster.nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
-        launcher = launcher.replace("--standalone", meeting_point)
+    torchrun = f"torchrun {meeting_point} --nproc_per_node={cluster.ranks_per_node}"
+    launcher = torchrun if cluster.world_size > 1 else "python"
     return f"{launcher} {shlex.join(map(published_name, [Path(sys.argv[0]).name, *sys.argv[1:]]))}"
 
 
@@ -4191,7 +4198,8 @@ class RunLog:
         self.interval_tokens += result.tokens
         self.interval_squares += result.squared_lengths
         if self.steps_of_this_run <= 2 and self.parallel.is_main:
-            self.check_the_plan(result)
+            with keep_going("the plan could not be checked", self.parallel):
+                self.check_the_plan(result)
         if state.step % self.config.log_interval == 0 or state.step == self.total_steps:
             self.report_interval(state, result)
         elif self.steps_of_this_run == 1:
@@ -4315,9 +4323,8 @@ class RunLog:
 
     def write_config(self) -> None:
         """Writes `train_config.json`: the flags, the versions, the machine, the plan and its check. Rank 0 alone."""
-        description = run_description(self.parallel, self.resolved, self.plan_check.quantities)
         with keep_going("train_config.json could not be written", self.parallel):
-            text = json.dumps(description, indent=2)
+            text = json.dumps(run_description(self.parallel, self.resolved, self.plan_check.quantities), indent=2)
             write_atomically(self.folder / "train_config.json", lambda path: path.write_text(text))
 
     def flush(self) -> None:
@@ -4412,11 +4419,13 @@ class MetricsFile:
 
     def append_samples(self, step: int, split: str, samples: list[dict[str, Any]]) -> None:
         if samples:
+            is_torn = self.samples.exists() and self.samples.read_text()[-1:] not in ("", "\n")  # by a full disk
             with self.samples.open("a") as stream:
+                stream.write("\n" * is_torn)
                 stream.writelines(json.dumps(dict(step=step, split=split, **sample)) + "\n" for sample in samples)
 
     def test_summaries(self, step: int, made_by: str) -> dict[int, dict[str, Any]]:
-        """Returns the test summaries so far by index, after dropping those of this step that others have made."""
+        """Returns the test summaries marked `made_by`, by index. Deletes those of this step with another mark."""
         records = read_lines(self.samples)
         kept = [r for r in records if r["step"] != step or r.get("made_by", made_by) == made_by]
         if len(kept) < len(records):
@@ -4431,7 +4440,8 @@ class MetricsFile:
 def continue_lines(path: Path, state: TrainingState) -> None:
     """Drops from `path` the lines that a run resumed at `state` will write again.
 
-    If the run starts from nothing, because the folder has lost its checkpoints, all former lines are put aside.
+    If the run starts at step 0, because the folder holds no checkpoint, the former lines are moved to
+    `NAME.previous-N.jsonl`.
     """
     if state.step == 0 and path.exists() and path.stat().st_size:
         former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
@@ -4587,7 +4597,7 @@ class PlanCheck:
 # ----------------------------------------------------------------------------------------------------------------
 # What one optimizer step takes in memory and time is worked out from the model's sizes alone, for every way to execute
 # it, and the fastest that fits is chosen. Sizes are in bytes and in elements; "tokens" are those of one micro-batch,
-# padding included. A "moment" is a point of the step at which memory may peak; Adam's are its first and second moment.
+# padding included. A "phase" is a part of the step in which memory may peak.
 # Nothing in this section talks to other ranks, except where the devices are found.
 
 USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
@@ -4833,7 +4843,8 @@ def check_block(shape: ModelShape, config: Config) -> None:
             f"--block-size {config.block_size} is longer than the {shape.positions} positions of "
             f"{config.model_name_or_path}; use at most {shape.positions}"
         )
-    longest, summarises = config.block_size + config.max_summary_tokens, config.rouge_samples or config.test_samples
+    longest = config.block_size + config.max_summary_tokens
+    summarises = config.rouge_samples > 0 or config.test_samples != 0  # None: all of the test split
     if summarises and longest > shape.positions:
         raise UserError(
             f"--block-size {config.block_size} + --max-summary-tokens {config.max_summary_tokens} is more than the "
@@ -4946,7 +4957,7 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     nodes is slow, so a single node has none; and 1, 2, 4 or 8 tensor-parallel ranks.
     """
     stage_counts, tensor_sizes = [given_stages(shape, cluster, config)], [given_tensor_size(shape, cluster, config)]
-    cuts_by_itself = config.parallelism not in ("none", "ddp")  # where there is one process for the whole model
+    cuts_by_itself = config.parallelism not in ("none", "ddp")  # with these, each process holds the whole model
     if cuts_by_itself and config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
         stage_counts += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
@@ -5045,19 +5056,17 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1, ten
         )
     if config.parallelism == "auto":
         ranks, ranks_per_node = cluster.world_size // parts, cluster.ranks_per_node // tensor
-        several = [*(["ddp"] if parts == 1 else []), "fsdp", *(["hsdp"] if ranks > ranks_per_node > 1 else [])]
+        one_a_node = ranks > ranks_per_node > 1 and ranks % ranks_per_node == 0  # a group of shards in each node
+        several = [*(["ddp"] if parts == 1 else []), "fsdp", *(["hsdp"] if one_a_node else [])]
         strategies = several if ranks > 1 else ["none"]
     if config.cpu_offload == "yes":
         if not cluster.has_gpu:
             raise UserError("--cpu-offload yes moves memory off a GPU, and this machine has none; leave it out")
         strategies = [strategy for strategy in strategies if strategy in ("fsdp", "hsdp")]
-        if not strategies and cluster.world_size > 1:
-            remedy = f"leave out {shown}" if parts > 1 else "use fsdp"
-            raise UserError(f"--cpu-offload yes needs FSDP or HSDP, not --parallelism {config.parallelism}; {remedy}")
         if not strategies:
-            raise UserError(
-                "--cpu-offload yes needs FSDP or HSDP, so at least 2 processes; use torchrun --nproc_per_node=2"
-            )
+            use = "use torchrun --nproc_per_node=2" if cluster.world_size == 1 else "use --parallelism fsdp"
+            remedy = f"leave out {shown}" if parts > 1 else use
+            raise UserError(f"--cpu-offload yes needs FSDP or HSDP, over at least 2 processes; {remedy}")
     return [replicas_and_shards(strategy, cluster, config.hsdp_shard_size, stages, tensor) for strategy in strategies]
 
 
@@ -5303,11 +5312,11 @@ def predict_memory(
 
 def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, stage: int) -> Memory:
     """Returns the peak memory of a rank of one pipeline stage, whose part of the model is `shape`."""
-    moments = memory_moments(shape, plan, tokens, stage)
-    name = max(moments, key=lambda each: sum(moments[each].values()))
-    terms = {term: size / GIB for term, size in moments[name].items()}
+    phases = memory_phases(shape, plan, tokens, stage)
+    name = max(phases, key=lambda each: sum(phases[each].values()))
+    terms = {term: size / GIB for term, size in phases[name].items()}
     active = sum(terms.values())
-    pools = bytes_of_pools(StepMemory(shape, plan, tokens, stage), moments) / GIB if has_gpu else active
+    pools = bytes_of_pools(StepMemory(shape, plan, tokens, stage), phases) / GIB if has_gpu else active
     layer = shape.layer_parameters / GIB
     low, expected, high = (
         pools * (1 + share) + layer * gaps + context * has_gpu
@@ -5317,40 +5326,40 @@ def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, s
     return Memory(active, expected, low, high, terms, of_stage + name)
 
 
-def bytes_of_pools(step: StepMemory, moments: dict[str, dict[str, float]]) -> float:
+def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> float:
     """Returns what the allocator's pools hold, one per stream, after each has been at its peak.
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
     All reduced gradients are there at the end. Gathering takes the buffers of two layers and of the head, and one layer
-    of them is in the moments already.
+    of them is in the phases already.
     """
     plan, shape = step.plan, step.shape
     if not plan.uses_fsdp:
-        return max(sum(terms.values()) for terms in moments.values())
+        return max(sum(terms.values()) for terms in phases.values())
     reduced = 0 if plan.holds_gradients_back else 1  # what is held back lies in the main stream's pool
-    main = max(sum(terms.values()) - reduced * terms.get("gradients", 0.0) for terms in moments.values())
+    main = max(sum(terms.values()) - reduced * terms.get("gradients", 0.0) for terms in phases.values())
     gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     return main + step.gradients(shape.parameters) + (gathering if plan.dp_shard_size > 1 else 0)
 
 
-def memory_moments(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -> dict[str, dict[str, float]]:
-    """Returns bytes by term at each moment of a step that may be the peak, for micro-batches of `tokens` tokens.
+def memory_phases(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -> dict[str, dict[str, float]]:
+    """Returns bytes by term in each phase of a step that may be the peak, for micro-batches of `tokens` tokens.
 
     `shape` is the part of the model on the pipeline stage `stage`.
     """
     step = StepMemory(shape, plan, tokens, stage)
-    moments = sharded_moments(step) if plan.uses_fsdp else replicated_moments(step)
+    phases = sharded_phases(step) if plan.uses_fsdp else replicated_phases(step)
     # StochasticAdamW's temporaries for the largest parameter: fp32 copies and random bits, eight numbers of 4 bytes an
     # element. Fused AdamW has none.
-    largest = max(shape.vocabulary, shape.intermediate) * shape.hidden
-    rounding = 8 * 4 * largest / plan.dp_shard_size if plan.precision == "bf16-states" else 0
+    largest_parameter = max(shape.vocabulary, shape.intermediate) * shape.hidden
+    rounding = 8 * 4 * largest_parameter / plan.dp_shard_size if plan.precision == "bf16-states" else 0
     if plan.cpu_offload:  # transformers loads every shard through the device
-        moments["loading"] = dict(weights=plan.shard_bytes(shape))
-    return {**moments, "optimizer": step.moment(0, rounding, 0, shape.parameters)}
+        phases["loading"] = dict(weights=plan.shard_bytes(shape))
+    return {**phases, "optimizer": step.phase(0, rounding, 0, shape.parameters)}
 
 
-def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
-    """Returns the moments of FSDP2, wrapped as transformers does it.
+def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
+    """Returns the phases of FSDP2, wrapped as transformers does it.
 
     The embedding and each layer are wrapped alone, and the last norm and the head together, which stay gathered.
     """
@@ -5362,23 +5371,23 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
     saved_before = list(itertools.accumulate(saved, initial=0))
     all_saved, beside_head = saved_before[-1] + rotary, kept or width_ahead * layer  # the last layer is gathered ahead
-    moments = {}
+    phases = {}
     if shape.has_head:
         # In the forward pass a layer's gathered buffer is freed once the next one's has been copied out of its own.
         gathering = kept + width * (layer + 2 * head)
-        moments["gathering the head"] = step.moment(all_saved + step.stream, 0, gathering, 0)
+        phases["gathering the head"] = step.phase(all_saved + step.stream, 0, gathering, 0)
         in_loss = all_saved + step.norm + step.stream + step.scalars
-        moments["loss"] = step.moment(in_loss, step.head_buffers, beside_head + width * head, 0)
+        phases["loss"] = step.phase(in_loss, step.head_buffers, beside_head + width * head, 0)
         gathered = beside_head + (width + 4) * head
-        moments["backward of the last norm"] = step.moment(all_saved + step.norm_backward, 0, gathered, head)
+        phases["backward of the last norm"] = step.phase(all_saved + step.norm_backward, 0, gathered, head)
     else:
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer  # into one buffer, by way of another
-        moments["gathering the last layer"] = step.moment(saved_before[-2] + rotary, 0, last_gathered, 0)
+        phases["gathering the last layer"] = step.phase(saved_before[-2] + rotary, 0, last_gathered, 0)
     if plan.holds_gradients_back:
-        # The last layer to go back, the first: its input and four tensors of the stream's width; its weights, their
+        # The backward pass ends in layer 0: its input and four tensors as wide as the stream; its weights, their
         # gradients before they are added in fp32, and the layer gathered ahead.
         held = step.layer_input + 4 * width * shape.hidden + rotary
-        moments["end of the first backward"] = step.moment(held, 0, (2 * width + width_ahead) * layer, 0)
+        phases["end of the first backward"] = step.phase(held, 0, (2 * width + width_ahead) * layer, 0)
     for i in layers_that_may_peak(layers, plan):
         ahead = layer if i else embedding  # gathered before its turn
         reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of what came before
@@ -5388,16 +5397,16 @@ def sharded_moments(step: StepMemory) -> dict[str, dict[str, float]]:
         ways = [(gathered, finished)]
         if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:  # of one between the first and the last
             ways.append((gathered - reducing, 0))
-        moments[f"backward of layer {i}"] = largest(
-            step.moment(saved_before[i] + in_layer + rotary, width * computed, *way)
+        phases[f"backward of layer {i}"] = largest(
+            step.phase(saved_before[i] + in_layer + rotary, width * computed, *way)
             for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
             for way in ways
         )
-    return moments
+    return phases
 
 
-def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
-    """Returns the moments where a rank holds its part of the model whole: one process, DDP, stages, a split.
+def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
+    """Returns the phases where a rank holds its part of the model whole: one process, DDP, stages, a split.
 
     Under autocast there are bf16 copies of the weights, cached until the forward pass ends, and saved for the backward
     pass of layers that are not recomputed.
@@ -5411,25 +5420,25 @@ def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
     cache = sum(copies) if plan.compiled or split else copy_bytes * shape.layers * layer
     saved_before, copied_before = (list(itertools.accumulate(each, initial=0)) for each in (saved, copies))
     all_saved, all_copied, head_copy = saved_before[-1] + rotary, copied_before[-1], copy_bytes * head
-    moments = {}
+    phases = {}
     if shape.has_head:
         norm = step.norm if split else (3 * 4 if plan.autocasts else 8) * h  # autocast's are in fp32 throughout
         norm_backward = step.norm_backward + step.stream if split else 24 * h
         at_end = all_saved + norm + step.stream
-        moments["end of forward"] = step.moment(at_end, step.chunk, cache + head_copy, 0)
+        phases["end of forward"] = step.phase(at_end, step.chunk, cache + head_copy, 0)
         in_loss = all_saved + norm + step.scalars
-        moments["loss"] = step.moment(in_loss, step.head_buffers, all_copied + head_copy, 0)
-        moments["cast of the head's gradient"] = step.moment(at_end, head_copy, all_copied, head)
-        moments["backward of the last norm"] = step.moment(all_saved + norm_backward, 0, all_copied, head)
+        phases["loss"] = step.phase(in_loss, step.head_buffers, all_copied + head_copy, 0)
+        phases["cast of the head's gradient"] = step.phase(at_end, head_copy, all_copied, head)
+        phases["backward of the last norm"] = step.phase(all_saved + norm_backward, 0, all_copied, head)
     else:
-        moments["end of forward"] = step.moment(all_saved + step.stream, 0, cache, 0)
+        phases["end of forward"] = step.phase(all_saved + step.stream, 0, cache, 0)
     accumulates = plan.gradient_accumulation_steps > 1
     # of a matrix of the MLP, in bf16 and fp32, before it is added to the one that is there
     gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
         before, finished = saved_before[i] + rotary, head + (shape.layers - 1 - i) * layer
-        moments[f"backward of layer {i}"] = largest(
-            step.moment(
+        phases[f"backward of layer {i}"] = largest(
+            step.phase(
                 before + in_layer,
                 plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # DDP moves them to a bucket
                 copied_before[i] + copy_bytes * (layer - computed),
@@ -5438,8 +5447,8 @@ def replicated_moments(step: StepMemory) -> dict[str, dict[str, float]]:
             for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
         )
     if shape.embedding_parameters:
-        moments["backward of the embedding"] = step.moment(4 * h, 0, 0, shape.parameters)  # the stream's fp32 gradient
-    return moments
+        phases["backward of the embedding"] = step.phase(4 * h, 0, 0, shape.parameters)  # the stream's fp32 gradient
+    return phases
 
 
 def layers_that_may_peak(layers: int, plan: Plan) -> list[int]:
@@ -5452,12 +5461,12 @@ def layers_that_may_peak(layers: int, plan: Plan) -> list[int]:
     return [i for i in reversed(range(layers)) if i < period or i >= layers - period]
 
 
-def largest(moments: Iterable[dict[str, float]]) -> dict[str, float]:
-    return max(moments, key=lambda terms: sum(terms.values()))
+def largest(phases: Iterable[dict[str, float]]) -> dict[str, float]:
+    return max(phases, key=lambda terms: sum(terms.values()))
 
 
 class StepMemory:
-    """What the moments of a step have in common, for micro-batches of `tokens` tokens.
+    """What the phases of a step have in common, for micro-batches of `tokens` tokens.
 
     Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
     shows how closely). h hidden, f intermediate, q query size, k key and value size, a heads.
@@ -5560,8 +5569,8 @@ class StepMemory:
             return 4 * parameters / plan.dp_shard_size
         return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
 
-    def moment(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
-        """Returns the terms of a moment in bytes. `activations` are bytes per token of the micro-batch being worked on,
+    def phase(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
+        """Returns the terms of a phase in bytes. `activations` are bytes per token of the micro-batch being worked on,
         and `finished` is the number of parameters whose gradients are complete."""
         # FSDP holds gradients back until the last micro-batch; by then no other is under way.
         if not (self.plan.uses_fsdp and self.plan.holds_gradients_back and finished):
@@ -5760,10 +5769,10 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
 
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
-    """Returns the flags of the fastest plan predicted to need at most 0.9 of what the failed one was predicted to.
+    """Returns the flags of the fastest plan predicted to need at most 0.9 of what was predicted for the failed one.
 
-    The block is shortened if no plan does, and failing that it is the smallest plan. All flags of the
-    plan are given, because the planner would otherwise use the freed memory elsewhere.
+    Where there is none, the block is halved up to three times, and failing that, they are those of the plan that takes
+    least. All flags of the plan are given, because the planner would otherwise use the freed memory elsewhere.
     """
     too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
@@ -5797,7 +5806,7 @@ def flags_of(plan: Plan, cluster: Cluster) -> str:
 
 
 def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config: Config) -> str:
-    """Returns the plan as a table of at most 100 columns: the chosen one, the best of each other kind, and why."""
+    """Returns the plan as a table of at most 100 columns: the chosen one, the best of other kinds, and why."""
     nodes = f"{cluster.nodes} x " if cluster.nodes > 1 else ""
     first, device = choice.candidates[0].plan, "a GPU" if cluster.has_gpu else "a rank"
     rows, layers = "packed" if first.packing else "padded", "compiled" if first.compiled else "eager"
@@ -5846,7 +5855,7 @@ def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
 def best_of_each_kind(choice: Choice) -> list[Candidate]:
     """Returns the best candidate of each kind (stages or not, split or not, strategy, offload, recomputation or none).
 
-    The chosen one comes first.
+    The chosen one comes first, and there are seven at most.
     """
     best: dict[tuple, Candidate] = {}
     for each in choice.candidates:
@@ -5911,9 +5920,9 @@ class Cluster:
         return 1e12 * (self.gpu.fp32_tflops or self.gpu.peak_tflops / 16)
 
     def bus_gb_per_second(self, ranks: int, stride: int = 1) -> float:
-        """Returns the bandwidth of a ring of `ranks` ranks, `stride` places apart.
+        """Returns the bandwidth of a ring of `ranks` ranks that lie `stride` places apart.
 
-        Inside a node it is the link. Across nodes, one of `stride` such rings, it gets that share of a node's network.
+        Inside a node it is the link's. Across nodes, `stride` such rings run at once and share each node's network.
         """
         if ranks * stride <= self.ranks_per_node:
             return self.gpu.link_gb_per_second
@@ -5958,7 +5967,7 @@ def has_flash_attention() -> bool:
 def find_device(ranks_per_node: int) -> tuple[str, Gpu]:
     """Returns the name and figures of this process's device."""
     if not torch.cuda.is_available():
-        memory_gib = psutil.virtual_memory().available / GIB / ranks_per_node
+        memory_gib = free_host_memory() / GIB / ranks_per_node
         # Half of what bare matmuls reach, memory of 10 GB/s, 1 GB/s between processes: good enough for trying out.
         peak = measure_matmul_tflops("cpu", torch.float32, 512)
         cpu = Gpu(memory_gib, peak, 10, 0.5, 1.0, 1, 1, sources=MEASURED_FIGURES)
@@ -6011,7 +6020,7 @@ def parse_cluster(text: str) -> Cluster:
             f"--plan {text} is no cluster; write [NODES x]GPUS x NAME, such as 8xH100-80GB or 2x8xA100-40GB,ib=200"
         )
     name = match[3].strip()
-    wanted = name.upper().replace(" ", "").replace("NVIDIA", "").replace("-SXM4", "").replace("-SXM", "")
+    wanted = re.sub(r"NVIDIA|-SXM\d?| ", "", name.upper())
     found = [key for key in GPUS if wanted in (key, key.split("-")[0])]
     if len(found) > 1:
         raise UserError(f"--plan {text}: {name} may be {' or '.join(found)}; give the whole name")
@@ -6048,8 +6057,7 @@ class Gpu:
 
 DATA_SHEET = dict(memory="table", network="guess", peak="table") | dict.fromkeys(("efficiency", "node link"), "guess")
 PUBLISHED = DATA_SHEET | dict.fromkeys(("efficiency", "node link"), "table")  # of these chips, runs are published
-MEASURED_FIGURES = dict(memory="measured", peak="measured", efficiency="guess") | {"node link": "guess"}
-MEASURED_FIGURES |= dict(network="guess")
+MEASURED_FIGURES = DATA_SHEET | dict.fromkeys(("memory", "peak"), "measured")
 # Data sheets: NVIDIA's for A100, H100, H200, GH200, L40S, A10 and HGX B200; AWS's for the A10G (G5); the GA102, Ada and
 # RTX Blackwell white papers for the GeForce cards. Networks: DGX A100 and H100, AWS p4d for the A100-40GB, or guesses.
 # Efficiencies of A100 and H100: hardware FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in

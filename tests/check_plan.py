@@ -235,7 +235,7 @@ def memory_cases(full: bool) -> Iterator[tuple[str, LlamaConfig, Plan, int, int]
 
 
 def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int = 0) -> tuple[float, str]:
-    """Returns the active GiB at the peak of the plan's prediction for a stage, and the moment at which it is.
+    """Returns the active GiB at the peak of the plan's prediction for a stage, and the phase in which it is.
 
     The tracker runs on a CPU, where torch's linear_cross_entropy casts the head, its gradient and two chunks of its
     input to fp32. CUDA's matmuls take bf16 and give fp32, so the script does not count these casts, and they are added
@@ -243,15 +243,15 @@ def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int
     backward pass, and the head's fp32 gradients are there until the last layer's; not so for the tracker.
     """
     part = script.shapes_of_stages(shape, plan.pipeline_parallel_size)[stage]
-    moments = script.memory_moments(part, plan, tokens, stage)
+    phases = script.memory_phases(part, plan, tokens, stage)
     if plan.precision != "fp32" and part.has_head:
         rows = min(tokens, script.HEAD_CHUNK_TOKENS)
         casts = 8 * shape.head_and_norm_parameters + 8 * shape.hidden * rows
-        moments["loss"]["temporaries"] += casts - 4 * shape.vocabulary * rows
+        phases["loss"]["temporaries"] += casts - 4 * shape.vocabulary * rows
     if plan.dp_shard_size > 1 and part.has_head:
-        moments["loss"]["gathered"] -= plan.compute_bytes * part.layer_parameters * plan.reshard_after_forward
-        moments[f"backward of layer {part.layers - 1}"]["gathered"] -= 4 * part.head_and_norm_parameters
-    return max((sum(terms.values()) / GIB, moment) for moment, terms in moments.items())
+        phases["loss"]["gathered"] -= plan.compute_bytes * part.layer_parameters * plan.reshard_after_forward
+        phases[f"backward of layer {part.layers - 1}"]["gathered"] -= 4 * part.head_and_norm_parameters
+    return max((sum(terms.values()) / GIB, phase) for phase, terms in phases.items())
 
 
 def check_memory(full: bool) -> bool:
@@ -264,13 +264,13 @@ def check_memory(full: bool) -> bool:
     for name, model_config, plan, rows, length in memory_cases(full):
         stages = plan.pipeline_parallel_size
         for stage in sorted({0, stages - 1}):
-            predicted, moment = predicted_peak(script.model_shape(model_config), plan, rows * length, stage)
+            predicted, phase = predicted_peak(script.model_shape(model_config), plan, rows * length, stage)
             tracked = tracked_gib(model_config, plan, rows, length, stage)
             error = predicted / tracked - 1
             errors[stages > 1] = max(errors[stages > 1], abs(error))
             words = f"{name} {plan.precision} {plan.describe()}" if not full else name
-            moment = f"stage {stage + 1}, {moment}" if stages > 1 else moment
-            print(f"{words[:57]:<58}{rows * length:>8}{tracked:>9.3f}{predicted:>11.3f}{error:>8.2%}  {moment}")
+            phase = f"stage {stage + 1}, {phase}" if stages > 1 else phase
+            print(f"{words[:57]:<58}{rows * length:>8}{tracked:>9.3f}{predicted:>11.3f}{error:>8.2%}  {phase}")
     print(f"largest error {errors[False]:.2%}, with stages {errors[True]:.2%}")
     return errors[False] <= 0.005 and errors[True] <= 0.01
 

@@ -200,6 +200,19 @@ def test_a_block_longer_than_the_models_positions_is_refused():
         choose_plan(LLAMA_13B, parse_cluster("8xH100-80GB"), Config(block_size=8192))
 
 
+@pytest.mark.parametrize("flag", [dict(rouge_samples=1), dict(test_samples=5), dict(test_samples=None)], ids=str)
+def test_a_block_that_leaves_no_position_for_summaries_is_refused(flag):
+    choose_plan(LLAMA_7B, parse_cluster("8xH100-80GB"), Config(block_size=4096))
+    with pytest.raises(UserError, match=r"4096 \+ --max-summary-tokens 160 is more than the 4096 positions"):
+        choose_plan(LLAMA_7B, parse_cluster("8xH100-80GB"), Config(block_size=4096, **flag))
+
+
+def test_replicas_that_do_not_divide_the_ranks_leave_fsdp():
+    """Two stages on three nodes of 8: 12 ranks each, which are no whole number of nodes."""
+    cluster = parse_cluster("3x8xH100-80GB,ib=400")
+    assert choose_plan(LLAMA_13B, cluster, Config(pipeline_parallel_size=2)).chosen.plan.strategy == "fsdp"
+
+
 def test_a_run_too_large_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     """The tiny model has 300,000 parameters, so 5 MB of states, and the machine pretends to have 4 MiB."""
     small = dataclasses.replace(LAPTOP.gpu, memory_gib=4 / 1024)
@@ -226,6 +239,7 @@ def test_a_run_too_large_is_refused_before_anything_is_loaded(tmp_path, monkeypa
         ("2x8xH100-80GB,ib=3200", 2, 8, 79.1, 989, 3200),
         ("2 x 4 x RTX 4090, ib=12.5", 2, 4, 23.5, 165.2, 12.5),
         ("1xNVIDIA A100-SXM4-80GB", 1, 1, 79.1, 312, 200),
+        ("1xH100-SXM5-80GB", 1, 1, 79.1, 989, 400),
     ],
 )
 def test_a_cluster_is_read(text, nodes, ranks, memory, peak, network):
@@ -410,13 +424,13 @@ def test_offload_loads_through_device_and_hsdp_keeps_gradients_there():
     """70B: 4 bytes of 68,976,648,192 parameters over 8 ranks are 32.1 GiB."""
     share = 4 * LLAMA_70B.parameters / 8
     offload = dict(cpu_offload=True, micro_batch_size=1)
-    moments = train_llama2.memory_moments(LLAMA_70B, plan_of(shards=8, **offload), 2048)
-    assert moments["loading"] == {"weights": share}
+    phases = train_llama2.memory_phases(LLAMA_70B, plan_of(shards=8, **offload), 2048)
+    assert phases["loading"] == {"weights": share}
     several = plan_of(2, 8, **offload, gradient_accumulation_steps=2)
-    moments = train_llama2.memory_moments(LLAMA_70B, several, 2048)
-    assert moments["backward of layer 1"]["gradients"] == share
+    phases = train_llama2.memory_phases(LLAMA_70B, several, 2048)
+    assert phases["backward of layer 1"]["gradients"] == share
     states = dataclasses.replace(several, precision="bf16-states", cpu_offload=False)
-    assert train_llama2.memory_moments(LLAMA_70B, states, 2048)["loss"]["gradients"] == share, "in fp32 all the same"
+    assert train_llama2.memory_phases(LLAMA_70B, states, 2048)["loss"]["gradients"] == share, "in fp32 all the same"
 
 
 def test_heads_the_packing_kernel_cannot_take_are_padded():
@@ -441,7 +455,7 @@ def test_offload_keeping_gathered_and_reducing_once_cost_what_they_hold():
     assert once == pytest.approx(4 * PARAMETERS * 7 / 8 / GIB, rel=0.1)
     # bf16 weights of all but the head and the last layer, which are gathered at that point in any case
     freed, kept = (
-        train_llama2.memory_moments(LLAMA_13B, plan_of(shards=8, reshard_after_forward=reshard), 2048)["loss"]
+        train_llama2.memory_phases(LLAMA_13B, plan_of(shards=8, reshard_after_forward=reshard), 2048)["loss"]
         for reshard in (True, False)
     )
     assert kept["gathered"] - freed["gathered"] == 2 * (PARAMETERS - HEAD - PER_LAYER)
@@ -943,13 +957,13 @@ def test_memory_of_the_first_stage_by_hand():
     parameters = 20 * PER_LAYER + 32000 * 5120
     part = train_llama2.shapes_of_stages(LLAMA_13B, 2)[0]
     assert part.parameters == parameters and part.embedding_parameters == 32000 * 5120
-    terms = train_llama2.memory_moments(part, PP2, 2048)["optimizer"]
+    terms = train_llama2.memory_phases(part, PP2, 2048)["optimizer"]
     assert terms["weights"] == 4 * parameters / 8 and terms["optimizer"] == 8 * parameters / 8
     step = train_llama2.StepMemory(part, PP2, 2048)
     one = 20 * step.whole_layer + step.rotary
     assert terms["activations"] == pytest.approx(2048 * (one + 5 * 2 * 5120))
     alone = dataclasses.replace(PP2, gradient_accumulation_steps=1)
-    assert train_llama2.memory_moments(part, alone, 2048)["optimizer"]["activations"] == 2048 * 2 * 2 * 5120
+    assert train_llama2.memory_phases(part, alone, 2048)["optimizer"]["activations"] == 2048 * 2 * 2 * 5120
 
 
 def test_the_stage_that_takes_most_memory_counts():

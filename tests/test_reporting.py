@@ -281,6 +281,14 @@ def test_samples_are_cut_back_with_the_metrics(resumed_run):
     assert {frozenset(sample) for sample in samples_of(folder)} == {names}
 
 
+def test_a_sample_cut_short_by_a_full_disk_spoils_none_after_it(tmp_path):
+    metrics = train_llama2.MetricsFile(tmp_path, SimpleNamespace(step=1, evaluated_step=1))
+    (tmp_path / "samples.jsonl").write_text('{"step": 1, "split": "vali')
+    for step in (2, 3):
+        metrics.append_samples(step, "validation", [dict(index=0, summary="a")])
+    assert [record["step"] for record in train_llama2.read_lines(tmp_path / "samples.jsonl")] == [2, 3]
+
+
 def test_without_rouge_samples_there_are_no_samples_or_scores(whole_set_run):
     assert not (whole_set_run / "samples.jsonl").exists()
     assert not any("rouge" in name for line in read_metrics(whole_set_run)[1] for name in line)
