@@ -135,16 +135,11 @@ class RunError(Exception):
     """A failure at run time that every rank knows of. It ends the run with one `error:` line and exit code 1."""
 
 
-def root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def first_line(error: BaseException) -> str:
     """Returns the first non-empty line of the root cause's message, or its type where the message is empty."""
-    cause = root_cause(error)
-    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 300 else line[:297] + "..."  # a library's message may quote a whole article
 
 
@@ -174,10 +169,7 @@ class Reader:
         return None if word == self.unset else self.convert(word)
 
 
-def text(unset: str | None = None) -> Reader:
-    return Reader(str, "STR", unset)
-
-
+TEXT = Reader(str, "STR")
 PATH = Reader(os.path.expanduser, "PATH")  # the shell leaves a ~ after --flag= as it is
 
 
@@ -211,9 +203,9 @@ def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset
     return Reader(convert, kind.__name__.upper(), unset)
 
 
-def flag(default: Any, help: str, read: Reader | None = None, bare: str | None = None) -> Any:
+def flag(default: Any, help: str, read: Reader = TEXT, bare: str | None = None) -> Any:
     """Returns a field of `Config`. A default of False makes a switch. `bare` is what a flag without a word means."""
-    return dataclasses.field(default=default, metadata=dict(help=help, read=read or text(), bare=bare))
+    return dataclasses.field(default=default, metadata=dict(help=help, read=read, bare=bare))
 
 
 def usable_cores() -> int:
@@ -289,7 +281,7 @@ class Config:
         "auto", "compile the decoder layers; auto: on a GPU, in a run long enough to pay for it", AUTO_YES_NO)
     plan: str | None = flag(
         None, "print the plan for this machine, or for a cluster such as 2x8xH100-80GB,ib=400, and exit",
-        text(unset="none"), bare="here")
+        dataclasses.replace(TEXT, unset="none"), bare="here")
     plan_format: str = flag("table", "how --plan prints it", one_of("table", "json"))
     save_dtype: str = flag(
         "auto", "weights of the final model; auto: those of the compute precision", one_of("auto", "bf16", "fp32"))
@@ -418,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(argv)
     if config.plan:
         return print_plan(config)
-    with enable_advanced_parallelization(config, trains_stages=True) as parallel, StopSignals(parallel) as stop:
+    with enable_advanced_parallelization(config, calls_training_step=True) as parallel, StopSignals(parallel) as stop:
         torch.manual_seed(config.seed)
         prepare_save_folder(parallel)
         tokenizer = load_tokenizer(parallel)
@@ -460,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_model_card(parallel, state, log)
             if test_set and evaluate_test(model, test_set, checkpoints.weights_of(state), state, log, stop):
                 write_model_card(parallel, state, log)
-        if stop.stopping:
+        if stop.stopping:  # also while the final model was written or tested
             return log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
         log.done(state)
 
@@ -476,7 +468,8 @@ def command_line(argv: Sequence[str] | None = None) -> int:
         problems = error.problems if isinstance(error, UserError) else [error]
         if isinstance(error, RunError) and error.__cause__ is not None:  # only the rank that failed has the cause
             traceback.print_exception(error.__cause__)
-        alone = not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") == "0"  # a node may fail by itself
+        is_known = hasattr(error, "is_known_to_all") or dist.is_initialized()
+        alone = not is_known and os.environ.get("LOCAL_RANK", "0") == "0"  # a node that failed before it met the others
         if launched_rank() == 0 or alone:
             print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
         else:
@@ -488,7 +481,7 @@ def command_line(argv: Sequence[str] | None = None) -> int:
             print(words + "; end what else runs on it", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped   by Ctrl-C before training began; nothing was saved", file=sys.stderr, flush=True)
+        print("stopped   by Ctrl-C while nothing was trained; what had been saved is kept", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
     except RuntimeError as error:
         if not lost_contact(error):
@@ -915,7 +908,7 @@ def rouge_scores(samples: Sequence[dict[str, str]], interval_seed: int | None = 
 MOAI_WORDS = "plan      moai: torch.moreh.option.enable_advanced_parallelization() was called, and the platform decides"
 
 
-def enable_advanced_parallelization(config: Config, trains_stages: bool = False) -> Parallel:
+def enable_advanced_parallelization(config: Config, calls_training_step: bool = False) -> Parallel:
     """Prepares this process to train on all devices there are, and returns the plan for it as a `Parallel`.
 
     Where `torch.moreh` exists, MoAI takes over: the platform shows its whole cluster as one device, and the script
@@ -926,9 +919,9 @@ def enable_advanced_parallelization(config: Config, trains_stages: bool = False)
     because training computes plain causal attention without looking at the mask. Raises UserError where the model
     cannot be read, or the plan that was asked for cannot work.
 
-    `trains_stages` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages need it,
-    because a stage alone has no loss, and tensor parallelism, because its ranks share out rows of a multiple of 8
-    tokens. Without `trains_stages` no plan with either is chosen or accepted.
+    `calls_training_step` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages
+    need it, because a stage alone has no loss, and tensor parallelism, because its ranks share out rows of a multiple
+    of 8 tokens. Without it no plan with either is chosen or accepted.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -948,8 +941,8 @@ def enable_advanced_parallelization(config: Config, trains_stages: bool = False)
     quieten_libraries(accelerator.is_local_main_process, config.quiet)
     cluster = find_cluster()
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
-    if not trains_stages:
-        own_loop = "the caller of enable_advanced_parallelization does not set trains_stages"
+    if not calls_training_step:
+        own_loop = "the caller of enable_advanced_parallelization does not set calls_training_step"
         shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop)
     if on_moai:
         choice, plan, words = None, moai_plan(shape, config), MOAI_WORDS
@@ -1006,7 +999,7 @@ def check_optional_packages(config: Config) -> None:
 
 
 def quieten_libraries(speaks: bool, quiet: bool) -> None:
-    """Silences the libraries' warnings on all but one process per node, and their bars unless it has a terminal."""
+    """Silences a few known warnings, bars where there is no terminal, and all but one process of each node."""
     import datasets
 
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -1084,6 +1077,8 @@ class Parallel:
 
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type in ORDERLY_EXITS:
+            if error is not None:
+                error.is_known_to_all = True  # to `command_line`, which finds no process group any more
             if self.accelerator.num_processes > 1:
                 # gloo's threads need the GIL to release their last message. Destroying a DDP model waits for them while
                 # it holds the GIL, and the end of Python aborts: see `leave`, which other scripts do not call.
@@ -1124,22 +1119,9 @@ class Parallel:
 
         Returns its result; a failure on any rank is raised on all of them.
         """
-
-        def act_in_turn() -> Any:
-            if not self.accelerator.is_local_main_process:
-                self.wait_for_everyone()
-            try:
-                return act()
-            finally:
-                if self.accelerator.is_local_main_process:
-                    self.wait_for_everyone()
-
-        return on_all_ranks(act_in_turn)
-
-    def wait_for_everyone(self) -> None:
-        """A barrier in host memory. Accelerate's would be NCCL's, which keeps the GPU busy while others tokenise."""
-        if self.accelerator.num_processes > 1:
-            dist.barrier()  # without device_ids it uses gloo, where the group has both backends
+        is_first = self.accelerator.is_local_main_process
+        result = on_all_ranks(lambda: act() if is_first else None)  # where the others wait, in host memory
+        return on_all_ranks(lambda: result if is_first else act())
 
     @contextlib.contextmanager
     def gradient_sync(self, model: nn.Module, is_last: bool) -> Iterator[None]:
@@ -1188,11 +1170,11 @@ def on_all_ranks(
 ) -> Any:
     """Runs `act` on every rank and returns its result; if it fails on any rank, raises the same error on all of them.
 
-    A UserError or RunError is raised as it is, anything else as a RunError that names the rank. With `main_only` rank 0
-    acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned as a list. `act`
-    should not wait for other ranks, as one that fails would leave them waiting. If it has to wait, it must reach that
-    wait even when it fails (as in `node_main_first`), or fail on all ranks alike. Costs one exchange of messages in
-    host memory.
+    A UserError or RunError is raised as it is, anything else as a RunError that names the rank. Out of memory, a broken
+    device and a lost connection are raised on this rank alone, because it cannot talk to the others any more. With
+    `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned
+    as a list. `act` should not wait for other ranks, unless it fails on all of them alike, because one that fails would
+    leave them waiting. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = problems = failure = cause = None
@@ -1202,9 +1184,9 @@ def on_all_ranks(
     except UserError as error:
         problems = error.problems
     except RunError as error:
-        failure = str(error)
+        failure, cause = str(error), error.__cause__
     except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
-        raise  # this rank cannot talk to the others any more
+        raise
     except Exception as error:
         cause, failure = error, f"{first_line(error)}, on rank {rank}"
     outcome = (result if main_only or gathered else None, problems, failure)
@@ -1223,7 +1205,7 @@ def on_all_ranks(
 
 
 def start_process_group(config: Config) -> None:
-    """Joins the ranks that torchrun started, if any. Gloo beside NCCL, because offloaded tensors live on the CPU.
+    """Joins the ranks that torchrun started, if any. Gloo beside NCCL: for messages and offloaded tensors.
 
     torchrun --max-restarts reuses its key-value store, which still holds the addresses of dead ranks, so each attempt
     uses a key prefix of its own. On several nodes the agents may count attempts differently, and the prefix is left
@@ -1260,19 +1242,19 @@ def check_launcher() -> None:
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
             raise UserError(f"{name} is set, but the script shards by itself; start it with torchrun, or unset it")
-    of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    counts = (*of_torchrun[:4], "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    for name in counts:
+    numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    sizes_of_launchers = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    for name in (*numbers, *sizes_of_launchers):
         if not (value := os.environ.get(name) or "0").isdigit():
             raise UserError(
                 f"{name}={value} in the environment is not a whole number; start with torchrun, or unset it"
             )
     if "LOCAL_RANK" in os.environ or "RANK" in os.environ:
-        if missing := [name for name in of_torchrun if not os.environ.get(name)]:
+        if missing := [name for name in (*numbers, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
             given = "RANK" if "RANK" in os.environ else "LOCAL_RANK"
             raise UserError(f"{given} is set, but not {', '.join(missing)}; use torchrun, which sets all of them")
         return
-    for name in ("WORLD_SIZE", *counts[4:]):
+    for name in ("WORLD_SIZE", *sizes_of_launchers):
         if (tasks := int(os.environ.get(name) or 1)) > 1:
             raise UserError(f"{tasks} processes were started without torchrun ({name}); start one torchrun per node")
 
@@ -1290,9 +1272,10 @@ def local_part(tensor: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------
 # 6. Data
 # ----------------------------------------------------------------------------------------------------------------
-# A document is prompt, article, closing mark, summary and end-of-sequence token. One that is too long for the block
-# loses the end of its article, never its summary. Padding is never trained on. The order of the documents follows from
-# the seed and the epoch alone, so any number of ranks, under any plan, sees the same global batches.
+# A document is an opening mark, the article and a closing mark (together the prompt), then the summary and the
+# end-of-sequence token. One that is too long for the block loses the end of its article, never its summary. Padding is
+# never trained on. The order of the documents follows from the seed and the epoch alone, so any number of ranks, under
+# any plan, sees the same global batches.
 
 PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
 PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the tensor cores
@@ -1305,7 +1288,7 @@ UNREAD_FORMATS = (".tsv", ".txt", ".arrow", ".ndjson", ".xlsx", ".pkl", ".zip", 
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside data
 SPLIT_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
 def load_tokenizer(parallel: Parallel) -> PreTrainedTokenizerBase:
@@ -1396,7 +1379,8 @@ def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
     from datasets.fingerprint import Hasher
 
     config = parallel.config
-    splits, lines = parallel.node_main_first(lambda: read_splits(config))
+    checks = parallel.accelerator.is_local_main_process  # for all ranks of its node
+    splits, lines = parallel.node_main_first(lambda: read_splits(config, checks))
     for line in lines:
         parallel.say(f"data      {line}")
     train, empty = splits["train"], 0
@@ -1404,7 +1388,7 @@ def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
         validation = splits["validation"]
     else:
         columns = [config.article_column, config.summary_column]
-        cached_as = Hasher.hash((train._fingerprint, "the documents that hold text", columns))
+        cached_as = Hasher.hash((train._fingerprint, inspect.getsource(has_text), columns))  # the same in every run
         full = parallel.node_main_first(
             lambda: train.filter(has_text, input_columns=columns, new_fingerprint=cached_as, desc="looking for text")
         )
@@ -1434,8 +1418,11 @@ def shown_data(config: Config) -> str:
     return f"--dataset-name-or-path {' '.join(config.dataset_paths)}"
 
 
-def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
-    """Returns the splits by name, and a line for each that says what was read and what was not."""
+def read_splits(config: Config, checks: bool) -> tuple[dict[str, Dataset], list[str]]:
+    """Returns the splits by name, and lines that say what was read and what was not.
+
+    With `checks`, local files are read whole first: to find what is wrong with them takes longer than to load them.
+    """
     import datasets
 
     cache, paths, shown = Path(datasets.config.HF_DATASETS_CACHE), config.dataset_paths, shown_data(config)
@@ -1451,10 +1438,9 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
         if local and any((Path(paths[0]) / name).is_file() for name in ("dataset_dict.json", "state.json")):
             splits = saved_splits(paths, config)
         elif local:
-            file_format, files, lines = find_data_files(paths, config)
+            file_format, files, lines = find_data_files(paths, config, checks)
             # one call per split, because a single call requires the same columns in all of them
-            wanted = {name: those for name, those in files.items() if name != "test" or config.test_samples != 0}
-            splits = {name: load_files(those, file_format, config) for name, those in wanted.items()}
+            splits = {name: load_files(those, file_format, config) for name, those in files.items()}
         else:
             splits = by_meaning(datasets.load_dataset(paths[0], config.dataset_config))
     except UserError:
@@ -1467,15 +1453,18 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
             remedy = "repair or leave out the malformed file: each needs the same columns, and at least one row"
         raise UserError(f"{shown} cannot be read ({first_line(error)}); {remedy}") from error
     if "train" not in splits:
-        raise UserError(f"{shown} has no train split, only {', '.join(splits)}; name a file or split train")
+        found = ", ".join(splits) or "test"
+        raise UserError(f"{shown} has no train split, only {found}; name a file or split train")
     if config.test_samples == 0:
         splits.pop("test", None)
     elif "test" not in splits:
         found = ", ".join(splits)
         raise UserError(f"{shown} has no test split, only {found}; name a file or split test{without_test('test')}")
     for name, split in splits.items():
+        if not len(split):
+            raise UserError(f"{shown} has no {name} documents; fill that split or leave it out{without_test(name)}")
         check_columns(split, name, files.get(name, []), config)
-    if len(splits["train"]) < (1 if "validation" in splits else 2):
+    if len(splits["train"]) < 2 and "validation" not in splits:
         raise UserError(f"{shown} has {len(splits['train'])} training documents; that is too few to train on")
     return splits, lines
 
@@ -1500,7 +1489,8 @@ def by_meaning(splits: dict[str, Dataset]) -> dict[str, Dataset]:
     found: dict[str, list[Dataset]] = {}
     for name, split in splits.items():
         found.setdefault(SPLIT_WORDS.get(str(name).lower(), str(name)), []).append(split)
-    return {name: datasets.concatenate_datasets(those) for name, those in found.items()}
+    # to join a split without rows fails
+    return {name: those[0] if len(those) == 1 else datasets.concatenate_datasets(those) for name, those in found.items()}
 
 
 def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
@@ -1556,19 +1546,25 @@ def data_suffix(file: Path) -> str:
     return "".join(suffixes if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else suffixes[-1:])
 
 
-def format_of(file: Path) -> str | None:
-    """Returns the format of `datasets` that a file is in, None for one that is not read."""
+def format_suffix(file: Path) -> str:
+    """Returns the suffix without that of a compression: `.jsonl`."""
     suffix = data_suffix(file)
     for compression in COMPRESSIONS:
         suffix = suffix.removesuffix(compression)
-    return None if file.name in NO_DATA else DATA_FORMATS.get(suffix)
+    return suffix
 
 
-def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, list[Path]], list[str]]:
+def format_of(file: Path) -> str | None:
+    """Returns the format of `datasets` that a file is in, None for one that is not read."""
+    return None if file.name in NO_DATA else DATA_FORMATS.get(format_suffix(file))
+
+
+def find_data_files(paths: list[str], config: Config, checks: bool) -> tuple[str, dict[str, list[Path]], list[str]]:
     """Returns the format, the files by split, and lines that say what is read and what is not.
 
-    A file's name tells its split, or else its folder's, or else, where several are named, the named folder's; the
-    default is train. Hidden files in a folder are skipped.
+    A file's name tells its split, or else the name of its folder, or, where several paths are named, of the named one
+    that holds it; the default is train. Hidden files in a folder are skipped, and test files unless --test-samples
+    asks for them. With `checks` every file of text is read whole and checked.
     """
     shown, files, lines = shown_data(config), {}, []
     for path in map(Path, paths):
@@ -1582,9 +1578,9 @@ def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, li
                 leads = "to a folder; name that folder to read it" if file.is_dir() else "nowhere"
                 lines.append(f"not read: {file}, a link {leads}")
             elif file.is_file() and format_of(file):
-                own = path.name if path.is_dir() and len(paths) > 1 else ""
+                own = (path if path.is_dir() else path.parent).name if len(paths) > 1 else ""
                 files.setdefault(file.resolve(), (file, own / name))  # a file that is named twice counts once
-            elif file.is_file() and data_suffix(file).endswith(UNREAD_FORMATS):
+            elif file.is_file() and format_suffix(file).endswith(UNREAD_FORMATS):
                 lines.append(f"not read: {file}; save it as one of {', '.join(DATA_FORMATS)}")
     formats = {format_of(file) for file, _ in files.values()}
     if not files or len(formats) > 1:
@@ -1592,11 +1588,14 @@ def find_data_files(paths: list[str], config: Config) -> tuple[str, dict[str, li
         raise UserError(f"{shown} {found}; give files of one format: {', '.join(DATA_FORMATS)}")
     by_split: dict[str, list[Path]] = {}
     for file, name in files.values():
+        by_split.setdefault(split_of(str(name)), []).append(file)
+    if config.test_samples == 0 and (unread := by_split.pop("test", [])):
+        lines.append(f"not read: {len(unread)} file{'s' * (len(unread) > 1)} of a test split, without --test-samples")
+    for file in itertools.chain(*by_split.values()):
         if file.stat().st_size == 0:
             raise UserError(f"{shown}: {file} is empty; leave it out or fill it")
-        if problem := text_problem(file, config):
+        if checks and (problem := text_problem(file, config)):
             raise UserError(f"{shown}: {file} {problem}")
-        by_split.setdefault(split_of(str(name)), []).append(file)
     for split, those in by_split.items():
         names = ", ".join(file.name for file in those[:3]) + (", ..." if len(those) > 3 else "")
         lines.append(f"{split}: {len(those)} file{'s' * (len(those) > 1)} ({names})")
@@ -1651,8 +1650,8 @@ def csv_problem(file: Path, config: Config) -> str:
 
     Reads the whole file by the rules of RFC 4180, so a quote that is not closed, or closed inside a text, is found.
     """
-    separator = separator_of(file, config)
     csv.field_size_limit(LARGEST_INTEGER - 1)  # the default refuses articles of more than 131,072 characters
+    separator = separator_of(file, config)
     with open_file(file, newline="") as stream:
         rows, number = csv.reader(stream, delimiter=separator, strict=True), 0
         try:
@@ -1755,8 +1754,8 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
     def encode() -> Dataset:
         try:
             return split.map(
-                lambda pairs, rows: encode_batch(
-                    pairs[config.article_column], pairs[config.summary_column], tokenizer, config.block_size, rows[0]
+                lambda pairs, numbers: encode_batch(
+                    pairs[config.article_column], pairs[config.summary_column], tokenizer, config.block_size, numbers[0]
                 ),
                 batched=True,
                 with_indices=True,
@@ -1767,16 +1766,14 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
                 desc="tokenising",
             )
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"--dataset-name-or-path {' '.join(config.dataset_paths)} is not UTF-8 ({error}); convert it"
-            ) from error
+            raise UserError(f"{shown_data(config)} is not UTF-8 ({error}); convert it") from error
 
-    rows = parallel.node_main_first(encode)
-    columns = rows.with_format("numpy")
+    encoded = parallel.node_main_first(encode)
+    columns = encoded.with_format("numpy")
     lengths, prompts = (np.asarray(columns[name][:], dtype=np.int64) for name in ("length", "prompt_length"))
     # The first token is predicted from nothing, so it has no label.
     labels = lengths - (np.maximum(prompts, 1) if config.loss_on == "summary" else 1)
-    return Documents(rows, split, lengths, labels, tokenizer, config.block_size, config.loss_on)
+    return Documents(encoded, split, lengths, labels, tokenizer, config.block_size, config.loss_on)
 
 
 def encode_batch(
@@ -1820,18 +1817,17 @@ def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: 
     `starts` are the first tokens of the article, of the closing mark, and of the summary. The excess is cut
     from the end of the article; the summary is cut only if it does not fit by itself.
     """
-    article, closing, summary = starts
+    article_start, closing_start, summary_start = starts
     excess = max(0, len(ids) + 1 - block_size)
-    kept_article = max(article, closing - excess)
-    kept = ids[:kept_article] + ids[closing:]
-    summary_start = kept_article + summary - closing
+    article_end = max(article_start, closing_start - excess)
+    kept = ids[:article_end] + ids[closing_start:]
     summary_cut = len(kept) + 1 > block_size
-    kept = [*kept[: block_size - 1], eos_token_id]
+    input_ids = [*kept[: block_size - 1], eos_token_id]
     return dict(
-        input_ids=kept,
-        prompt_length=summary_start,
-        length=len(kept),
-        tokens_cut=closing - kept_article,
+        input_ids=input_ids,
+        prompt_length=article_end + summary_start - closing_start,
+        length=len(input_ids),
+        tokens_cut=closing_start - article_end,
         summary_cut=summary_cut,
     )
 
@@ -1959,18 +1955,18 @@ def micro_batch_of(documents: Documents, positions: np.ndarray, make_rows: Calla
             micro_batch["attention_mask"] = torch.ones_like(micro_batch["input_ids"])
         return micro_batch
     rows = documents.dataset[positions]
-    unlabelled = rows["prompt_length"] if documents.loss_on == "summary" else [0] * len(positions)
-    return make_rows(rows["input_ids"], unlabelled, documents)
+    label_starts = rows["prompt_length"] if documents.loss_on == "summary" else [0] * len(positions)
+    return make_rows(rows["input_ids"], label_starts, documents)
 
 
-def pad_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents) -> dict[str, Tensor]:
-    """Returns rows side by side, padded to the longest; the first `unlabelled` tokens of each have no label."""
+def pad_rows(rows: list[list[int]], label_starts: list[int], documents: Documents) -> dict[str, Tensor]:
+    """Returns rows side by side, padded to the longest. Each has no label before its `label_starts`."""
     pad_id = padding_id(documents.tokenizer)
     padded = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
     width = padded_width(padded.shape[1], documents.block_size)
     input_ids = F.pad(padded, (0, width - padded.shape[1]), value=pad_id)
     labels = mask_pads(input_ids, documents.tokenizer)
-    labels[torch.arange(width) < torch.tensor(unlabelled)[:, None]] = IGNORE_INDEX
+    labels[torch.arange(width) < torch.tensor(label_starts)[:, None]] = IGNORE_INDEX
     return dict(input_ids=input_ids, attention_mask=create_mask(input_ids, documents.tokenizer), labels=labels)
 
 
@@ -1979,12 +1975,12 @@ def padded_width(longest: int, block_size: int) -> int:
     return max(longest, min(block_size, math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE))
 
 
-def pack_rows(rows: list[list[int]], unlabelled: list[int], documents: Documents) -> dict[str, Tensor]:
-    """Returns rows end to end; the first token of each is predicted from nothing, so it has no label either."""
+def pack_rows(rows: list[list[int]], label_starts: list[int], documents: Documents) -> dict[str, Tensor]:
+    """Returns rows end to end. Before its `label_starts` a row has no label, nor at its first token in any case."""
     position_ids = torch.cat([torch.arange(len(row)) for row in rows])
     input_ids = torch.cat([torch.as_tensor(row) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
-    without_label = position_ids < torch.tensor(unlabelled).clamp(min=1).repeat_interleave(lengths)
+    without_label = position_ids < torch.tensor(label_starts).clamp(min=1).repeat_interleave(lengths)
     return dict(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
@@ -2045,7 +2041,8 @@ def deal_documents(lengths: np.ndarray, data_parallel_size: int, micro_batch_siz
     """
     size, order = data_parallel_size, np.argsort(-lengths, kind="stable")
     micro_steps = math.ceil(len(order) / (size * micro_batch_size))
-    parts = np.array_split(order, micro_steps * size)  # sizes differ by one at most
+    parts = np.array_split(order, micro_steps * size)
+    # dealt in turn within a micro-step, so that no rank gets all the long ones
     steps = [np.concatenate(parts[first : first + size]) for first in range(0, len(parts), size)]
     return [[step[data_rank::size] for data_rank in range(size)] for step in steps]
 
@@ -2157,7 +2154,9 @@ def load_model(parallel: Parallel) -> nn.Module:
     groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)] if mesh is not None else []
     if plan.pipeline_parallel_size > 1:
         groups.append(model._pp_stage.pp_group)
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
+    set_timeout = (
+        getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    )  # all that torch < 2.14 has
     for group in groups:  # torch makes them with its own default timeout: 10 minutes under NCCL
         set_timeout(parallel.timeout, group)
     return parallel.accelerator.prepare_model(model) if plan.strategy == "ddp" else model
@@ -2560,9 +2559,9 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
 def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     """Returns whether a token's loss depends on what comes after it or, in packed rows, on the document before its own.
 
-    Compares the loss of the same labels alone and beside different neighbours. Rounding alone makes such losses differ.
-    By how much is taken as the larger of two figures: the difference when the document is one of two rows, where
-    nothing can leak, and the relative error of the precision. More than ten times that is a leak. One host sync.
+    Compares the loss of the same labels alone and beside different neighbours. Rounding alone changes it a little; its
+    size is estimated as the larger of the change when the document is one of two rows, where nothing can leak, and the
+    relative error of the precision. A change of more than ten times that is a leak. One host sync.
     """
     model.eval()
     tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=57)
@@ -2650,7 +2649,7 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     torch._dynamo.config.optimize_ddp = False
     for layer in decoder_layers(parallel.accelerator.unwrap_model(model)):
         if parallel.tensor_parallel.size > 1:
-            layer.register_forward_pre_hook(set_own_parts)
+            layer.register_forward_pre_hook(cache_local_parameters)
             layer.forward = torch.compile(layer.forward, dynamic=True)
         else:
             layer.compile(dynamic=True)
@@ -2788,20 +2787,20 @@ class TensorParallel:
 
     def embedding(self, module: nn.Embedding, input_ids: Tensor) -> Tensor:
         weight = module.weight.to_local()
-        places, here = self.places(input_ids, weight)
-        return self.add_up(F.embedding(places, weight) * here[..., None])
+        local_ids, is_local = self.local_ids(input_ids, weight)
+        return self.add_up(F.embedding(local_ids, weight) * is_local[..., None])
 
     def norm(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        hidden = F.rms_norm(hidden, hidden.shape[-1:], own_part(module, "weight"), module.variance_epsilon)
+        hidden = F.rms_norm(hidden, hidden.shape[-1:], local_parameter(module, "weight"), module.variance_epsilon)
         if torch.is_autocast_enabled(hidden.device.type):  # the matmuls would cast it anyway, after twice the traffic
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return self.gather(hidden, dimension=1) if self.splits_tokens else hidden
 
     def column(self, module: nn.Linear, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, own_part(module, "weight"), own_part(module, "bias"))
+        return F.linear(hidden, local_parameter(module, "weight"), local_parameter(module, "bias"))
 
     def row(self, module: nn.Linear, hidden: Tensor) -> Tensor:
-        return self.add_up(F.linear(hidden, own_part(module, "weight")))
+        return self.add_up(F.linear(hidden, local_parameter(module, "weight")))
 
     def head(self, module: nn.Linear, hidden: Tensor) -> Tensor:
         """Returns the logits of the whole vocabulary, for generation."""
@@ -2817,38 +2816,38 @@ class TensorParallel:
             logits = F.linear(hidden, weight).float()
         largest = logits.detach().amax(-1)
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
-        places, here = self.places(targets, weight)
-        of_target = logits.gather(1, places[:, None])[:, 0].masked_fill(~here, 0)
-        parts = torch.stack([(logits - largest[:, None]).exp().sum(-1), of_target])
+        local_ids, is_local = self.local_ids(targets, weight)
+        target_logits = logits.gather(1, local_ids[:, None])[:, 0].masked_fill(~is_local, 0)
+        parts = torch.stack([(logits - largest[:, None]).exp().sum(-1), target_logits])
         sums = parts.detach().clone()
         dist.all_reduce(sums, group=self.group)
         # an all-reduce whose backward pass is the identity: each rank's part gets the gradient of the sum
-        exponentials, of_target = parts + (sums - parts.detach())
-        return (exponentials.log() + largest - of_target).masked_fill(targets == IGNORE_INDEX, 0).sum()
+        exponentials, target_logits = parts + (sums - parts.detach())
+        return (exponentials.log() + largest - target_logits).masked_fill(targets == IGNORE_INDEX, 0).sum()
 
-    def places(self, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def local_ids(self, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns where ids of the vocabulary are in this rank's part of it, and which of them are there at all."""
-        places = ids - dist.get_rank(self.group) * len(weight)
-        return places.clamp(0, len(weight) - 1), (places >= 0) & (places < len(weight))
+        local_ids = ids - dist.get_rank(self.group) * len(weight)
+        return local_ids.clamp(0, len(weight) - 1), (local_ids >= 0) & (local_ids < len(weight))
 
     def gather(self, part: Tensor, dimension: int) -> Tensor:
         """Returns the parts of all ranks side by side. The backward pass adds up and scatters."""
-        return GatherParts.apply(part, dimension, self.size, self.group)
+        return Exchange.apply(part, gather_parts, scatter_sum, dimension, self.size, self.group)
 
     def add_up(self, summand: Tensor) -> Tensor:
         """Returns this rank's tokens of the sum over all ranks, or in generation all of them."""
         if not self.splits_tokens:
             dist.all_reduce(summand, group=self.group)
             return summand
-        return ScatterSum.apply(summand, 1, self.size, self.group)
+        return Exchange.apply(summand, scatter_sum, gather_parts, 1, self.size, self.group)
 
 
-def own_part(module: nn.Module, name: str) -> Tensor | None:
-    """Returns this rank's part of a parameter of a module, with the gradient that belongs to it."""
+def local_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Like `local_part`, for a module's parameter. Where all ranks hold it whole, its gradient is summed over them."""
     from torch.distributed.tensor import Partial, Replicate
 
-    if hasattr(module, "own_parts"):
-        return module.own_parts[name]
+    if hasattr(module, "local_parameters"):
+        return module.local_parameters[name]
     parameter = getattr(module, name)
     if parameter is None:
         return None
@@ -2857,53 +2856,40 @@ def own_part(module: nn.Module, name: str) -> Tensor | None:
     return parameter.to_local(grad_placements=summed)
 
 
-def set_own_parts(layer: nn.Module, inputs: tuple) -> None:
+def cache_local_parameters(layer: nn.Module, inputs: tuple) -> None:
     """Takes a layer's parts out before compiled code sees them: torch 2.13 fails to compile recomputed DTensors."""
     for module in layer.modules():
         if isinstance(getattr(module, "weight", None), Tensor):
-            vars(module).pop("own_parts", None)
-            module.own_parts = {name: own_part(module, name) for name in module._parameters}
+            vars(module).pop("local_parameters", None)
+            module.local_parameters = {name: local_parameter(module, name) for name in module._parameters}
 
 
-class GatherParts(torch.autograd.Function):
-    """All ranks' parts side by side along a dimension. Backward, their gradients are added up and scattered.
+class Exchange(torch.autograd.Function):
+    """Applies `exchange` to a tensor, and `reverse` to its gradient. `gather_parts` and `scatter_sum` go together.
 
     torch's own collectives with a gradient do the same, but from those torch 2.13 compiled wrong gradients for several
     rows.
     """
 
     @staticmethod
-    def forward(context: Any, part: Tensor, dimension: int, size: int, group: dist.ProcessGroup) -> Tensor:
-        context.layout = dimension, size, group
-        return gather_parts(part, dimension, size, group)
+    def forward(context: Any, tensor: Tensor, exchange: Callable, reverse: Callable, *layout: Any) -> Tensor:
+        context.reverse, context.layout = reverse, layout
+        return exchange(tensor, *layout)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return scatter_sum(gradient, *context.layout), None, None, None
-
-
-class ScatterSum(torch.autograd.Function):
-    """This rank's part, along a dimension, of the sum over all ranks. Backward, all gradients are gathered."""
-
-    @staticmethod
-    def forward(context: Any, summand: Tensor, dimension: int, size: int, group: dist.ProcessGroup) -> Tensor:
-        context.layout = dimension, size, group
-        return scatter_sum(summand, dimension, size, group)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return gather_parts(gradient, *context.layout), None, None, None
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return context.reverse(gradient, *context.layout), *[None] * (2 + len(context.layout))
 
 
 def gather_parts(part: Tensor, dimension: int, size: int, group: dist.ProcessGroup) -> Tensor:
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # in torch < 2.13
     parts = part.new_empty(size * part.shape[0], *part.shape[1:])
     all_gather(parts, part.contiguous(), group=group)
     return torch.cat(parts.chunk(size), dimension)
 
 
 def scatter_sum(summand: Tensor, dimension: int, size: int, group: dist.ProcessGroup) -> Tensor:
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # in torch < 2.13
     parts = torch.cat(summand.chunk(size, dimension))
     total = parts.new_empty(parts.shape[0] // size, *parts.shape[1:])
     reduce_scatter(total, parts, group=group)
@@ -2954,19 +2940,19 @@ class Pipeline:
         # what passes between layers: fp32 under autocast, bf16 where FSDP casts the weights or all states are bf16
         self.dtype = torch.float32 if plan.precision == "fp32" or plan.autocasts else torch.bfloat16
         self.stage, self.ranks = 0, []  # the ranks that work on this rank's documents, one a stage
-        self.before = self.after = self.forth = self.back = None
+        self.previous_rank = self.next_rank = self.forward_group = self.backward_group = None
         if self.stages > 1:
             rank, world_size = dist.get_rank(), dist.get_world_size()
             ranks_of_stage = world_size // self.stages
             self.stage = rank // ranks_of_stage
             self.ranks = list(range(rank % ranks_of_stage, world_size, ranks_of_stage))
-            self.before = self.ranks[self.stage - 1] if self.stage else None
-            self.after = self.ranks[self.stage + 1] if self.stage + 1 < self.stages else None
+            self.previous_rank = self.ranks[self.stage - 1] if self.stage else None
+            self.next_rank = self.ranks[self.stage + 1] if self.stage + 1 < self.stages else None
             # a group for each direction: in one, a send forward and a send back could wait for each other under NCCL
             make_group = functools.partial(dist.new_group, self.ranks, timeout, use_local_synchronization=True)
-            self.forth, self.back = make_group(), make_group()
-        self.is_last = self.after is None
-        self.under_way: collections.deque = collections.deque()  # (entered, left) of micro-batches not gone back yet
+            self.forward_group, self.backward_group = make_group(), make_group()
+        self.is_last = self.next_rank is None
+        self.awaiting_backward: collections.deque = collections.deque()  # (stage_input, stage_output) of micro-batches
         self.sends: collections.deque = collections.deque()  # with their tensors, which must outlive them
         self.is_watched, self.noted = False, ("", 0.0)
 
@@ -2986,33 +2972,33 @@ class Pipeline:
 
     def forward(self, model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
         """Takes a micro-batch through this stage. Returns the sum of its token losses; 0 before the last stage."""
-        entered, (rows, width) = None, micro_batch["input_ids"].shape
+        stage_input, (rows, width) = None, micro_batch["input_ids"].shape
         if parallel.tensor_parallel.size > 1:  # a model would count a rank's part of the tokens
             micro_batch = {"position_ids": torch.arange(width, device=parallel.device)[None], **micro_batch}
-        if self.before is not None:
+        if self.previous_rank is not None:
             shape = (rows, width // parallel.tensor_parallel.size, self.hidden)
-            entered = self.receive(self.before, self.forth, shape)
-            entered.requires_grad_(torch.is_grad_enabled())
-            micro_batch = dict(micro_batch, inputs_embeds=entered)
+            stage_input = self.receive(self.previous_rank, self.forward_group, shape)
+            stage_input.requires_grad_(torch.is_grad_enabled())
+            micro_batch = dict(micro_batch, inputs_embeds=stage_input)
             del micro_batch["input_ids"]
         self.note("its own layers, which need all ranks of the stage")
-        left = token_loss_sum(model, micro_batch, parallel)
+        stage_output = token_loss_sum(model, micro_batch, parallel)
         if torch.is_grad_enabled():
-            self.under_way.append((entered, left))
+            self.awaiting_backward.append((stage_input, stage_output))
         if self.is_last:
-            return left.detach()
-        self.send(left.detach(), self.after, self.forth)
+            return stage_output.detach()
+        self.send(stage_output.detach(), self.next_rank, self.forward_group)
         return torch.zeros((), device=self.device)
 
     def backward(self, loss_scale: float) -> None:
         """Takes the oldest micro-batch under way back through this stage; its loss is multiplied by `loss_scale`."""
-        entered, left = self.under_way.popleft()
+        stage_input, stage_output = self.awaiting_backward.popleft()
         if self.is_last:
-            (left * loss_scale).backward()
+            (stage_output * loss_scale).backward()
         else:
-            left.backward(self.receive(self.after, self.back, left.shape))
-        if entered is not None:
-            self.send(entered.grad, self.before, self.back)
+            stage_output.backward(self.receive(self.next_rank, self.backward_group, stage_output.shape))
+        if stage_input is not None:
+            self.send(stage_input.grad, self.previous_rank, self.backward_group)
 
     def receive(self, sender: int, group: dist.ProcessGroup, shape: Sequence[int]) -> Tensor:
         self.note(f"what rank {sender} sends")
@@ -3036,7 +3022,7 @@ class Pipeline:
         if self.stages == 1:
             return norm
         squares = norm.double().square()
-        dist.all_reduce(squares, group=self.forth)
+        dist.all_reduce(squares, group=self.forward_group)
         return squares.sqrt().to(norm.dtype)
 
     def whole_tensors(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -3045,14 +3031,14 @@ class Pipeline:
             yield from ((name, unsharded(tensor)) for name, tensor in tensors.items())
             return
         described = [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-        of_each_rank = on_all_ranks(lambda: described, gathered=True)
+        described_by_rank = on_all_ranks(lambda: described, gathered=True)
         for owner in self.ranks:
-            for name, shape, dtype in of_each_rank[owner]:
+            for name, shape, dtype in described_by_rank[owner]:
                 if name in tensors:
                     whole = unsharded(tensors[name]).to(self.device)
                 else:
                     whole = torch.empty(shape, dtype=dtype, device=self.device)
-                dist.broadcast(whole, owner, group=self.forth)
+                dist.broadcast(whole, owner, group=self.forward_group)
                 yield name, whole
                 del whole
 

@@ -147,7 +147,7 @@ class TrackedPipeline(script.Pipeline):
         self.passed.append(tensor)
 
     def empty_what_is_done(self) -> None:
-        kept = [tensor for _, tensor in self.sends] + [tensor for both in self.under_way for tensor in both]
+        kept = [tensor for _, tensor in self.sends] + [tensor for both in self.awaiting_backward for tensor in both]
         kept_storages = {tensor.untyped_storage()._cdata for tensor in kept if tensor is not None}
         for tensor in self.passed:
             if tensor.untyped_storage()._cdata not in kept_storages:
@@ -652,7 +652,7 @@ def measure(setting: Setting) -> dict:
         model_config.save_pretrained(folder)
         words = ["--model-name-or-path", folder, "--batch-size", str(setting.documents * setting.ranks)]
         config = script.parse_config([*words, "--random-init", "--quiet", *setting.flags.split()])
-        parallel = script.enable_advanced_parallelization(config, trains_stages=True)
+        parallel = script.enable_advanced_parallelization(config, calls_training_step=True)
         model = script.load_model(parallel)
     if parallel.plan.strategy == "ddp":
         model.register_comm_hook(None, lambda _, bucket: answered(bucket.buffer()))

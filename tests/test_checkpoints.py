@@ -505,7 +505,7 @@ def test_a_damaged_newest_is_passed_over_though_named(stopped, copy_of, capsys, 
     assert start(folder, resume=newest) == 0
     said = capsys.readouterr().out
     assert f"WARNING   {newest} is damaged ({named}" in said
-    assert f"resume    from {folder / 'checkpoints' / 'step-000004'}, saved by" in said
+    assert f"resume    from {folder / 'checkpoints' / 'step-000004'}, saved with" in said
     assert_same_run(folder, uninterrupted)
 
 

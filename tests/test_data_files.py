@@ -360,3 +360,38 @@ def test_an_unwritable_cache_is_blamed_on_the_cache(data, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", data.parent / "file" / "cache")
     assert start(data) == 2
     assert f"the Hugging Face cache {data.parent / 'file' / 'cache'} cannot be written to" in said(capsys)[1]
+
+
+def test_a_test_file_without_summaries_stops_no_training(data, capsys):
+    (data / "train.csv").write_text(csv_of(STORIES))
+    (data / "test.csv").write_text("article\nA story\n")
+    assert start(data) == 0
+    assert "not read: 1 file of a test split, without --test-samples" in said(capsys)[0]
+
+
+def test_the_folders_of_named_files_tell_their_splits(data, capsys):
+    for split in ("train", "validation"):
+        write_jsonl(data / split / "stories.jsonl")
+    assert start(data, *sorted(data.glob("*/*.jsonl"))) == 0
+    lines, _ = said(capsys)
+    assert "train: 1 file (stories.jsonl)" in lines and "validation: 1 file (stories.jsonl)" in lines
+
+
+def test_a_saved_split_without_rows_is_named(data, capsys):
+    rows = datasets.Dataset.from_list(STORIES)
+    datasets.DatasetDict(train=rows, validation=rows.select([])).save_to_disk(data / "saved")
+    assert start(data / "saved") == 2
+    assert "has no validation documents; fill that split or leave it out" in said(capsys)[1]
+
+
+def test_a_compressed_file_that_is_not_read_is_reported(data, capsys):
+    write_jsonl(data / "train.jsonl")
+    (data / "more.tsv.gz").write_bytes(gzip.compress(b"a\tb\n"))
+    assert start(data) == 0
+    assert any(line.startswith(f"not read: {data / 'more.tsv.gz'}") for line in said(capsys)[0])
+
+
+def test_a_csv_without_header_is_told_so_however_long_its_first_article(data, capsys):
+    (data / "train.csv").write_text(f"{'A long story. ' * 10_000},a summary\n")
+    assert start(data) == 2
+    assert "has no column article in its first row, but A long story." in said(capsys)[1]

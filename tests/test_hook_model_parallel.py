@@ -216,7 +216,7 @@ def test_norms_stay_equal_on_ranks_that_split_a_layer(runs):
 @pytest.mark.parametrize("name", MOVES)
 def test_a_checkpoint_moves_between_plans(runs, moved, name):
     run, folder = moved[name]
-    assert "resume    from" in run.stdout and "step-000004, saved by" in run.stdout
+    assert "resume    from" in run.stdout and "step-000004, saved with" in run.stdout
     metrics, expected = (read_metrics(each) for each in (folder, runs[expected_run(name)][1]))
     for lines, expected_lines, value in zip(metrics, expected, ("loss", "eval_loss"), strict=True):
         assert [line["step"] for line in lines] == [line["step"] for line in expected_lines]

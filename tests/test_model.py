@@ -594,6 +594,7 @@ def test_compiling_is_decided_by_what_the_predicted_steps_gain(
         choice=SimpleNamespace(chosen=SimpleNamespace(step_seconds={"compute": step_seconds})),
         plan=plans[0],
         accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped),
+        tensor_parallel=train_llama2.TensorParallel(),
         say=print,
     )
     assert train_llama2.compile_layers(model, parallel, steps) is expected

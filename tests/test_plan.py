@@ -906,8 +906,8 @@ def test_stages_must_gain_more_than_the_predictions_error(monkeypatch, seconds, 
     assert expected == 2 or chosen.reason.endswith("it cuts the model into fewer parts")
 
 
-@pytest.mark.parametrize("trains_stages", [True, False])
-def test_only_loops_that_train_stages_are_given_them(monkeypatch, trains_stages):
+@pytest.mark.parametrize("calls_training_step", [True, False])
+def test_only_loops_that_train_stages_are_given_them(monkeypatch, calls_training_step):
     slow = parse_cluster("2x8xA100-80GB,ib=3.125")
     plans = []
 
@@ -918,11 +918,11 @@ def test_only_loops_that_train_stages_are_given_them(monkeypatch, trains_stages)
     monkeypatch.setattr(train_llama2, "choose_plan", choose)
     config = Config(model_name_or_path=str(TINY_LLAMA), block_size=512)
     with pytest.raises(UserError, match="seen"):
-        train_llama2.enable_advanced_parallelization(config, trains_stages=trains_stages)
-    assert plans[0].pipeline_parallel_size == (2 if trains_stages else 1)
-    if not trains_stages:
+        train_llama2.enable_advanced_parallelization(config, calls_training_step=calls_training_step)
+    assert plans[0].pipeline_parallel_size == (2 if calls_training_step else 1)
+    if not calls_training_step:
         given = dataclasses.replace(config, pipeline_parallel_size=2)
-        with pytest.raises(UserError, match=r"--pipeline-parallel-size 2 cannot be had here: .* trains_stages"):
+        with pytest.raises(UserError, match=r"--pipeline-parallel-size 2 cannot be had here: .* calls_training_step"):
             train_llama2.enable_advanced_parallelization(given)
 
 

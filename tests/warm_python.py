@@ -112,8 +112,13 @@ def keep_a_fork(client: socket.socket) -> CodeType:
 
 def program(words: list[str], environment: dict[str, str], folder: str) -> CodeType:
     """Returns what `python` would run for these words, after it has made this process one that starts so."""
+    import numpy
+    import torch
+
     import __main__
 
+    torch.seed()  # each process draws its own at its start
+    numpy.random.seed()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
