@@ -1489,8 +1489,7 @@ def by_meaning(splits: dict[str, Dataset]) -> dict[str, Dataset]:
     found: dict[str, list[Dataset]] = {}
     for name, split in splits.items():
         found.setdefault(SPLIT_WORDS.get(str(name).lower(), str(name)), []).append(split)
-    # to join a split without rows fails
-    return {name: those[0] if len(those) == 1 else datasets.concatenate_datasets(those) for name, those in found.items()}
+    return {name: datasets.concatenate_datasets(those) for name, those in found.items()}
 
 
 def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
