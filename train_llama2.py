@@ -685,7 +685,7 @@ TEST_REPORT_SECONDS = 60.0  # between two lines on how far the summaries of the 
 
 def evaluate(
     model: nn.Module, eval_set: Documents, parallel: Parallel, stop: StopSignals
-) -> tuple[dict[str, float], list[dict[str, str]]] | None:
+) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
     """Returns the scores of the validation split and the summaries written for --rouge-samples of its documents.
 
     The scores are named as in metrics.jsonl: `eval_loss` in nats a token, `eval_perplexity`, and where there are
@@ -701,7 +701,7 @@ def evaluate(
             "kept. Lower --lr or lengthen --warmup-ratio, and to go back further delete the latest checkpoints"
         )
     drawn = np.random.default_rng(parallel.config.seed).permutation(len(eval_set))[: parallel.config.rouge_samples]
-    samples = [sample for of_call in summarise(model, eval_set, drawn, parallel, stop) for sample in of_call]
+    samples = list(itertools.chain.from_iterable(summarise(model, eval_set, drawn, parallel, stop)))
     if len(samples) < len(drawn):
         return None
     perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows above
@@ -808,9 +808,9 @@ def summarise(
     for begin in tqdm(calls, "summarising", leave=False, disable=not parallel.shows_bars):
         if stop.agreed():
             return
-        of_all = positions[begin : begin + calls.step]
-        mine = of_all[parallel.data_rank :: size]
-        rows = documents.dataset[mine if len(mine) else of_all[:1]]
+        positions_of_call = positions[begin : begin + calls.step]
+        mine = positions_of_call[parallel.data_rank :: size]
+        rows = documents.dataset[mine if len(mine) else positions_of_call[:1]]
         references = documents.texts[rows["row"]][config.summary_column]
         prompts = [ids[:length] for ids, length in zip(rows["input_ids"], rows["prompt_length"], strict=True)]
         inputs = {name: tensor.to(parallel.device) for name, tensor in pad_prompts(prompts, tokenizer).items()}
@@ -822,8 +822,10 @@ def summarise(
             dict(index=row, reference=r.strip(), summary=s.strip(), ended=tokenizer.eos_token_id in ids)
             for row, r, s, ids in zip(rows["row"], references, summaries, answers, strict=True)
         ]
-        of_each_rank = on_all_ranks(lambda written=written: written, gathered=True)
-        yield [of_each_rank[parallel.rank_of(place % size)][place // size] for place in range(len(of_all))]
+        written_by_rank = on_all_ranks(lambda written=written: written, gathered=True)
+        yield [
+            written_by_rank[parallel.rank_of(place % size)][place // size] for place in range(len(positions_of_call))
+        ]
 
 
 def prompts_at_a_time(parallel: Parallel) -> int:
@@ -951,8 +953,8 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
         refuse_what_does_not_fit(choice, cluster)
         plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
     pipeline = Pipeline(plan, shape.hidden, accelerator.device, timedelta(minutes=config.dist_timeout_minutes))
-    split = TensorParallel(plan.tensor_parallel_size)
-    parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline, split)
+    tensor_parallel = TensorParallel(plan.tensor_parallel_size)
+    parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline, tensor_parallel)
     parallel.say(words)
     if config.packing == "auto" and cluster.has_gpu and shape.unpackable and not on_moai:
         parallel.say(f"packing   no: {shape.unpackable}, so rows are padded")
@@ -1926,7 +1928,7 @@ def global_batch(documents: Documents, positions: np.ndarray, parallel: Parallel
     lengths = documents.lengths[positions]
     dealt = deal(lengths, parallel.data_parallel_size, parallel.plan, documents.block_size)
     make_rows = pack_rows if parallel.plan.packing else pad_rows
-    mine = [positions[of_data_ranks[parallel.data_rank]] for of_data_ranks in dealt]
+    mine = [positions[by_data_rank[parallel.data_rank]] for by_data_rank in dealt]
     micro_batches = [micro_batch_of(documents, each, make_rows) for each in mine]
     if parallel.plan.tensor_parallel_size > 1:
         micro_batches = [with_whole_tiles(each, padding_id(documents.tokenizer)) for each in micro_batches]
@@ -2080,8 +2082,8 @@ def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndar
     loads = []  # tokens computed, padding included: a row per micro-step, a column per data rank
     for batch in batches:
         lengths = documents.lengths[batch]
-        for of_data_ranks in deal(lengths, parallel.data_parallel_size, plan, block_size):
-            loads.append([computed_tokens(lengths[positions], plan, block_size) for positions in of_data_ranks])
+        for by_data_rank in deal(lengths, parallel.data_parallel_size, plan, block_size):
+            loads.append([computed_tokens(lengths[positions], plan, block_size) for positions in by_data_rank])
     loads, tokens = np.array(loads), documents.lengths.sum()
     waiting = loads.max(axis=1).sum() / loads.mean(axis=1).sum()  # all ranks wait for the busiest in each micro-step
     return (
@@ -2417,7 +2419,9 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor
 # ---- Model: the loss without logits --------------------------------------------------------------------------
 
 
-def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True, split: TensorParallel | None = None) -> None:
+def use_token_loss(
+    model: PreTrainedModel, is_last_stage: bool = True, tensor_parallel: TensorParallel | None = None
+) -> None:
     """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
 
     A pipeline stage before the last, which has no head, returns its hidden states. Calls without targets (generation)
@@ -2449,7 +2453,7 @@ def use_token_loss(model: PreTrainedModel, is_last_stage: bool = True, split: Te
 
     @functools.wraps(plain_head)
     def head_forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        return plain_head(hidden) if targets is None else summed_token_loss(hidden, head.weight, targets, split)
+        return plain_head(hidden) if targets is None else head_loss_sum(hidden, head.weight, targets, tensor_parallel)
 
     model.forward, head.forward = forward, head_forward
 
@@ -2463,14 +2467,16 @@ def is_plain_projection(model: PreTrainedModel) -> bool:
     )
 
 
-def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, split: TensorParallel | None = None) -> Tensor:
+def head_loss_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, tensor_parallel: TensorParallel | None = None
+) -> Tensor:
     """Returns the sum of cross-entropies in fp32 of hidden (N, h) times weight (V, h) against targets (N,).
 
     Uses torch's linear_cross_entropy if this torch has it: it computes logits and their gradient a chunk at a time. Its
     own reduction is inaccurate in bf16 (torch 2.13), so the losses are summed here. Without it, and where tensor-
     parallel ranks share the vocabulary, logits are computed in chunks that the backward pass recomputes.
     """
-    shared = split is not None and split.size > 1
+    shared = tensor_parallel is not None and tensor_parallel.size > 1
     weight = local_part(weight)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -2490,7 +2496,7 @@ def summed_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, split: Te
             )
         return losses.float().sum()
     total = torch.zeros((), device=hidden.device)
-    chunk_loss = split.loss_of_chunk if shared else loss_of_chunk
+    chunk_loss = tensor_parallel.loss_of_shared_chunk if shared else loss_of_chunk
     for chunk, chunk_targets in zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True):
         loss = torch.utils.checkpoint.checkpoint(chunk_loss, chunk, weight, chunk_targets, use_reentrant=False)
         total = total + loss
@@ -2805,7 +2811,7 @@ class TensorParallel:
         """Returns the logits of the whole vocabulary, for generation."""
         return self.gather(F.linear(hidden, module.weight.to_local()), dimension=hidden.ndim - 1)
 
-    def loss_of_chunk(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def loss_of_shared_chunk(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Returns what the function `loss_of_chunk` does, with the logits of this rank's part of the vocabulary.
 
         Per token the ranks exchange the largest logit, the sum of exponentials and the target's logit. The gradient of
@@ -2899,7 +2905,7 @@ def scatter_sum(summand: Tensor, dimension: int, size: int, group: dist.ProcessG
 class SplitStyle:
     """What transformers asks about a kind of module: how its parameters are shared out, and its forward pass."""
 
-    ranks: TensorParallel
+    tensor_parallel: TensorParallel
     kind: str
 
     def validate_param(self, *module_and_parameter: Any, **names: Any) -> None:
@@ -2914,9 +2920,9 @@ class SplitStyle:
         module._parameters[name] = nn.Parameter(distribute_tensor(whole, mesh, [placement], src_data_rank=None))
 
     def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        self.ranks.group = mesh.get_group()
+        self.tensor_parallel.group = mesh.get_group()
         if hasattr(module, "weight"):  # not where another pipeline stage holds it
-            module.forward = functools.partial(getattr(self.ranks, self.kind), module)
+            module.forward = functools.partial(getattr(self.tensor_parallel, self.kind), module)
 
 
 # ---- Model: pipeline stages ----------------------------------------------------------------------------------

@@ -30,10 +30,10 @@ from train_llama2 import (
     Config,
     StochasticAdamW,
     enable_advanced_parallelization,
+    head_loss_sum,
     learning_rate,
     pack_rows,
     round_stochastically,
-    summed_token_loss,
     use_token_loss,
     with_targets,
 )
@@ -376,7 +376,7 @@ def head_inputs(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
 def test_loss_and_gradients_are_those_of_fp32_cross_entropy(loss_of_either_torch, tokens, dtype, value, gradient):
     """bf16 logits have 8 bits, so each loss is off by up to 1e-2 or so; their sum must still not be off."""
     hidden, weight, targets = head_inputs(tokens, dtype)
-    loss = summed_token_loss(hidden, weight, targets)
+    loss = head_loss_sum(hidden, weight, targets)
     (loss * 0.5).backward()
     plain_hidden, plain_weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))
     plain = cross_entropy(linear(plain_hidden, plain_weight), targets, ignore_index=-100, reduction="sum")
@@ -456,13 +456,13 @@ def test_generation_is_that_of_the_model_before():
 def test_positions_without_a_label_never_reach_the_head(monkeypatch, packing):
     _, ours = two_of_a_model()
     documents, prompts, seen = random_documents(20, 33), [15, 30], []
-    healthy = train_llama2.summed_token_loss
+    healthy = train_llama2.head_loss_sum
 
     def recording(hidden, weight, targets, *split):
         seen.append((tuple(hidden.shape), tuple(targets.shape)))
         return healthy(hidden, weight, targets, *split)
 
-    monkeypatch.setattr(train_llama2, "summed_token_loss", recording)
+    monkeypatch.setattr(train_llama2, "head_loss_sum", recording)
     micro = pack(documents, prompts)
     if not packing:
         rows = [ids + [0] * (33 - len(ids)) for ids in documents]

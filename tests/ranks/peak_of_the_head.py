@@ -3,7 +3,7 @@
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from train_llama2 import peak_memory_gib, summed_token_loss
+from train_llama2 import head_loss_sum, peak_memory_gib
 
 
 def peak():
@@ -13,9 +13,9 @@ def peak():
 hidden = torch.randn(1, 4096, 64, requires_grad=True)
 weight = torch.randn(32000, 64, requires_grad=True)
 labels = torch.randint(0, 32000, (1, 4096))
-summed_token_loss(hidden[0, :64], weight, labels[0, :64]).backward()
+head_loss_sum(hidden[0, :64], weight, labels[0, :64]).backward()
 start = peak()
-summed_token_loss(hidden[0], weight, labels[0]).backward()
+head_loss_sum(hidden[0], weight, labels[0]).backward()
 ours = peak()
 ForCausalLMLoss(torch.nn.functional.linear(hidden, weight), labels, 32000).backward()
 print("MIB", ours - start, peak() - start)
