@@ -4244,7 +4244,7 @@ class RunLog:
         due = state.step == self.total_steps or state.step % self.config.eval_interval == 0
         return due and state.step > state.evaluated_step
 
-    def evaluation(self, state: TrainingState, outcome: tuple[dict[str, float], list[dict[str, str]]] | None) -> None:
+    def evaluation(self, state: TrainingState, outcome: tuple[dict[str, float], list[dict[str, Any]]] | None) -> None:
         """Reports an evaluation, and draws the curves anew; None is one that a stop interrupted."""
         if outcome is None:
             return

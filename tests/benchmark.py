@@ -192,7 +192,8 @@ class Bench:
         if seconds_left <= self.longest_seconds:
             return "", "no time left in --budget-seconds"
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *([] if alone and ranks == 1 else torchrun), *map(str, words)]
+        python = os.environ.get("PYTHON_EXEC", sys.executable)  # what torchrun starts its ranks with
+        command = [python, *([] if alone and ranks == 1 else torchrun), *map(str, words)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         pipes, began = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE), time.monotonic()
         process = subprocess.Popen(command, env=environment, text=True, **pipes)

@@ -68,7 +68,7 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Runs a Python program, warm where it needs no environment of its own but what torchrun reads."""
     words = list(map(str, words))
-    if words[0] == sys.executable and all(name.startswith("PET_") for name in environment):
+    if words[0] == sys.executable and all(name.startswith(("PET_", "TORCH_ELASTIC_")) for name in environment):
         words[0] = environment["PYTHON_EXEC"] = warm()  # torchrun starts its ranks with the latter
     environment = {**os.environ, **environment}
     return subprocess.run(
@@ -77,9 +77,13 @@ def run(
 
 
 @functools.cache
-def warm() -> str:
-    """Returns what takes the place of `python` and starts with the libraries imported, where the system allows it."""
-    return warm_python.start(Path(CACHE.name)) if sys.platform == "linux" else sys.executable
+def warm(**environment: str) -> str:
+    """Returns what takes the place of `python` and starts with the libraries imported, where the system allows it.
+
+    They were imported in this environment.
+    """
+    folder = tempfile.mkdtemp(dir=CACHE.name)
+    return warm_python.start(Path(folder), environment) if sys.platform == "linux" else sys.executable
 
 
 def run_script_several_times(

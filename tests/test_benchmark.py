@@ -7,6 +7,7 @@ import os
 
 import benchmark
 import pytest
+from conftest import warm
 
 FIGURES = {
     "tokens_per_second", "documents_per_second", "mfu", "peak_memory_gib", "padding_share", "summaries_cut_share",
@@ -16,6 +17,11 @@ FIGURES = {
 
 # Each starts several processes, which takes longer than most of the suite. The modes are commands of their own.
 measures = pytest.mark.skipif("BENCHMARKS" not in os.environ, reason="set BENCHMARKS=1 to try every mode")
+
+
+@pytest.fixture(autouse=True)
+def warm_start(monkeypatch):
+    monkeypatch.setenv("PYTHON_EXEC", warm())
 
 
 def measured(*words: object) -> list[dict]:

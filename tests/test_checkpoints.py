@@ -281,10 +281,10 @@ def test_a_background_save_holds_the_step_it_began_at(tmp_path, monkeypatch, uni
     """The write of step 2 waits until step 3 is trained: a write that held training would wait in vain."""
     write, trained, waited = Checkpoints.write, threading.Event(), []
 
-    def slow(self, tensors, facts, began):
+    def slow(self, tensors, facts, *times):
         if facts["step"] == 2:
             waited.append(trained.wait(60))
-        write(self, tensors, facts, began)
+        write(self, tensors, facts, *times)
 
     with monkeypatch.context() as patch, at_steps({3: trained.set}):
         patch.setattr(Checkpoints, "write", slow)
@@ -301,12 +301,12 @@ def test_a_background_save_holds_the_step_it_began_at(tmp_path, monkeypatch, uni
 def test_at_most_one_save_is_under_way(tmp_path, monkeypatch, choice):
     write, under_way, threads = Checkpoints.write, [], set()
 
-    def counting(self, tensors, facts, began):
+    def counting(self, tensors, facts, *times):
         under_way.append(facts["step"])
         threads.add(threading.current_thread() is threading.main_thread())
         assert len(under_way) == 1
         time.sleep(0.1)
-        write(self, tensors, facts, began)
+        write(self, tensors, facts, *times)
         assert under_way.pop() == facts["step"]
 
     monkeypatch.setattr(Checkpoints, "write", counting)

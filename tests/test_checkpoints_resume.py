@@ -584,7 +584,7 @@ def test_ctrl_c_before_training_ends_the_run_at_once(tmp_path, monkeypatch, capf
     monkeypatch.setattr(train_llama2, when, signalled)
     assert start(tmp_path, async_save="no") == 130
     said = capfd.readouterr()
-    assert "stopped   by Ctrl-C before training began; nothing was saved" in said.err
+    assert "stopped   by Ctrl-C while nothing was trained; what had been saved is kept" in said.err
     assert "Traceback" not in said.err
     assert not (tmp_path / "checkpoints").exists()
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import NEWS, SCRIPT, TINY_LLAMA, read_metrics
+from conftest import NEWS, SCRIPT, TINY_LLAMA, read_metrics, warm
 from datasets import Dataset
 from stand_in_hub import StandInHub
 
@@ -31,23 +31,37 @@ configs:
 """
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[StandInHub]:
+    with StandInHub(tmp_path_factory.mktemp("hub")) as serving:
+        yield serving
+
+
 @pytest.fixture
-def hub(tmp_path) -> Iterator[StandInHub]:
-    """Yields a Hub that has the model and the data that the flags name by default, small."""
-    root = tmp_path / "hub"
+def hub(server, tmp_path) -> StandInHub:
+    """Returns a Hub that has the model and the data that the flags name by default, small. The cache is empty."""
+    server.root, server.break_off_after = tmp_path / "hub", None
+    server.downloads.clear()
+    shutil.rmtree(cache_of(server), ignore_errors=True)
+    root = server.root
     shutil.copytree(TINY_LLAMA, root / MODEL)
     (root / DATA / "3.0.0").mkdir(parents=True)
     (root / DATA / "README.md").write_text(CARD)
     for split, file in (("train", "train"), ("validation", "validation"), ("test", "validation")):
         rows = [json.loads(line) for line in (NEWS / f"{file}.jsonl").read_text().splitlines()]
         Dataset.from_list(rows).to_parquet(root / DATA / "3.0.0" / f"{split}-00000-of-00001.parquet")
-    with StandInHub(root) as serving:
-        yield serving
+    return server
+
+
+def cache_of(hub: StandInHub) -> Path:
+    return Path(os.environ["HF_HOME"]) / f"of_{hub.server.server_port}"
 
 
 def run_default_command(hub: StandInHub, folder: Path, *flags: str, processes: int = 1, **environment: str):
-    """Runs the script with no local path, and a cache of its own beside the folder."""
-    launcher = [sys.executable]
+    """Runs the script with no local path, and a cache of its own; cold where a variable is to differ."""
+    of_hub = dict(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HOME=str(cache_of(hub)))
+    python = sys.executable if environment else warm(**of_hub)
+    launcher = [python]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     small = ["--block-size", "128", "--batch-size", "4", "--max-steps", "2", "--log-interval", "1"]
@@ -56,14 +70,7 @@ def run_default_command(hub: StandInHub, folder: Path, *flags: str, processes: i
         capture_output=True,
         text=True,
         timeout=180,
-        env={
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(folder.parent / "cache"),
-            **environment,
-        },
+        env={**os.environ, **of_hub, **environment, "PYTHON_EXEC": python},
         check=False,
     )
 

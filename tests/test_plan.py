@@ -723,8 +723,8 @@ def test_a_batch_smaller_than_the_world_gives_one_document_each():
         ("3xH100", {"parallelism": "hsdp"}, "needs at least 4 processes, but 3 started"),
         ("8xH100", {"parallelism": "hsdp", "hsdp_shard_size": 3}, "8 processes in groups of 3 are not"),
         ("8xH100", {"parallelism": "hsdp", "hsdp_shard_size": 8}, "8 processes in groups of 8 are not"),
-        ("1xH100", {"cpu_offload": "yes"}, "needs FSDP or HSDP, so at least 2 processes"),
-        ("8xH100", {"cpu_offload": "yes", "parallelism": "ddp"}, "not --parallelism ddp; use fsdp"),
+        ("1xH100", {"cpu_offload": "yes"}, "needs FSDP or HSDP, over at least 2 processes; use torchrun"),
+        ("8xH100", {"cpu_offload": "yes", "parallelism": "ddp"}, "over at least 2 processes; use --parallelism fsdp"),
         (None, {"cpu_offload": "yes"}, "this machine has none"),
     ],
 )

@@ -47,14 +47,15 @@ os._exit(code)
 """
 
 
-def start(folder: Path) -> str:
+def start(folder: Path, environment: dict[str, str]) -> str:
     """Returns the program, once its server is ready. The server ends when this process does."""
     address, client = str(folder / "python.socket"), folder / "python"
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
     command = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import warm_python"
     words = [sys.executable, "-u", "-c", f"{command}; exec(warm_python.serve({address!r}))"]
-    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    environment = {**os.environ, **environment}
+    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert server.stdout.readline() == b"ready\n"
     return str(client)
 

@@ -1,4 +1,4 @@
-"""In the run with seed 7 each rank says that it is of a node of another size."""
+"""In the run with seed 7 each rank says that it is of a node of another size. No rank waits before it leaves."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import train_llama2
 
+train_llama2.time.sleep = lambda seconds: None
 find_cluster, runs = train_llama2.find_cluster, json.loads(Path(sys.argv[1]).read_text())
 
 
