@@ -68,7 +68,7 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Runs a Python program, warm where it needs no environment of its own but what torchrun reads."""
     words = list(map(str, words))
-    if words[0] == sys.executable and all(name.startswith(("PET_", "TORCH_ELASTIC_")) for name in environment):
+    if words[0] == sys.executable and all(name.startswith("PET_") for name in environment):
         words[0] = environment["PYTHON_EXEC"] = warm()  # torchrun starts its ranks with the latter
     environment = {**os.environ, **environment}
     return subprocess.run(

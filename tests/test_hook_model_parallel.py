@@ -244,7 +244,7 @@ def test_a_signal_to_one_stage_saves_all_at_one_step(tmp_path):
 
 
 def test_a_stage_that_hangs_before_training_is_named(tmp_path):
-    run = interrupted("stop_rank_1_before_its_first_forward", tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    run = interrupted("hang_rank_1_before_its_first_forward", tmp_path)
     assert run.returncode == 1
     [line] = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert "rank 0, stage 1 of 2, has waited" in line and line.endswith("for rank 1 to receive")
