@@ -53,13 +53,13 @@ def interrupted(
 ) -> subprocess.CompletedProcess:
     """Runs the script under torchrun, in a session of its own; `act` of tests/ranks/interrupted_run.py interrupts it.
 
-    Returns when all ranks have left, even where torchrun has died before them.
+    Returns when all ranks have left, even where torchrun has died before them. Ranks that notice its end start cold.
     """
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    python = sys.executable if act == "sigkill_of_torchrun" else conftest.warm()
+    words = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
     words += [str(RANKS / "interrupted_run.py"), act, *small_run(folder, **{**NINE_STEPS, **flags})]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    pipes, environment = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE), dict(os.environ, PYTHON_EXEC=python)
+    with subprocess.Popen(words, **pipes, env=environment, text=True, start_new_session=True) as process:
         try:
             stdout, stderr = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:

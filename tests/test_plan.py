@@ -546,9 +546,9 @@ CONFIGS = [
 def test_on_any_cluster_choice_and_table_keep_their_rules(shape):
     planned = 0
     texts = ("1xH200", "3xA100-80GB", "8xA10G", "2x8xA100-40GB", "64x8xH100", "2x1xB200")
-    for text in texts:
+    for number, text in enumerate(texts):
         cluster = parse_cluster(text)
-        for config in CONFIGS:
+        for config in CONFIGS[number % 2 :: 2]:  # each configuration on three of the clusters
             try:
                 choice = choose_plan(shape, cluster, config)
             except UserError as refused:
@@ -575,7 +575,7 @@ def test_on_any_cluster_choice_and_table_keep_their_rules(shape):
                     assert chosen.reason == "the fastest that fits"
             table = train_llama2.describe_choice(choice, shape, cluster, config)
             assert max(map(len, table.splitlines())) <= 100, table
-    assert planned >= 30
+    assert planned >= 15
 
 
 def weigh(monkeypatch: pytest.MonkeyPatch, table: dict[str, tuple[float, bool]], cluster: str = "8xH100-80GB"):

@@ -3,8 +3,8 @@
 To import torch, transformers and datasets takes most of the time of a small run, in torchrun as in each of its ranks.
 `start` starts a server that has imported them, and returns a program that takes the place of `python`. That one hands
 its words, environment, folder and streams to the server, passes signals on to the fork, and leaves as the fork does. If
-it is killed, so is the fork. What the libraries read from the environment while they are imported is the server's. It
-needs Linux.
+it is killed, so is the fork. What the libraries read from the environment while they are imported is the server's. The
+fork finds in $STARTED_BY the process that has started the program. It needs Linux.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ CLIENT = """#!{python} -IS
 import array, json, os, signal, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    request = json.dumps(dict(words=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd())).encode()
+    environment = dict(os.environ, STARTED_BY=str(os.getppid()))
+    request = json.dumps(dict(words=sys.argv[1:], environment=environment, folder=os.getcwd())).encode()
     streams = array.array("i", [0, 1, 2])
     server.sendmsg([len(request).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
     server.sendall(request)
@@ -41,7 +42,8 @@ with socket.socket(socket.AF_UNIX) as server:
         signal.signal(each, lambda number, frame: os.kill(fork, number))
     code = int(next(answers))
 if code < 0:  # a signal ended it
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)
 """

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 import train_llama2
 
 rank, received = int(os.environ["RANK"]), []
+torchrun = int(os.environ.get("STARTED_BY", os.getppid()))
 receive = train_llama2.StopSignals.receive
 
 
@@ -38,14 +39,13 @@ def after_step(wanted_step, wanted_rank, act):
 
 
 def kill_torchrun():
-    torchrun = os.getppid()
     os.kill(torchrun, signal.SIGKILL)
     while os.getppid() == torchrun:
         time.sleep(0.01)
 
 
 def sigterm_to_torchrun():
-    after_step(2, 0, lambda: os.kill(os.getppid(), signal.SIGTERM))
+    after_step(2, 0, lambda: os.kill(torchrun, signal.SIGTERM))
 
 
 def sigusr1_to_rank_1():
@@ -53,7 +53,7 @@ def sigusr1_to_rank_1():
 
 
 def sigusr1_to_torchrun():
-    after_step(8, 0, lambda: os.kill(os.getppid(), signal.SIGUSR1))
+    after_step(8, 0, lambda: os.kill(torchrun, signal.SIGUSR1))
 
 
 def sigkill_of_torchrun():
@@ -61,7 +61,7 @@ def sigkill_of_torchrun():
 
 
 def ctrl_c():
-    after_step(6, 0, lambda: os.killpg(os.getpgid(os.getppid()), signal.SIGINT))
+    after_step(6, 0, lambda: os.killpg(os.getpgid(torchrun), signal.SIGINT))
 
 
 def sigusr1_in_the_test():
@@ -82,8 +82,8 @@ def kill_inside_a_save():
 
     def kill_all(self, writing, final, run, files):
         if run["step"] == 9:
-            torchrun = psutil.Process(os.getppid())
-            for process in [torchrun, *torchrun.children(recursive=True)]:
+            agent = psutil.Process(torchrun)
+            for process in [agent, *agent.children(recursive=True)]:
                 if process.pid != os.getpid():
                     process.kill()
             os.kill(os.getpid(), signal.SIGKILL)
