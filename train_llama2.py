@@ -1563,11 +1563,12 @@ def format_of(file: Path) -> str | None:
 def find_data_files(paths: list[str], config: Config, checks: bool) -> tuple[str, dict[str, list[Path]], list[str]]:
     """Returns the format, the files by split, and lines that say what is read and what is not.
 
-    A file's name tells its split, or else the name of its folder, or, where several paths are named, of the named one
-    that holds it; the default is train. Hidden files in a folder are skipped, and test files unless --test-samples
-    asks for them. With `checks` every file of text is read whole and checked.
+    A file's name tells its split, or else that of its folder inside the named one, or, where several folders are named,
+    or files of several, the name of that folder. The default is train. Hidden files in a folder are skipped, and test
+    files unless --test-samples asks for them. With `checks` every file of text is read whole and checked.
     """
     shown, files, lines = shown_data(config), {}, []
+    folders_differ = len({path if path.is_dir() else path.parent for path in map(Path, paths)}) > 1
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{shown}: {path} does not exist; give a Hub id, or an existing folder or file")
@@ -1579,7 +1580,7 @@ def find_data_files(paths: list[str], config: Config, checks: bool) -> tuple[str
                 leads = "to a folder; name that folder to read it" if file.is_dir() else "nowhere"
                 lines.append(f"not read: {file}, a link {leads}")
             elif file.is_file() and format_of(file):
-                own = (path if path.is_dir() else path.parent).name if len(paths) > 1 else ""
+                own = (path if path.is_dir() else path.parent).name if folders_differ else ""
                 files.setdefault(file.resolve(), (file, own / name))  # a file that is named twice counts once
             elif file.is_file() and format_suffix(file).endswith(UNREAD_FORMATS):
                 lines.append(f"not read: {file}; save it as one of {', '.join(DATA_FORMATS)}")
@@ -2155,9 +2156,8 @@ def load_model(parallel: Parallel) -> nn.Module:
     groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)] if mesh is not None else []
     if plan.pipeline_parallel_size > 1:
         groups.append(model._pp_stage.pp_group)
-    set_timeout = (
-        getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    )  # all that torch < 2.14 has
+    # torch < 2.14 has only the private one
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in groups:  # torch makes them with its own default timeout: 10 minutes under NCCL
         set_timeout(parallel.timeout, group)
     return parallel.accelerator.prepare_model(model) if plan.strategy == "ddp" else model

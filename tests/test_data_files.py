@@ -377,6 +377,13 @@ def test_the_folders_of_named_files_tell_their_splits(data, capsys):
     assert "train: 1 file (stories.jsonl)" in lines and "validation: 1 file (stories.jsonl)" in lines
 
 
+def test_the_one_folder_of_all_named_files_tells_nothing(data, capsys):
+    for name in ("more", "stories"):
+        write_jsonl(data / "test" / f"{name}.jsonl")
+    assert start(data, *sorted(data.glob("test/*.jsonl"))) == 0
+    assert "train: 2 files (more.jsonl, stories.jsonl)" in said(capsys)[0]
+
+
 def test_a_saved_split_without_rows_is_named(data, capsys):
     rows = datasets.Dataset.from_list(STORIES)
     datasets.DatasetDict(train=rows, validation=rows.filter(lambda row: False)).save_to_disk(data / "saved")
