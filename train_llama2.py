@@ -443,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         checkpoints.save(model, optimizer, state)
                 if finished or stopping:
                     break
-                stop.seconds_to_leave = log.seconds_per_step() + checkpoints.seconds_to_save()
+                stop.seconds_to_finish_and_save = log.seconds_per_step() + checkpoints.seconds_to_save()
                 lr = learning_rate(state.step, total_steps, config)
                 log.step(state, training_step(model, optimizer, next(batches), lr, state, parallel, stop))
 
@@ -468,9 +468,10 @@ def command_line(argv: Sequence[str] | None = None) -> int:
         problems = error.problems if isinstance(error, UserError) else [error]
         if isinstance(error, RunError) and error.__cause__ is not None:  # only the rank that failed has the cause
             traceback.print_exception(error.__cause__)
-        is_known = hasattr(error, "is_known_to_all") or dist.is_initialized()
-        alone = not is_known and os.environ.get("LOCAL_RANK", "0") == "0"  # a node that failed before it met the others
-        if launched_rank() == 0 or alone:
+        is_known_to_all = hasattr(error, "is_known_to_all") or dist.is_initialized()
+        # before the ranks have met, an error may be of this node alone, and its first process reports it
+        speaks_for_its_node = not is_known_to_all and os.environ.get("LOCAL_RANK", "0") == "0"
+        if launched_rank() == 0 or speaks_for_its_node:
             print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
         else:
             time.sleep(5)
@@ -534,9 +535,9 @@ NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 class TrainingState:
     """Where the run stands. The tensors stay on the device, so counting costs no host sync.
 
-    `skipped` counts the updates skipped so far, `skipped_in_a_row` those at the end, and `longest_skip` is the longest
-    series yet, so that one that ended between two looks at it is seen. `tokens` are those of the documents so far,
-    without padding.
+    `skipped` counts the updates skipped so far, `skipped_in_a_row` those since the last that was not, and
+    `longest_skip` is the longest such run. `stop_if_broken` reads it, because a run may begin and end between two of
+    its checks. `tokens` are those of the documents so far, without padding.
     """
 
     skipped: Tensor
@@ -583,8 +584,8 @@ def training_step(
 ) -> StepResult | None:
     """Takes one optimizer step on a global batch. No host sync, except under CPU offload.
 
-    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete. With one pipeline
-    stage the schedule alternates forward and backward.
+    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete. That happens with
+    one pipeline stage alone, whose schedule alternates forward and backward, so no micro-batch waits for its backward.
 
     DDP and FSDP average gradients over the data ranks, so each loss is multiplied by their number. A step whose loss
     or gradient norm is not finite changes nothing: AdamW leaves weights and moments alone where `found_inf` is 1, in
@@ -594,7 +595,7 @@ def training_step(
     pipeline, micro_batches = parallel.pipeline, batch.micro_batches
     loss_sum = torch.zeros((), device=parallel.device)
     for action, index in pipeline.schedule(len(micro_batches)):
-        if action == "forward" and stop and stop.agreed_to_leave_step():
+        if action == "forward" and stop and stop.agreed_to_abandon_step():
             optimizer.zero_grad()
             return None
         with parallel.gradient_sync(model, is_last=index == len(micro_batches) - 1):
@@ -751,7 +752,7 @@ def evaluate_test(
     found = on_all_ranks(lambda: log.metrics.test_summaries(state.step, made_by), main_only=True)
     done = {row: found[row] for row in rows[drawn].tolist() if row in found}
     parallel.say(f"test      {len(drawn):,} documents to summarise, {len(done):,} of them done before")
-    stop.seconds_to_leave = 0.0  # neither a step nor a save follows
+    stop.seconds_to_finish_and_save = 0.0  # neither a step nor a save follows
     began, earlier, reported = time.perf_counter(), len(done), -math.inf
     for samples in summarise(model, test_set, drawn[~np.isin(rows[drawn], list(done))], parallel, stop):
         log.append_samples(state.step, "test", [dict(sample, made_by=made_by) for sample in samples])
@@ -1160,7 +1161,7 @@ def explain_out_of_memory(parallel: Parallel) -> str:
         remedy = flags_for_less_memory(parallel.shape, parallel.cluster, plan, memory, parallel.config)
     if parallel.device.type == "cuda":
         words += f" PyTorch's peak was {torch.cuda.max_memory_allocated() / GIB:.1f} GiB allocated and"
-        words += f" {torch.cuda.max_memory_reserved() / GIB:.1f} reserved."
+        words += f" {torch.cuda.max_memory_reserved() / GIB:.1f} reserved, beside CUDA's context and NCCL's buffers."
     return (
         f"error: rank {parallel.rank} ran out of memory.{words} Try {remedy}; saved checkpoints are kept, and "
         "the same command with these flags resumes from the newest"
@@ -1462,6 +1463,7 @@ def read_splits(config: Config, checks: bool) -> tuple[dict[str, Dataset], list[
     elif "test" not in splits:
         found = ", ".join(splits)
         raise UserError(f"{shown} has no test split, only {found}; name a file or split test{without_test('test')}")
+    splits = {name: split for name, split in splits.items() if name in ("train", "validation", "test")}
     for name, split in splits.items():
         if not len(split):
             raise UserError(f"{shown} has no {name} documents; fill that split or leave it out{without_test(name)}")
@@ -1527,7 +1529,7 @@ def plain_name(file: Path) -> str:
         / (json_checksum({"file": str(file.resolve())})[:16] + data_suffix(file))
     )
     link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
+    with contextlib.suppress(FileExistsError):
         link.symlink_to(file.resolve())
     return str(link)
 
@@ -1563,9 +1565,10 @@ def format_of(file: Path) -> str | None:
 def find_data_files(paths: list[str], config: Config, checks: bool) -> tuple[str, dict[str, list[Path]], list[str]]:
     """Returns the format, the files by split, and lines that say what is read and what is not.
 
-    A file's name tells its split, or else that of its folder inside the named one, or, where several folders are named,
-    or files of several, the name of that folder. The default is train. Hidden files in a folder are skipped, and test
-    files unless --test-samples asks for them. With `checks` every file of text is read whole and checked.
+    A file's split is told by its name, or else by the innermost folder below the named one whose name tells one. The
+    name of the named folder, or of a named file's, counts only where they are several. Otherwise it is train. Hidden
+    files in a folder are skipped, and test files unless --test-samples asks for them. With `checks` every file of text
+    is read whole and checked.
     """
     shown, files, lines = shown_data(config), {}, []
     folders_differ = len({path if path.is_dir() else path.parent for path in map(Path, paths)}) > 1
@@ -1584,15 +1587,15 @@ def find_data_files(paths: list[str], config: Config, checks: bool) -> tuple[str
                 files.setdefault(file.resolve(), (file, own / name))  # a file that is named twice counts once
             elif file.is_file() and format_suffix(file).endswith(UNREAD_FORMATS):
                 lines.append(f"not read: {file}; save it as one of {', '.join(DATA_FORMATS)}")
-    formats = {format_of(file) for file, _ in files.values()}
-    if not files or len(formats) > 1:
-        found = f"holds {' and '.join(sorted(formats))} side by side" if files else "holds no data file"
-        raise UserError(f"{shown} {found}; give files of one format: {', '.join(DATA_FORMATS)}")
     by_split: dict[str, list[Path]] = {}
     for file, name in files.values():
         by_split.setdefault(split_of(str(name)), []).append(file)
     if config.test_samples == 0 and (unread := by_split.pop("test", [])):
         lines.append(f"not read: {len(unread)} file{'s' * (len(unread) > 1)} of a test split, without --test-samples")
+    formats = {format_of(file) for file in itertools.chain(*by_split.values())}
+    if len(formats) != 1:
+        found = f"holds {' and '.join(sorted(formats))} side by side" if formats else "holds no file to train on"
+        raise UserError(f"{shown} {found}; give files of one format: {', '.join(DATA_FORMATS)}")
     for file in itertools.chain(*by_split.values()):
         if file.stat().st_size == 0:
             raise UserError(f"{shown}: {file} is empty; leave it out or fill it")
@@ -1816,7 +1819,7 @@ def encode_batch(
 def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: int) -> dict[str, Any]:
     """Returns the document in at most `block_size` tokens, end-of-sequence token included.
 
-    `starts` are the first tokens of the article, of the closing mark, and of the summary. The excess is cut
+    `starts` are the indices in `ids` at which article, closing mark and summary begin. The excess is cut
     from the end of the article; the summary is cut only if it does not fit by itself.
     """
     article_start, closing_start, summary_start = starts
@@ -1873,9 +1876,9 @@ class GlobalBatch:
 
     Each of `micro_batches` holds `input_ids` and `labels` (B, T) int64. Padded rows add `attention_mask` (B, T). Packed
     rows have B = 1 and add `position_ids` (1, T), which begin again with every document, and `cu_seq_lens`
-    (documents + 1) int32, where the documents begin and end. For the head, so that the device need not be asked where
-    labels are: `predict_at` (N,) int64, the positions of the flattened rows that predict a label, and `targets` (N,),
-    that label.
+    (documents + 1) int32, where the documents begin and end. `predict_at` (N,) int64 are the positions in the flattened
+    rows that predict a label, and `targets` (N,) those labels; to find them on the GPU would cost a host sync.
+    `squared_lengths` is the sum of the documents' squared lengths, with which the FLOPs of attention grow.
     """
 
     micro_batches: list[dict[str, Tensor]]
@@ -1913,8 +1916,8 @@ def epoch_batches(documents: Documents, epoch: int, config: Config) -> list[np.n
 def evaluation_batches(documents: Documents, parallel: Parallel) -> list[np.ndarray]:
     """Returns every document once, longest first, in batches of one micro-batch's documents per data rank.
 
-    With packing there are four times as many: short documents share a row, and more of them fill rows better. Any rank
-    may call it alone.
+    With packing a batch holds four times as many, because short documents share a row, and a larger choice fills rows
+    better. Any rank may call it alone.
     """
     order = np.argsort(-documents.lengths, kind="stable")
     size = parallel.data_parallel_size * parallel.plan.micro_batch_size * (4 if parallel.plan.packing else 1)
@@ -2028,7 +2031,7 @@ def with_targets(micro_batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def deal(lengths: np.ndarray, data_parallel_size: int, plan: Plan, block_size: int) -> list[list[np.ndarray]]:
-    """Returns `dealt[micro_step][data_rank]` for the plan; a packed row holds at most what a full padded one does."""
+    """Returns `dealt[micro_step][data_rank]` for the plan. A packed row holds at most a full micro-batch's tokens."""
     if plan.packing:
         return pack_documents(lengths, data_parallel_size, plan.micro_batch_size * block_size)
     return deal_documents(lengths, data_parallel_size, plan.micro_batch_size)
@@ -2112,14 +2115,15 @@ def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
 COMPILE_SECONDS = 120.0  # estimated time to compile the layers
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+OTHER_FILES = ("*/*", "consolidated*")  # beside them on the Hub: the same weights in the format of the model's authors
 
 
 def load_model(parallel: Parallel) -> nn.Module:
     """Returns the model in the plan's precision and parallel form. Raises UserError where its files cannot be used.
 
-    The order of the forms: transformers cuts the layers into stages, splits the matrices of those that are left, and
-    shards them with FSDP, all before it reads a rank's part of the files. Recomputation and the loss without logits
-    come after that. DDP wraps the result, and `compile_layers` comes last.
+    The order of the forms: transformers cuts the layers into stages, splits the matrices of those that this stage
+    keeps, and shards them with FSDP, all before it reads a rank's part of the files. Recomputation and the loss without
+    logits come after that. DDP wraps the result, and `compile_layers` comes last.
     """
     from transformers.distributed import DistributedConfig
 
@@ -2129,7 +2133,7 @@ def load_model(parallel: Parallel) -> nn.Module:
         distributed_config = DistributedConfig(
             pp_size=plan.pipeline_parallel_size,
             tp_size=plan.tensor_parallel_size,
-            tp_plan=parallel.tensor_parallel.styles_of_modules(),
+            tp_plan=parallel.tensor_parallel.register_styles(),
             fsdp_cpu_offload=plan.cpu_offload,
             fsdp_mixed_precision=plan.precision != "fp32",
         )
@@ -2222,7 +2226,7 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
             )
         except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
             raise
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(
                 f"--model-name-or-path {name} holds weights that cannot be read ({first_line(error)}); download the "
                 "folder again"
@@ -2234,7 +2238,7 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
 
 @contextlib.contextmanager
 def tied_weights_in_one_group() -> Iterator[None]:
-    """Inside, FSDP shards tied embeddings as one parameter, in the root group, alone.
+    """Patches transformers while it builds the model: tied embeddings are one parameter, in FSDP's root group.
 
     transformers ties embedding and head after it has wrapped them. The matrix then belongs to two FSDP groups, which
     pad it each for itself, and where the ranks do not divide the vocabulary it trains wrongly from the second step on
@@ -2314,7 +2318,9 @@ def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
     if looks_like_a_path(name_or_path):
         raise UserError(f"{shown} is not a folder; give a Hub id, or a folder with config.json and safetensors weights")
     try:
-        return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns)))
+        return Path(
+            huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns), ignore_patterns=OTHER_FILES)
+        )
     except huggingface_hub.errors.GatedRepoError as error:
         raise UserError(
             f"{shown} is gated: ask for access at https://huggingface.co/{name_or_path}, then run `hf auth login` "
@@ -2429,23 +2435,23 @@ def use_token_loss(
     their logits, or whose base cannot be called apart from its head, compute all of them. Where the config asks for a
     router's auxiliary loss, it is added in training.
     """
-    plain_forward, head = model.forward, model.get_output_embeddings()
-    own_forward = type(model).forward.__get__(model)  # without the pipeline that transformers adds for generation
+    generation_forward, head = model.forward, model.get_output_embeddings()
+    class_forward = type(model).forward.__get__(model)  # without the pipeline that transformers adds for generation
     plain_head, text_config = head.forward, model.config.get_text_config()
-    routes = getattr(text_config, "output_router_logits", False)
-    projects_only = not routes and is_plain_projection(model)
+    adds_router_loss = getattr(text_config, "output_router_logits", False)
+    is_projection = not adds_router_loss and is_plain_projection(model)
 
-    @functools.wraps(plain_forward)
+    @functools.wraps(generation_forward)
     def forward(*arguments: Any, predict_at=None, targets=None, **inputs: Any) -> Any:
         if targets is None:
-            return plain_forward(*arguments, **inputs)
+            return generation_forward(*arguments, **inputs)
         if not is_last_stage:
             return model.base_model(*arguments, **inputs).last_hidden_state
-        if not projects_only:
-            output = own_forward(*arguments, **inputs)
+        if not is_projection:
+            output = class_forward(*arguments, **inputs)
             logits = output.logits.flatten(0, 1).index_select(0, predict_at).float()
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            if routes and model.training:  # it is a mean over tokens, and this loss a sum over labels
+            if adds_router_loss and model.training:  # a mean over tokens, where the loss is a sum over labels
                 loss = loss + text_config.router_aux_loss_coef * output.aux_loss * (targets != IGNORE_INDEX).sum()
             return loss
         hidden = model.base_model(*arguments, **inputs).last_hidden_state
@@ -2633,7 +2639,8 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     """Compiles the decoder layers in place where the plan says so and it pays, and returns whether it did.
 
     All layers share their graphs, and a graph takes lengths of any size. `auto` weighs the time that the `steps` to
-    come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run as they were.
+    come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run as they were. A plan that
+    fits in memory only with compiled layers is compiled however few steps there are.
     """
     from torch.utils._triton import has_triton
 
@@ -2642,7 +2649,14 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
     automatic = parallel.config.compile == "auto"
     if automatic:
         gained_seconds = parallel.choice.chosen.step_seconds["compute"] * (1 / EAGER_SPEED - 1) * steps
-        if not has_triton() or gained_seconds <= COMPILE_SECONDS:
+        eager = dataclasses.replace(parallel.plan, compiled=False)
+        fits = predict(parallel.shape, parallel.cluster, eager, parallel.config).fits
+        if not has_triton() and not fits:
+            raise UserError(
+                "--compile auto cannot compile the layers, because Triton is not installed, and without that the plan "
+                "does not fit; install Triton, or use --compile no"
+            )
+        if not has_triton() or (fits and gained_seconds <= COMPILE_SECONDS):
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
             parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
             return False
@@ -2780,7 +2794,7 @@ class TensorParallel:
         self.size, self.group = size, None  # transformers makes the group
         self.splits_tokens = True
 
-    def styles_of_modules(self) -> dict[str, str] | None:
+    def register_styles(self) -> dict[str, str] | None:
         """Registers a style of transformers for each kind of module, and returns the styles of all modules by name."""
         from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
@@ -2856,9 +2870,10 @@ def local_parameter(module: nn.Module, name: str) -> Tensor | None:
     parameter = getattr(module, name)
     if parameter is None:
         return None
-    # what every rank holds has on each the gradient of its own tokens
-    summed = [Partial()] if parameter.placements == (Replicate(),) else None
-    return parameter.to_local(grad_placements=summed)
+    # What every rank holds, a norm's weight, gets on each rank the gradient of that rank's tokens. `Partial` marks it
+    # as still to be summed over the ranks.
+    grad_placements = [Partial()] if parameter.placements == (Replicate(),) else None
+    return parameter.to_local(grad_placements=grad_placements)
 
 
 def cache_local_parameters(layer: nn.Module, inputs: tuple) -> None:
@@ -3086,9 +3101,10 @@ class Pipeline:
 
 @contextlib.contextmanager
 def stages_of_the_plan(parallel: Parallel) -> Iterator[None]:
-    """Inside, transformers cuts the layers into the plan's stages; its own leave the head out of account.
+    """Patches transformers while it builds the model, in two places.
 
-    transformers would also try to split layers that this stage does not hold, and fail.
+    The stages get the plan's layers, because transformers' own division ignores the work of the head. And only modules
+    that this stage holds are split, because transformers would look for the others too, and fail.
     """
     from transformers.distributed import mixin
     from transformers.distributed.pipeline_parallel import PipelineStage
@@ -3167,7 +3183,8 @@ def make_save_folder(folder: Path, parallel: Parallel) -> str:
     try:
         if (folder / "checkpoints").is_file():
             raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
-        if folder.resolve() == Path(config.model_name_or_path).resolve() and not (folder / "checkpoints").exists():
+        is_source = folder.resolve() == Path(config.model_name_or_path).resolve()
+        if is_source and not complete_checkpoints(folder / "checkpoints"):
             raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -3232,9 +3249,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class StopSignals:
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
-    A second one ends the process at once, unless it follows so soon that it is the same one (SAME_SIGNAL_SECONDS), as
-    does any signal before `listen()`: while data and model are loaded there is nothing to save. A SIGTERM after Slurm's
-    SIGUSR1 counts as the first.
+    A second signal ends the process at once, unless it comes within SAME_SIGNAL_SECONDS, when it is taken for the same
+    one, or is a SIGTERM after Slurm's SIGUSR1. Before `listen()` any signal ends the process, because there is nothing
+    to save yet.
     Agreement is an all-reduce of two CPU integers over gloo: about 0.1 ms, no device sync. A context manager; leaving
     it restores the former handlers.
     """
@@ -3244,9 +3261,9 @@ class StopSignals:
     def __init__(self, parallel: Parallel):
         self.parallel, self.group = parallel, parallel.cpu_group()
         self.signal_name, self.received_at = "", 0.0
-        self.stopping = self.leaves_step = False  # what all ranks agreed on
-        self.may_leave_step = parallel.plan.pipeline_parallel_size == 1
-        self.seconds_to_leave = 0.0  # what finishing the step and saving takes, as measured so far
+        self.stopping = self.abandons_step = False  # what all ranks agreed on
+        self.may_abandon_step = parallel.plan.pipeline_parallel_size == 1
+        self.seconds_to_finish_and_save = 0.0  # what finishing the step and saving takes, as measured so far
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> StopSignals:
@@ -3277,27 +3294,28 @@ class StopSignals:
 
         A rank whose torchrun has died stops too: nothing else would end it, and it would block the next start.
         """
-        if not self.stopping:
+        if not self.stopping or (self.may_abandon_step and not self.abandons_step):  # a SIGTERM may follow on SIGUSR1
             if self.torchrun not in (None, os.getppid()) and not self.signal_name:
                 self.signal_name = "the end of its torchrun"
-            killed_soon = self.may_leave_step and self.signal_name in ("SIGTERM", "SIGINT", "SIGHUP")  # by torchrun
-            too_long = killed_soon and self.seconds_to_leave > 0.8 * patience_seconds()
+            killed_soon = self.may_abandon_step and self.signal_name in ("SIGTERM", "SIGINT", "SIGHUP")  # by torchrun
+            too_long = killed_soon and self.seconds_to_finish_and_save > 0.8 * patience_seconds()
             mine = torch.tensor([bool(self.signal_name), bool(too_long)]).int()
             if self.group is not None:
                 dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
-            self.stopping, self.leaves_step = map(bool, mine.tolist())
-            if self.leaves_step:
+            self.stopping, self.abandons_step = map(bool, mine.tolist())
+            if self.abandons_step:
                 self.parallel.say(
-                    f"stopping  at once: another step and a save would outlast torchrun's {patience_seconds():.0f} s"
+                    f"stopping  without finishing the step, then saving: to finish it first would outlast torchrun's "
+                    f"{patience_seconds():.0f} s"
                 )
         return self.stopping
 
-    def agreed_to_leave_step(self) -> bool:
+    def agreed_to_abandon_step(self) -> bool:
         """Returns whether the step under way is to be abandoned: torchrun would not wait for it and a save.
 
         Under pipeline stages never: to agree at every micro-batch would make the stages wait for each other.
         """
-        return self.may_leave_step and self.agreed() and self.leaves_step
+        return self.may_abandon_step and self.agreed() and self.abandons_step
 
 
 def patience_seconds() -> float:
@@ -3462,6 +3480,7 @@ class Checkpoints:
         own = self.on_all_ranks(self.tidy_folder, main_only=True)
         if named != "auto":
             self.on_all_ranks(lambda: self.check_path(Path(named), own))
+        names_own = named == "auto" or Path(named).resolve().parent == self.folder.resolve()
         begins_elsewhere = named != "auto" and not own
         for folder in [Path(named)] if begins_elsewhere else own:
             try:
@@ -3476,7 +3495,7 @@ class Checkpoints:
             self.parallel.say(
                 f"resume    from {folder}, saved with world size {facts['world_size']} and parallelism "
                 + facts["strategy"]
-                + (f"; --resume {named} says only where a new run begins" if own and named != "auto" else "")
+                + (f"; --resume {named} says only where a new run begins" if own and not names_own else "")
             )
             return state
         if own:  # and none is whole
@@ -4160,6 +4179,8 @@ class RunLog:
             yield
         finally:
             self.stopped_seconds += time.perf_counter() - began
+            if self.steps_of_this_run == 1:
+                self.plan_check.forget_peak()
 
     def begin_interval(self) -> None:
         self.interval_steps = self.interval_tokens = self.interval_squares = 0
@@ -4277,10 +4298,12 @@ class RunLog:
             f"test      {len(samples):,} documents, {scores['mean_words']:.1f} words a summary; "
             f"{scores['ended_share']:.1%} of the summaries ended by themselves"
         )
-        before = [line for line in read_lines(self.folder / METRICS_FILE) if "test_samples" in line]
-        if self.parallel.is_main and before[-1:] != [line]:
-            self.write(line)
-            with keep_going(f"the summaries could not be sent to {self.config.report_to}", self.parallel):
+        if not self.parallel.is_main:
+            return
+        with keep_going("the scores of the test split could not be written", self.parallel):
+            before = [line for line in read_lines(self.folder / METRICS_FILE) if "test_samples" in line]
+            if before[-1:] != [line]:
+                self.write(line)
                 self.track_samples(state.step, "test samples", samples[:SHOWN_SAMPLES])
 
     def append_samples(self, step: int, split: str, samples: list[dict[str, Any]]) -> None:
@@ -4420,7 +4443,8 @@ class MetricsFile:
         records = read_lines(self.samples)
         kept = [r for r in records if r["step"] != step or r.get("made_by", made_by) == made_by]
         if len(kept) < len(records):
-            replace_lines(self.samples, kept)
+            with contextlib.suppress(OSError):  # on a full disk they stay, and are left out each time
+                replace_lines(self.samples, kept)
         return {record["index"]: record for record in kept if record.get("made_by") == made_by}
 
     def flush(self) -> None:
@@ -4528,16 +4552,19 @@ class PlanCheck:
         """Takes note of the first and the second step of this run. Waits for the device twice."""
         if self.parallel.choice is None:
             return
-        on_gpu = self.parallel.device.type == "cuda"
-        if on_gpu:
+        if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
         if number == 2:
             self.quantities = self.compare(result, clock() - self.first_step_ended)
             return
-        if on_gpu:  # the peak so far is of loading, evaluating and the first step
-            self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
-            torch.cuda.reset_peak_memory_stats()
+        self.forget_peak()
         self.first_step_ended = clock()
+
+    def forget_peak(self) -> None:
+        """Begins to measure memory anew: what was used so far was for loading, evaluating, saving or the first step."""
+        if self.parallel.device.type == "cuda":
+            self.earlier_peak_gib = max(self.earlier_peak_gib, peak_memory_gib(self.parallel.device))
+            torch.cuda.reset_peak_memory_stats()
 
     def compare(self, result: StepResult, seconds: float) -> dict[str, dict[str, Any]]:
         """Predicts again for the documents of this step, since the plan assumes full blocks, and compares.
@@ -4809,9 +4836,7 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
     too_large = sorted((each for each in weighed if not each.fits), key=lambda each: each.memory_gib.reserved)
     if not fitting:
         return Choice(None, too_large, lever_to_fit(shape, cluster, config))
-    fastest = fitting[0]
-    contenders = [each for each in fitting if is_too_close_to_call(each, fastest)]
-    chosen = min(contenders, key=lambda each: tuple(preferences(each, cluster).values()))
+    fastest, chosen = fitting[0], preferred(fitting, cluster)
     reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
     if chosen is not fastest:
         mine, others = preferences(chosen, cluster), preferences(fastest, cluster)
@@ -4850,6 +4875,19 @@ def is_too_close_to_call(candidate: Candidate, fastest: Candidate) -> bool:
     return candidate.total_seconds <= fastest.total_seconds * (1 + band)
 
 
+def preferred(fitting: list[Candidate], cluster: Cluster) -> Candidate:
+    """Returns the plan to choose among those that fit, the fastest of them first.
+
+    That is the fastest with fewest parts of the model, within CUT_TIME_BAND of the fastest of all; or of the plans with
+    as many parts that are too close to call with it, the first by `preferences`.
+    """
+    near = [each for each in fitting if each.total_seconds <= fitting[0].total_seconds * (1 + CUT_TIME_BAND)]
+    fewest = min(near, key=lambda each: each.plan.model_parallel_size)
+    parts, most_seconds = fewest.plan.model_parallel_size, fewest.total_seconds * (1 + TIME_BAND)
+    alike = [each for each in near if each.plan.model_parallel_size == parts and each.total_seconds <= most_seconds]
+    return min(alike, key=lambda each: tuple(preferences(each, cluster).values()))
+
+
 def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     """Returns what decides between candidates that are too close to call, first things first. The lowest is chosen.
 
@@ -4879,12 +4917,12 @@ def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate
 
 def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
     """Returns what a plan takes when every document fills its block: the worst case, which must fit."""
-    block, steps = min(config.block_size, shape.positions), plan.gradient_accumulation_steps
+    block, micro_batches = min(config.block_size, shape.positions), plan.gradient_accumulation_steps
     rank_documents = math.ceil(config.batch_size / plan.data_parallel_size)  # of the busiest data rank
     # The documents are dealt evenly to the micro-batches; a packed row may be filled up.
-    largest = plan.micro_batch_size if plan.packing else math.ceil(rank_documents / steps)
+    largest = plan.micro_batch_size if plan.packing else math.ceil(rank_documents / micro_batches)
     memory = predict_memory(shape, plan, largest * block, cluster.has_gpu)
-    seconds = predict_seconds(shape, cluster, plan, rank_documents / steps * block, block)
+    seconds = predict_seconds(shape, cluster, plan, rank_documents / micro_batches * block, block)
     step_tokens = config.batch_size * block
     rate = step_tokens / seconds["total"] / cluster.world_size
     flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
@@ -4926,8 +4964,8 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         )
         for chosen in itertools.product(*open_axes.values()):
             axes = dict(zip(open_axes, chosen, strict=True))
-            steps = math.ceil(rank_documents / axes["micro_batch_size"])
-            plan = Plan(stages, replicas, shards, tensor, gradient_accumulation_steps=steps, **axes, **fixed)
+            micro_batches = math.ceil(rank_documents / axes["micro_batch_size"])
+            plan = Plan(stages, replicas, shards, tensor, gradient_accumulation_steps=micro_batches, **axes, **fixed)
             if config.gradient_sync != "auto" or plan.gradient_sync in useful_gradient_syncs(plan):
                 plans.append(plan)
     return plans
@@ -5443,10 +5481,11 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
 
 
 def layers_that_may_peak(layers: int, plan: Plan) -> list[int]:
-    """Returns the numbers of the first and last layers, last first.
+    """Returns the layers whose backward pass has to be looked at, the last one first.
 
-    What a layer's backward pass takes is linear in its number, among layers that are as far from the next recomputed
-    one, but for the first and the last of all.
+    Recomputed layers stand at equal distances. Among layers at the same place between two of them, memory changes
+    linearly with the layer's number, so it peaks at the lowest or the highest. The very first and the very last layer
+    are exceptions, so one layer more than a distance is taken at each end.
     """
     period = max(1, plan.recompute_every) + 1
     return [i for i in reversed(range(layers)) if i < period or i >= layers - period]
@@ -5615,38 +5654,38 @@ def predict_seconds(
     times that backward (Dao 2023). FSDP gathers bf16 weights once or twice a micro-batch and reduces fp32 gradients
     (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
     twice that (Patarasu and Yuan 2009). The slowest pipeline stage sets the pace. In its bubble it waits for as many
-    micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch is sent forth and
-    its gradient back. Beside tensor parallelism a layer gathers the stream twice and scatters it twice in each pass
-    (Korthikanti et al. 2022, section 4.2.2), and waits for that.
+    micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch and its gradient
+    are sent. A split layer gathers the stream twice and scatters it twice in each pass (Korthikanti et al. 2022,
+    section 4.2.2), and waits for that.
     """
-    gpu, steps, stages = cluster.gpu, plan.gradient_accumulation_steps, plan.pipeline_parallel_size
+    gpu, micro_batches, stages = cluster.gpu, plan.gradient_accumulation_steps, plan.pipeline_parallel_size
     shards, replicas, split = plan.dp_shard_size, plan.dp_replicate_size, plan.tensor_parallel_size
     parts = shapes_of_stages(shape, stages, split)
     slowed = EAGER_SPEED if cluster.has_gpu and not plan.compiled else 1
     rate = cluster.flops_per_second(plan.precision) * gpu.matmul_efficiency * slowed
     ramp = HALF_EFFICIENCY_TOKENS / tokens * (1 + SPLIT_INEFFICIENCY * (split - 1)) if cluster.has_gpu else 0
     flops = max(work_per_token(part, plan, attended, ramp, gpu.attention_efficiency) for part in parts)
-    compute = steps * tokens * flops / rate
+    compute = micro_batches * tokens * flops / rate
 
     gathers = 2 if plan.reshard_after_forward else 1
     ring_share, bus = (shards - 1) / shards, cluster.bus_gb_per_second(shards, split) * 1e9
-    reductions = steps if plan.gradient_sync == "micro-batch" else 1
-    parameters = max(part.parameters for part in parts)
-    moved_bytes = (steps * gathers * plan.compute_bytes + 4 * reductions) * parameters
+    reductions = micro_batches if plan.gradient_sync == "micro-batch" else 1
+    parameters, layers = max(part.parameters for part in parts), max(part.layers for part in parts)
+    moved_bytes = (micro_batches * gathers * plan.compute_bytes + 4 * reductions) * parameters
     gather_reduce = ring_share * moved_bytes / bus
     replica_bus = cluster.bus_gb_per_second(replicas, shards * split) * 1e9
     reduced_bytes = 4 if plan.uses_fsdp else plan.state_bytes
     all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * parameters / shards / replica_bus
     shard_bytes = max(map(plan.shard_bytes, parts))
-    host_link = steps * shard_bytes * (gathers + 1) / (HOST_LINK_GB_PER_SECOND * 1e9) if plan.cpu_offload else 0.0
+    copied_bytes = micro_batches * shard_bytes * (gathers + 1) if plan.cpu_offload else 0.0
+    host_link = copied_bytes / (HOST_LINK_GB_PER_SECOND * 1e9)
     stream_bytes = (4 if plan.precision == "fp32" or plan.autocasts else 2) * shape.hidden
     stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
-    point_to_point = steps * 2 * tokens / split * stream_bytes / stage_bus if stages > 1 else 0.0
-    layers = max(part.layers for part in parts)
+    point_to_point = micro_batches * 2 * tokens / split * stream_bytes / stage_bus if stages > 1 else 0.0
     exchanges = 8 * layers + 4 * sum(map(plan.recomputes_layer, range(layers)))
     exchanged_bytes = exchanges * (split - 1) / split * tokens * plan.compute_bytes * shape.hidden
-    tensor = steps * exchanged_bytes / (gpu.link_gb_per_second * 1e9)
-    bubble = (stages - 1) / steps * (compute + tensor + (1 - OVERLAP) * point_to_point)
+    tensor = micro_batches * exchanged_bytes / (gpu.link_gb_per_second * 1e9)
+    bubble = (stages - 1) / micro_batches * (compute + tensor + (1 - OVERLAP) * point_to_point)
     communication = gather_reduce + all_reduce + host_link + point_to_point
     # fused AdamW reads weight, gradient and two moments and writes three of them; clipping reads the gradient again
     memory_rate = HOST_MEMORY_GB_PER_SECOND if plan.cpu_offload else gpu.hbm_gb_per_second
@@ -5668,7 +5707,10 @@ def predict_seconds(
 
 
 def work_per_token(shape: ModelShape, plan: Plan, attended: float, ramp: float, attention_efficiency: float) -> float:
-    """Returns a token's FLOPs in this part of the model, as many as take equally long in large matmuls."""
+    """Returns a token's work in this part of the model, as the FLOPs of large matmuls that would take the same time.
+
+    Small matmuls and attention run at a lower efficiency, so they count for more.
+    """
     recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
     matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
     attention = 2 * shape.layers * shape.query_size * attended * (3.5 + recomputed)
@@ -5752,18 +5794,21 @@ def changes_that_may_help(cluster: Cluster, config: Config, to_fit: bool) -> Ite
 
 
 def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | None:
-    """Returns the fastest candidate that fits; None where none does, or where the flags rule each other out."""
+    """Returns the plan to choose under these flags; None where none fits, or where they rule each other out."""
     with contextlib.suppress(UserError):
-        fitting = (each for each in weigh(shape, cluster, config) if each.fits)
-        return min(fitting, key=lambda each: (each.total_seconds, *preferences(each, cluster).values()), default=None)
+        fitting = sorted(
+            (each for each in weigh(shape, cluster, config) if each.fits), key=lambda each: each.total_seconds
+        )
+        return preferred(fitting, cluster) if fitting else None
     return None
 
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
-    """Returns the flags of the fastest plan predicted to need at most 0.9 of what was predicted for the failed one.
+    """Returns the flags for a run that ran out of memory: those of a plan predicted to reserve at most 0.9 of its own.
 
-    Where there is none, the block is halved up to three times, and failing that, they are those of the plan that takes
-    least. All flags of the plan are given, because the planner would otherwise use the freed memory elsewhere.
+    Where there is none, the block is halved, up to three times, and failing that, they are those of the plan with the
+    least active memory at the shortest block. All flags of the plan are given, because the planner would otherwise use
+    the freed memory elsewhere.
     """
     too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
@@ -5773,10 +5818,12 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
         shorter = Config(block_size=block, **fixed)
         if found := best_of(shape, smaller_cluster, shorter):
             break
-    found = found or min(weigh(shape, cluster, shorter), key=lambda each: each.memory_gib.active)
-    return flags_of(found.plan, cluster) + (
-        f" --block-size {block} --resume-anyway" if block < config.block_size else ""
-    )
+    else:
+        found = min(weigh(shape, cluster, shorter), key=lambda each: each.memory_gib.active)
+    flags = flags_of(found.plan, cluster)
+    if config.hsdp_shard_size and found.plan.strategy != "hsdp":  # which would be refused
+        flags += " --hsdp-shard-size auto"
+    return flags + (f" --block-size {block} --resume-anyway" if block < config.block_size else "")
 
 
 def flags_of(plan: Plan, cluster: Cluster) -> str:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import psutil
@@ -744,3 +745,14 @@ def test_an_earlier_versions_run_says_why_its_data_differs(copy_of, stopped, cap
     said = capsys.readouterr().err
     assert "error: --dataset-name-or-path is now 30 training documents" in said
     assert "was written by an earlier version of the script, which drew held-out documents before it" in said
+
+
+def test_a_sigterm_after_sigusr1_still_abandons_a_step_that_takes_too_long(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    plan = SimpleNamespace(pipeline_parallel_size=1)
+    stop = train_llama2.StopSignals(SimpleNamespace(cpu_group=lambda: None, plan=plan, is_main=False, say=print))
+    stop.seconds_to_finish_and_save = 100.0
+    stop.receive(signal.SIGUSR1, None)
+    assert stop.agreed() and not stop.agreed_to_abandon_step(), "Slurm gives minutes"
+    stop.receive(signal.SIGTERM, None)
+    assert stop.agreed_to_abandon_step(), "torchrun gives 30 seconds"

@@ -402,3 +402,16 @@ def test_a_csv_without_header_is_told_so_however_long_its_first_article(data, ca
     (data / "train.csv").write_text(f"{'A long story. ' * 10_000},a summary\n")
     assert start(data) == 2
     assert "has no column article in its first row, but A long story." in said(capsys)[1]
+
+
+def test_test_files_of_another_format_stop_no_training(data, capsys):
+    write_jsonl(data / "train.jsonl")
+    (data / "test.csv").write_text("id\n1\n")
+    assert start(data) == 0
+
+
+def test_further_splits_of_a_saved_dataset_are_not_looked_at(data):
+    rows = datasets.Dataset.from_list(STORIES)
+    further = datasets.Dataset.from_list([dict(id=1)])
+    datasets.DatasetDict(train=rows, metadata=further).save_to_disk(data / "saved")
+    assert start(data / "saved") == 0

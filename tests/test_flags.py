@@ -324,8 +324,8 @@ STRANGE = {"text": "a b c", "title": "d"}
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        pytest.param({}, ["no data file", ".jsonl"], id="empty folder"),
-        pytest.param({"train.txt": "a"}, ["no data file", ".jsonl"], id="unknown format"),
+        pytest.param({}, ["no file to train on", ".jsonl"], id="empty folder"),
+        pytest.param({"train.txt": "a"}, ["no file to train on", ".jsonl"], id="unknown format"),
         pytest.param({"train.jsonl": ""}, ["train.jsonl is empty"], id="empty file"),
         pytest.param(
             {"train.jsonl": lines_of(PAIR) + '{"article'}, ["row 2 is not a JSON object"], id="malformed jsonl"

@@ -584,21 +584,27 @@ def test_compiling_is_decided_by_what_the_predicted_steps_gain(
             compiled.append(dynamic)
 
     model = torch.nn.Sequential(*(Layer() for _ in range(3)), torch.nn.Linear(1, 1))
-    cluster = train_llama2.parse_cluster("1xH100")
+    cluster = dataclasses.replace(train_llama2.parse_cluster("1xH100"), has_gpu=device == "cuda")
     shape = train_llama2.read_model_shape(Config(str(TINY_LLAMA)))[1]
-    plans = train_llama2.candidate_plans(
-        shape, dataclasses.replace(cluster, has_gpu=device == "cuda"), Config(compile=asked)
-    )
     parallel = SimpleNamespace(
         config=Config(compile=asked),
         choice=SimpleNamespace(chosen=SimpleNamespace(step_seconds={"compute": step_seconds})),
-        plan=plans[0],
+        shape=shape,
+        cluster=cluster,
+        plan=train_llama2.candidate_plans(shape, cluster, Config(compile=asked))[0],
         accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped),
         tensor_parallel=train_llama2.TensorParallel(),
         say=print,
     )
     assert train_llama2.compile_layers(model, parallel, steps) is expected
     assert compiled == [True] * 3 * expected
+    if asked == "auto" and device == "cuda":  # a plan that fits only so is compiled for any number of steps
+        monkeypatch.setattr(train_llama2, "predict", lambda *what: SimpleNamespace(fits=False))
+        if triton:
+            assert train_llama2.compile_layers(model, parallel, 1) is True
+        else:
+            with pytest.raises(train_llama2.UserError, match="Triton is not installed, and without that the plan"):
+                train_llama2.compile_layers(model, parallel, steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------
