@@ -3305,7 +3305,7 @@ class StopSignals:
             self.stopping, self.abandons_step = map(bool, mine.tolist())
             if self.abandons_step:
                 self.parallel.say(
-                    f"stopping  without finishing the step, then saving: to finish it first would outlast torchrun's "
+                    f"stopping  at once, without finishing a step: that and a save would outlast torchrun's "
                     f"{patience_seconds():.0f} s"
                 )
         return self.stopping

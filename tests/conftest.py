@@ -46,6 +46,18 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(CACHE.name) / "inductor")
 os.environ["PYTHONPATH"] = os.pathsep.join([CACHE.name, str(ROOT)])
 
 
+# The files that take longest, longest first. Started last, one of them would leave the other workers without work.
+LONGEST = (
+    "test_plan", "test_hook_model_parallel", "test_model_families", "test_checkpoints_resume", "test_model", "test_hub",
+    "test_hook", "test_final_model", "test_training_and_evaluation", "test_run",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 def run_script(
     *flags: object, processes: int = 1, timeout: float = 180, **environment: str
 ) -> subprocess.CompletedProcess:
