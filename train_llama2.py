@@ -3060,7 +3060,7 @@ class Pipeline:
                     whole = torch.empty(shape, dtype=dtype, device=self.device)
                 dist.broadcast(whole, owner, group=self.forward_group)
                 yield name, whole
-                del whole
+                del whole  # before there is another
 
     def note(self, words: str) -> None:
         """Notes what this rank waits for from here on.
@@ -3351,10 +3351,8 @@ class Checkpoints:
         check_host_memory(parallel)
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
-        self.saved_step, self.sha256 = (
-            0,
-            "",
-        )  # of the last checkpoint written or read; of one written, only rank 0 has the hash
+        self.saved_step = 0  # of the last checkpoint written or read
+        self.sha256 = ""  # of its manifest; of one that this run wrote, on rank 0 alone
         self.seconds = 0.0  # of the last save
 
     def __enter__(self) -> Checkpoints:
