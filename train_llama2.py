@@ -1007,7 +1007,6 @@ def quieten_libraries(speaks: bool, quiet: bool) -> None:
 
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # our error line names the bad file
     # it warns that matrices sharded by FSDP and split are gathered in two steps, and that one would be faster
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if not speaks or quiet or not sys.stderr.isatty():
@@ -1284,8 +1283,7 @@ PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
 PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the tensor cores
 HELD_OUT_SHARE = 0.05  # of the training split, held out where the data has no validation split
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
-DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".bz2", ".xz")  # what datasets opens by itself
+COMPRESSIONS = (".gz", ".bz2", ".xz")
 # They look like data, and are reported as not read.
 UNREAD_FORMATS = (".tsv", ".txt", ".arrow", ".ndjson", ".xlsx", ".pkl", ".zip", ".zst")
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside data
@@ -1375,15 +1373,14 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
 def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
     """Returns the splits as datasets of text, and how many empty documents of each were dropped here.
 
-    They are `train`, `validation` and, under --test-samples, `test`. Each node's first process downloads and parses;
-    the others read the cache it made. Without a validation split, 5% of the training documents that are not empty are
+    They are `train`, `validation` and, under --test-samples, `test`. Each node's first process downloads and reads;
+    the others find what it has cached. Without a validation split, 5% of the training documents that are not empty are
     held out, drawn by the seed. Raises UserError for data that cannot be used.
     """
     from datasets.fingerprint import Hasher
 
     config = parallel.config
-    checks = parallel.accelerator.is_local_main_process  # for all ranks of its node
-    splits, lines = parallel.node_main_first(lambda: read_splits(config, checks))
+    splits, lines = parallel.node_main_first(lambda: read_splits(config))
     for line in lines:
         parallel.say(f"data      {line}")
     train, empty = splits["train"], 0
@@ -1421,11 +1418,8 @@ def shown_data(config: Config) -> str:
     return f"--dataset-name-or-path {' '.join(config.dataset_paths)}"
 
 
-def read_splits(config: Config, checks: bool) -> tuple[dict[str, Dataset], list[str]]:
-    """Returns the splits by name, and lines that say what was read and what was not.
-
-    With `checks`, local files are read whole first: to find what is wrong with them takes longer than to load them.
-    """
+def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
+    """Returns the splits by name, and lines that say what was read and what was not."""
     import datasets
 
     cache, paths, shown = Path(datasets.config.HF_DATASETS_CACHE), config.dataset_paths, shown_data(config)
@@ -1436,24 +1430,20 @@ def read_splits(config: Config, checks: bool) -> tuple[dict[str, Dataset], list[
         raise UserError(
             f"the Hugging Face cache {cache} cannot be written to ({error.strerror}); set HF_HOME to a folder that can"
         ) from error
-    local, files, lines = len(paths) > 1 or is_local(paths[0]), {}, []
+    local, lines = len(paths) > 1 or is_local(paths[0]), []
     try:
         if local and any((Path(paths[0]) / name).is_file() for name in ("dataset_dict.json", "state.json")):
             splits = saved_splits(paths, config)
         elif local:
-            file_format, files, lines = find_data_files(paths, config, checks)
-            # one call per split, because a single call requires the same columns in all of them
-            splits = {name: load_files(those, file_format, config) for name, those in files.items()}
+            files, lines = find_data_files(paths, config)
+            splits = {name: read_files(those, config) for name, those in files.items()}
         else:
             splits = by_meaning(datasets.load_dataset(paths[0], config.dataset_config))
     except UserError:
         raise
     except Exception as error:
-        if problem := next(filter(None, (bad_value(file, config) for those in files.values() for file in those)), ""):
-            raise UserError(f"{shown}: {problem}") from error
         remedy = "check the name, --dataset-config and the network, or name local files"
-        if local:
-            remedy = "repair or leave out the malformed file: each needs the same columns, and at least one row"
+        remedy = "repair it or leave it out" if local else remedy
         raise UserError(f"{shown} cannot be read ({first_line(error)}); {remedy}") from error
     if "train" not in splits:
         found = ", ".join(splits) or "test"
@@ -1467,7 +1457,7 @@ def read_splits(config: Config, checks: bool) -> tuple[dict[str, Dataset], list[
     for name, split in splits.items():
         if not len(split):
             raise UserError(f"{shown} has no {name} documents; fill that split or leave it out{without_test(name)}")
-        check_columns(split, name, files.get(name, []), config)
+        check_columns(split, name, config)
     if len(splits["train"]) < 2 and "validation" not in splits:
         raise UserError(f"{shown} has {len(splits['train'])} training documents; that is too few to train on")
     return splits, lines
@@ -1496,79 +1486,29 @@ def by_meaning(splits: dict[str, Dataset]) -> dict[str, Dataset]:
     return {name: datasets.concatenate_datasets(those) for name, those in found.items()}
 
 
-def load_files(files: list[Path], file_format: str, config: Config) -> Dataset:
-    """Returns the rows of all files. Where their columns differ, only article and summary are kept of each."""
-    import datasets
-
-    # without keep_default_na=False pandas reads the text "None" as a missing value
-    def load(*together: Path) -> Dataset:
-        options = dict(keep_default_na=False, sep=separator_of(together[0], config)) if file_format == "csv" else {}
-        return datasets.load_dataset(file_format, data_files=list(map(plain_name, together)), split="train", **options)
-
-    try:
-        return load(*files)
-    except datasets.exceptions.DatasetGenerationError:
-        if len(files) == 1:
-            raise
-        columns = [config.article_column, config.summary_column]
-        return datasets.concatenate_datasets([load(file).select_columns(columns) for file in files])
-
-
-def plain_name(file: Path) -> str:
-    """Returns a path that `datasets` takes for exactly this file, as it reads paths as patterns, and `::` as a chain.
-
-    A file whose name has such characters is read through a link in the cache.
-    """
-    import datasets
-
-    if not re.search(r"[*?\[\]{}]|::", str(file)):
-        return str(file)
-    link = (
-        Path(datasets.config.HF_DATASETS_CACHE)
-        / "links"
-        / (json_checksum({"file": str(file.resolve())})[:16] + data_suffix(file))
-    )
-    link.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        link.symlink_to(file.resolve())
-    return str(link)
-
-
 def is_local(name: str) -> bool:
     return os.path.exists(name) or looks_like_a_path(name)
 
 
 def looks_like_a_path(name: str) -> bool:
     """A Hub id is `name` or `owner/name`; anything else was meant as a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(format_of(Path(name)))
-
-
-def data_suffix(file: Path) -> str:
-    """Returns the suffix that tells a file's format, in lower case, with that of its compression: `.jsonl.gz`."""
-    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
-    return "".join(suffixes if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else suffixes[-1:])
-
-
-def format_suffix(file: Path) -> str:
-    """Returns the suffix without that of a compression: `.jsonl`."""
-    suffix = data_suffix(file)
-    for compression in COMPRESSIONS:
-        suffix = suffix.removesuffix(compression)
-    return suffix
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or format_of(Path(name)) in ROW_READERS
 
 
 def format_of(file: Path) -> str | None:
-    """Returns the format of `datasets` that a file is in, None for one that is not read."""
-    return None if file.name in NO_DATA else DATA_FORMATS.get(format_suffix(file))
+    """Returns the suffix that tells a file's format, without that of its compression; None where it is no data."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and file.name not in NO_DATA else None
 
 
-def find_data_files(paths: list[str], config: Config, checks: bool) -> tuple[str, dict[str, list[Path]], list[str]]:
-    """Returns the format, the files by split, and lines that say what is read and what is not.
+def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Path]], list[str]]:
+    """Returns the files by split, and lines that say what is read and what is not.
 
     A file's split is told by its name, or else by the innermost folder below the named one whose name tells one. The
     name of the named folder, or of a named file's, counts only where they are several. Otherwise it is train. Hidden
-    files in a folder are skipped, and test files unless --test-samples asks for them. With `checks` every file of text
-    is read whole and checked.
+    files in a folder are skipped, and test files unless --test-samples asks for them.
     """
     shown, files, lines = shown_data(config), {}, []
     folders_differ = len({path if path.is_dir() else path.parent for path in map(Path, paths)}) > 1
@@ -1582,38 +1522,24 @@ def find_data_files(paths: list[str], config: Config, checks: bool) -> tuple[str
             if file.is_symlink() and (file.is_dir() or not file.exists()):
                 leads = "to a folder; name that folder to read it" if file.is_dir() else "nowhere"
                 lines.append(f"not read: {file}, a link {leads}")
-            elif file.is_file() and format_of(file):
+            elif file.is_file() and format_of(file) in ROW_READERS:
                 own = (path if path.is_dir() else path.parent).name if folders_differ else ""
                 files.setdefault(file.resolve(), (file, own / name))  # a file that is named twice counts once
-            elif file.is_file() and format_suffix(file).endswith(UNREAD_FORMATS):
-                lines.append(f"not read: {file}; save it as one of {', '.join(DATA_FORMATS)}")
+            elif file.is_file() and format_of(file) in UNREAD_FORMATS:
+                lines.append(f"not read: {file}; save it as one of {', '.join(ROW_READERS)}")
     by_split: dict[str, list[Path]] = {}
     for file, name in files.values():
         by_split.setdefault(split_of(str(name)), []).append(file)
     if config.test_samples == 0 and (unread := by_split.pop("test", [])):
         lines.append(f"not read: {len(unread)} file{'s' * (len(unread) > 1)} of a test split, without --test-samples")
     formats = {format_of(file) for file in itertools.chain(*by_split.values())}
-    if len(formats) != 1:
+    if len(formats) != 1:  # an export in two formats would be trained on twice
         found = f"holds {' and '.join(sorted(formats))} side by side" if formats else "holds no file to train on"
-        raise UserError(f"{shown} {found}; give files of one format: {', '.join(DATA_FORMATS)}")
-    for file in itertools.chain(*by_split.values()):
-        if file.stat().st_size == 0:
-            raise UserError(f"{shown}: {file} is empty; leave it out or fill it")
-        if checks and (problem := text_problem(file, config)):
-            raise UserError(f"{shown}: {file} {problem}")
+        raise UserError(f"{shown} {found}; give files of one format: {', '.join(ROW_READERS)}")
     for split, those in by_split.items():
         names = ", ".join(file.name for file in those[:3]) + (", ..." if len(those) > 3 else "")
         lines.append(f"{split}: {len(those)} file{'s' * (len(those) > 1)} ({names})")
-    if formats == {"parquet"}:
-        by_split = {split: without_empty_shards(those) for split, those in by_split.items()}
-    return formats.pop(), by_split, lines
-
-
-def without_empty_shards(files: list[Path]) -> list[Path]:
-    """Returns the parquet files that hold a row, because `datasets` fails on empty ones; all if every one is empty."""
-    import pyarrow.parquet
-
-    return [file for file in files if pyarrow.parquet.read_metadata(file).num_rows] or files
+    return by_split, lines
 
 
 def split_of(name: str) -> str:
@@ -1625,109 +1551,142 @@ def split_of(name: str) -> str:
     return "train"
 
 
-def text_problem(file: Path, config: Config) -> str:
-    """Returns what is wrong with a file of text; "" for one that can be read. Reads the whole file."""
-    file_format = format_of(file)
-    if file_format == "parquet":
-        return ""
-    with open_file(file, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return f"is not UTF-8 (line {number}: {error.reason}); convert it"
-    return json_problem(file) if file_format == "json" else csv_problem(file, config)
+def read_files(files: list[Path], config: Config) -> Dataset:
+    """Returns article and summary of every row of these files, from a cache that changes with the files.
+
+    The readers of `datasets` take csv rows with too many fields and stray quotes for other texts, "None" for none, and
+    names of files for patterns.
+    """
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    columns = (config.article_column, config.summary_column)
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    code = [inspect.getsource(function) for function in (rows_of, text_lines, *ROW_READERS.values())]
+    try:
+        return datasets.Dataset.from_generator(
+            lambda: itertools.chain.from_iterable(rows_of(file, config) for file in files),
+            features=datasets.Features({column: datasets.Value("large_string") for column in columns}),
+            fingerprint=Hasher.hash((states, columns, code)),
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise UserError(f"{shown_data(config)}: {error.__cause__}") from error
+        raise
 
 
-def json_problem(file: Path) -> str:
-    """Returns what is wrong with the beginning of a JSON file. On some (a `null`) pyarrow crashes the process."""
-    with open_file(file, "rb") as stream:
-        beginning = stream.read(2**16)
-    if beginning.startswith(b"\xef\xbb\xbf"):
-        return "begins with a byte-order mark; save it as UTF-8 without one"
-    if re.match(rb"\s*\{" if ".jsonl" in data_suffix(file) else rb"\s*(\[\s*)?\{", beginning):
-        return ""
-    return "does not begin with a JSON object; give one object a line, or in .json a list of objects"
+def rows_of(file: Path, config: Config) -> Iterator[dict[str, str | None]]:
+    """Yields article and summary of each row. Raises UserError with the row that does not hold them as text."""
+    for number, row in ROW_READERS[format_of(file)](file, config):
+        texts = {column: row.get(column) for column in (config.article_column, config.summary_column)}
+        for column, text in texts.items():
+            if not isinstance(text, str | None):
+                shown = textwrap.shorten(json.dumps(text, default=str), 60)
+                raise UserError(
+                    f"{file}, row {number}: {column} is {shown}, which is not text; repair it or leave it out"
+                )
+        yield texts
 
 
-def csv_problem(file: Path, config: Config) -> str:
-    """Returns what is wrong with a csv file that pandas would read as other columns or fewer rows, without a word.
+def json_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number and the value of each row: an object a line, or the objects of one list."""
+    lines, names = text_lines(file), {}
+    first = next(lines, "")
+    if first.lstrip().startswith("["):
+        try:
+            rows = enumerate(json.loads(first + "".join(lines)), 1)
+        except ValueError as error:
+            raise UserError(f"{file} is not a list of JSON objects ({error}); repair it, or give one a line") from error
+    else:
+        rows = enumerate(itertools.chain([first], lines), 1)
+    for number, row in rows:
+        if isinstance(row, str) and not row.strip():
+            continue
+        try:
+            value = json.loads(row) if isinstance(row, str) else row
+            names |= dict.fromkeys(value.keys())
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"{file}, row {number} is not a JSON object ({error}); repair it or leave it out"
+            ) from error
+        yield number, value
+    check_names(str(file), names, config)
 
-    Reads the whole file by the rules of RFC 4180, so a quote that is not closed, or closed inside a text, is found.
+
+def csv_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number and the fields of each row by the rules of RFC 4180, which find a quote that is not closed.
+
+    The separator is the one with which the first row names the columns that were asked for.
     """
     csv.field_size_limit(LARGEST_INTEGER - 1)  # the default refuses articles of more than 131,072 characters
-    separator = separator_of(file, config)
-    with open_file(file, newline="") as stream:
-        rows, number = csv.reader(stream, delimiter=separator, strict=True), 0
-        try:
-            header = next(rows, [])
-            wanted = {"--article-column": config.article_column, "--summary-column": config.summary_column}
-            if missing := [flag for flag, name in wanted.items() if name not in header]:
-                shown = ", ".join(textwrap.shorten(name, 40) for name in header[:5])
-                return (
-                    f"has no column {wanted[missing[0]]} in its first row, but {shown}; name another with "
-                    f"{missing[0]}, or write the columns' names there"
+    wanted, lines, number = {config.article_column, config.summary_column}, text_lines(file), 1
+    first = next(lines, "")
+    separator = next((each for each in ",;\t" if wanted <= set(next(csv.reader([first], delimiter=each), []))), ",")
+    rows = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
+    try:
+        header = next(rows, [])
+        check_names(f"the first row of {file}", header, config)
+        for number, row in enumerate(rows, 2):
+            if row and len(row) != len(header):
+                raise UserError(
+                    f"{file}, row {number} has {len(row)} fields, but the first row names {len(header)} columns; put "
+                    f"texts that hold a {separator!r} or a line break in double quotes, and double the quotes in them"
                 )
-            number = 1
-            for number, row in enumerate(rows, 2):
-                if row and len(row) != len(header):
-                    return (
-                        f"row {number} has {len(row)} fields, but the first row names {len(header)} columns; put texts "
-                        f"that hold a {separator!r} or a line break in double quotes, and double the quotes inside them"
-                    )
-        except csv.Error as error:
-            return f"row {number + 1}: a double quote opens or closes a text where none should ({error}); double it"
-    return ""
+            if row:
+                yield number, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise UserError(
+            f"{file}, row {number + 1}: a double quote opens or closes a text where none should ({error}); double it"
+        ) from error
 
 
-def separator_of(file: Path, config: Config) -> str:
-    """Returns the separator with which the first row holds the columns that were asked for; else a comma."""
-    with open_file(file) as stream:
-        first_row = stream.readline()
-    wanted = {config.article_column, config.summary_column}
-    return next((each for each in ",;\t" if wanted <= set(next(csv.reader([first_row], delimiter=each), []))), ",")
+def parquet_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow.parquet
+
+    table, numbers = pyarrow.parquet.ParquetFile(file), itertools.count(1)
+    check_names(str(file), table.schema_arrow.names, config)
+    for batch in table.iter_batches(1000, columns=[config.article_column, config.summary_column]):
+        for row in batch.to_pylist():
+            yield next(numbers), row
 
 
-def open_file(file: Path, mode: str = "rt", **how: Any) -> Any:
-    """Opens a file, compressed or not; text is UTF-8, with or without a byte-order mark."""
+ROW_READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+
+
+def text_lines(file: Path) -> Iterator[str]:
+    """Yields the lines of a file, compressed or not, in UTF-8 with or without a byte-order mark."""
     opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(file.suffix.lower(), open)
-    return opened(file, mode, **how, **({} if "b" in mode else {"encoding": "utf-8-sig"}))
-
-
-def bad_value(file: Path, config: Config) -> str:
-    """Returns the first row of a jsonl file that is not an object, or lacks text where it belongs; "" if none does."""
-    if ".jsonl" not in data_suffix(file):
-        return ""
-    with open_file(file) as stream:
+    with opened(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
-                row = json.loads(line) if line.strip() else {}
-                for column in (config.article_column, config.summary_column):
-                    if not isinstance(row.get(column, ""), str | None):
-                        shown = textwrap.shorten(json.dumps(row[column]), 60)
-                        return (
-                            f"{file}, row {number}: {column} is {shown}, which is not text; repair it or leave it out"
-                        )
-            except (ValueError, AttributeError) as error:
-                return f"{file}, row {number} is not a JSON object ({first_line(error)}); repair it or leave it out"
-    return ""
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file} is not UTF-8 (line {number}: {error.reason}); convert it") from error
 
 
-def check_columns(split: Dataset, name: str, files: list[Path], config: Config) -> None:
+def check_columns(split: Dataset, name: str, config: Config) -> None:
+    """Raises UserError where a split lacks a column that was asked for, or holds no text in it."""
+    check_names(f"the {name} split", split.column_names, config, without_test(name))
     for flag_field in ("article_column", "summary_column"):
         column = getattr(config, flag_field)
-        if column not in split.column_names:
+        is_text = getattr(split.features[column], "dtype", None) in ("string", "large_string", "string_view")
+        values = [str(value) for value in split[column][:100] if value is not None]
+        if not is_text or (values and all(re.fullmatch(r"\s*[-+\d.,]+\s*", value) for value in values)):
             raise UserError(
-                f"{flag_name(flag_field)} {column} is not a column of the {name} split; "
-                f"it has {', '.join(split.column_names)}; name another{without_test(name)}"
+                f"{flag_name(flag_field)} {column} of the {name} split holds no text, but "
+                f"{textwrap.shorten(values[0] if values else 'nothing', 60)}; name a text column{without_test(name)}"
             )
-        if getattr(split.features[column], "dtype", None) not in ("string", "large_string", "string_view"):
-            problem = next(filter(None, (bad_value(file, config) for file in files)), "")
-            if not problem:
-                row, value = next(((n, v) for n, v in enumerate(split[column], 1) if v is not None), (1, None))
-                problem = f"{flag_name(flag_field)} {column} of the {name} split holds no text: row {row} is "
-                problem += f"{textwrap.shorten(str(value), 60)}; name a text column{without_test(name)}"
-            raise UserError(f"{shown_data(config)}: {problem}")
+
+
+def check_names(place: str, names: Iterable[str], config: Config, remedy: str = "") -> None:
+    """Raises UserError where a column that was asked for is not among the names at this place."""
+    shown = ", ".join(textwrap.shorten(name, 40) for name in list(names)[:9])
+    for flag_field in ("article_column", "summary_column"):
+        if (column := getattr(config, flag_field)) not in names:
+            raise UserError(
+                f"{flag_name(flag_field)} {column} is not a column of {place}, which has {shown or 'none'}; "
+                f"name another{remedy}"
+            )
 
 
 # ---- Data: tokens --------------------------------------------------------------------------------------------
@@ -1757,21 +1716,18 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
     )
 
     def encode() -> Dataset:
-        try:
-            return split.map(
-                lambda pairs, numbers: encode_batch(
-                    pairs[config.article_column], pairs[config.summary_column], tokenizer, config.block_size, numbers[0]
-                ),
-                batched=True,
-                with_indices=True,
-                remove_columns=split.column_names,
-                num_proc=config.num_proc if len(split) > MANY_DOCUMENTS else None,
-                new_fingerprint=Hasher.hash((recipe, settings, code)),
-                features=features,
-                desc="tokenising",
-            )
-        except UnicodeDecodeError as error:
-            raise UserError(f"{shown_data(config)} is not UTF-8 ({error}); convert it") from error
+        return split.map(
+            lambda pairs, numbers: encode_batch(
+                pairs[config.article_column], pairs[config.summary_column], tokenizer, config.block_size, numbers[0]
+            ),
+            batched=True,
+            with_indices=True,
+            remove_columns=split.column_names,
+            num_proc=config.num_proc if len(split) > MANY_DOCUMENTS else None,
+            new_fingerprint=Hasher.hash((recipe, settings, code)),
+            features=features,
+            desc="tokenising",
+        )
 
     encoded = parallel.node_main_first(encode)
     columns = encoded.with_format("numpy")

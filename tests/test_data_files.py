@@ -62,7 +62,7 @@ def said(capsys: pytest.CaptureFixture) -> tuple[list[str], str]:
 BROKEN_CSV = {
     "more fields than the header": (
         "article,highlights\nFirst, and second,a summary\n",
-        "train.csv row 2 has 3 fields, but the first row names 2 columns; put texts that hold a ',' or a line break in",
+        "train.csv, row 2 has 3 fields, but the first row names 2 columns; put texts that hold a ',' or a line",
     ),
     "fewer fields than the header": ("article,highlights\nA story,a summary\nNo summary\n", "row 3 has 1 fields, but"),
     "a quote that is never closed": (
@@ -73,7 +73,7 @@ BROKEN_CSV = {
         'article,highlights\n"A "big" story",a summary\n',
         "row 2: a double quote opens or closes a text where none should",
     ),
-    "no header": (f"{'A long story. ' * 20},a summary\n", "has no column article in its first row, but A long story."),
+    "no header": (f"{'A long story. ' * 20},a summary\n", "article is not a column of the first row of "),
 }
 
 
@@ -126,10 +126,10 @@ def test_text_not_in_utf8_is_refused_with_its_line(data, capsys, name, encoding)
     assert f"{data / name} is not UTF-8 (line {line}: invalid" in said(capsys)[1]
 
 
-def test_a_column_of_numbers_is_named_by_its_first_row(data, capsys):
+def test_a_column_of_numbers_is_no_text(data, capsys):
     (data / "train.csv").write_text("article,highlights\nA story,7\nAnother,8\n")
     assert start(data) == 2
-    assert "--summary-column highlights of the train split holds no text: row 1 is 7" in said(capsys)[1]
+    assert "--summary-column highlights of the train split holds no text, but 7" in said(capsys)[1]
 
 
 def test_files_with_their_columns_in_another_order_are_read_together(data, capsys):
@@ -264,7 +264,7 @@ UNUSABLE_TESTS = {
     "none": (None, "has no test split, only train; name a file or split test, or leave out --test-samples"),
     "no summaries": (
         [dict(article="A story.")],
-        "highlights is not a column of the test split; it has article; name another, or leave out --test-samples",
+        "test.jsonl, which has article; name another",
     ),
     "empty summaries": (
         [dict(article="A story.", highlights=" ")],
@@ -286,8 +286,8 @@ def test_a_test_split_that_cannot_be_scored_is_refused(data, capsys, rows, probl
 def test_without_the_flag_a_test_split_is_left_alone(data, capsys, monkeypatch):
     write_jsonl(data / "train.jsonl")
     write_jsonl(data / "test.jsonl", [dict(article="A story without a summary.")])
-    load, loaded = train_llama2.load_files, []
-    monkeypatch.setattr(train_llama2, "load_files", lambda those, *rest: loaded.extend(those) or load(those, *rest))
+    read, loaded = train_llama2.read_files, []
+    monkeypatch.setattr(train_llama2, "read_files", lambda those, *rest: loaded.extend(those) or read(those, *rest))
     assert start(data) == 0
     assert [file.name for file in loaded] == ["train.jsonl"]
     assert not any("documents" in line and line.startswith("test") for line in said(capsys)[0])
@@ -401,7 +401,7 @@ def test_a_compressed_file_that_is_not_read_is_reported(data, capsys):
 def test_a_csv_without_header_is_told_so_however_long_its_first_article(data, capsys):
     (data / "train.csv").write_text(f"{'A long story. ' * 10_000},a summary\n")
     assert start(data) == 2
-    assert "has no column article in its first row, but A long story." in said(capsys)[1]
+    assert f"the first row of {data / 'train.csv'}, which has A long story." in said(capsys)[1]
 
 
 def test_test_files_of_another_format_stop_no_training(data, capsys):
