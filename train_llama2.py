@@ -1563,9 +1563,18 @@ def read_files(files: list[Path], config: Config) -> Dataset:
     columns = (config.article_column, config.summary_column)
     states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     code = [inspect.getsource(function) for function in (rows_of, text_lines, *ROW_READERS.values())]
+
+    def rows() -> Iterator[dict[str, str | None]]:
+        is_empty = True
+        for row in itertools.chain.from_iterable(rows_of(file, config) for file in files):
+            is_empty = False
+            yield row
+        if is_empty:
+            raise UserError(f"{' and '.join(map(str, files[:3]))} hold no rows; fill or leave them out")
+
     try:
         return datasets.Dataset.from_generator(
-            lambda: itertools.chain.from_iterable(rows_of(file, config) for file in files),
+            rows,
             features=datasets.Features({column: datasets.Value("large_string") for column in columns}),
             fingerprint=Hasher.hash((states, columns, code)),
         )
@@ -1577,40 +1586,41 @@ def read_files(files: list[Path], config: Config) -> Dataset:
 
 def rows_of(file: Path, config: Config) -> Iterator[dict[str, str | None]]:
     """Yields article and summary of each row. Raises UserError with the row that does not hold them as text."""
-    for number, row in ROW_READERS[format_of(file)](file, config):
-        texts = {column: row.get(column) for column in (config.article_column, config.summary_column)}
-        for column, text in texts.items():
-            if not isinstance(text, str | None):
-                shown = textwrap.shorten(json.dumps(text, default=str), 60)
-                raise UserError(
-                    f"{file}, row {number}: {column} is {shown}, which is not text; repair it or leave it out"
-                )
-        yield texts
+    try:
+        for number, row in ROW_READERS[format_of(file)](file, config):
+            texts = {column: row.get(column) for column in (config.article_column, config.summary_column)}
+            for column, text in texts.items():
+                if not isinstance(text, str | None):
+                    shown = textwrap.shorten(json.dumps(text, default=str), 60)
+                    problem = f"{column} is {shown}, which is not text; repair it or leave it out"
+                    raise UserError(f"{file}, row {number}: {problem}")
+            yield texts
+    except UserError:
+        raise
+    except Exception as error:  # each format and each compression has errors of its own
+        raise UserError(f"{file} cannot be read ({first_line(error)}); repair it or leave it out") from error
 
 
 def json_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the number and the value of each row: an object a line, or the objects of one list."""
     lines, names = text_lines(file), {}
     first = next(lines, "")
-    if first.lstrip().startswith("["):
-        try:
-            rows = enumerate(json.loads(first + "".join(lines)), 1)
-        except ValueError as error:
-            raise UserError(f"{file} is not a list of JSON objects ({error}); repair it, or give one a line") from error
-    else:
-        rows = enumerate(itertools.chain([first], lines), 1)
-    for number, row in rows:
-        if isinstance(row, str) and not row.strip():
+    is_list = first.lstrip().startswith("[")
+    rows = json.loads(first + "".join(lines)) if is_list else itertools.chain([first], lines)
+    for number, row in enumerate(rows, 1):
+        if not is_list and not row.strip():
             continue
         try:
-            value = json.loads(row) if isinstance(row, str) else row
+            value = row if is_list else json.loads(row)
             names |= dict.fromkeys(value.keys())
         except (ValueError, AttributeError) as error:
+            reason = first_line(error) if isinstance(error, ValueError) else f"but {textwrap.shorten(str(row), 60)}"
             raise UserError(
-                f"{file}, row {number} is not a JSON object ({error}); repair it or leave it out"
+                f"{file}, row {number} is not a JSON object ({reason}); repair it or leave it out"
             ) from error
         yield number, value
-    check_names(str(file), names, config)
+    if names:
+        check_names(str(file), names, config)
 
 
 def csv_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -211,6 +211,16 @@ def test_what_is_read_and_what_is_not_is_said(data, capsys):
     ]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_data(data, capsys):
+    for name, text in (
+        ("train.jsonl", "".join(json.dumps(row) + "\n" for row in STORIES)),
+        ("train.csv", csv_of(STORIES)),
+    ):
+        (data / name).write_text("\ufeff" + text)
+        assert start(data) == 0, name
+        (data / name).unlink()
+
+
 def test_compressed_files_are_read(data, capsys):
     write_jsonl(data / "train.jsonl")
     with gzip.open(data / "train.jsonl.gz", "wb") as stream:

@@ -326,21 +326,22 @@ STRANGE = {"text": "a b c", "title": "d"}
     [
         pytest.param({}, ["no file to train on", ".jsonl"], id="empty folder"),
         pytest.param({"train.txt": "a"}, ["no file to train on", ".jsonl"], id="unknown format"),
-        pytest.param({"train.jsonl": ""}, ["train.jsonl is empty"], id="empty file"),
+        pytest.param({"train.jsonl": ""}, ["train.jsonl hold no rows"], id="empty file"),
         pytest.param(
             {"train.jsonl": lines_of(PAIR) + '{"article'}, ["row 2 is not a JSON object"], id="malformed jsonl"
         ),
         pytest.param(
-            {"train.jsonl": "null\n" + lines_of(PAIR, PAIR)}, ["train.jsonl does not begin", "JSON object"], id="null"
+            {"train.jsonl": "null\n" + lines_of(PAIR, PAIR)},
+            ["train.jsonl, row 1 is not a JSON object (but null"],
+            id="null",
         ),
         pytest.param(
             {"train.json": "[null, " + json.dumps(PAIR) + "]"},
-            ["train.json does not begin", "list of objects"],
+            ["train.json, row 1 is not a JSON object (but None"],
             id="[null",
         ),
-        pytest.param({"train.json": "null"}, ["train.json does not begin", "list of objects"], id="null alone"),
-        pytest.param({"train.json": "[]"}, ["train.json does not begin"], id="no rows"),
-        pytest.param({"train.jsonl": "\ufeff" + lines_of(PAIR, PAIR)}, ["byte-order mark", "UTF-8"], id="BOM"),
+        pytest.param({"train.json": "null"}, ["train.json, row 1 is not a JSON object"], id="null alone"),
+        pytest.param({"train.json": "[]"}, ["train.json hold no rows"], id="no rows"),
         pytest.param(
             {"train.jsonl": lines_of(PAIR) * 2 + '{"article": "\udcff", "highlights": "d"}'}, ["UTF-8"], id="no UTF-8"
         ),
@@ -349,13 +350,15 @@ STRANGE = {"text": "a b c", "title": "d"}
             ["train.csv is not UTF-8 (line 2:", "convert it"],
             id="csv in Latin-1",
         ),
-        pytest.param({"train.csv": "article,highlights\n"}, ["at least one row"], id="csv of a header alone"),
+        pytest.param({"train.csv": "article,highlights\n"}, ["train.csv hold no rows"], id="csv of a header alone"),
         pytest.param(
             {"train.csv": "a b c,d\ne f g,h\n"},
-            ["no column article in its first row", "a b c, d", "--article-column"],
+            ["--article-column article", "the first row of", "a b c, d"],
             id="csv without a header",
         ),
-        pytest.param({"train.parquet": "PAR0"}, ["Parquet", "malformed"], id="malformed parquet"),
+        pytest.param(
+            {"train.parquet": "PAR0"}, ["train.parquet cannot be read (Parquet", "repair it"], id="malformed parquet"
+        ),
         pytest.param({"train.jsonl": lines_of(PAIR)}, ["1 training documents", "too few"], id="one document"),
         pytest.param({"validation.jsonl": lines_of(PAIR)}, ["no train split", "only validation"], id="no train split"),
         pytest.param(
@@ -363,7 +366,7 @@ STRANGE = {"text": "a b c", "title": "d"}
         ),
         pytest.param(
             {"train.jsonl": lines_of(PAIR, PAIR), "validation.jsonl": lines_of(STRANGE)},
-            ["--article-column article", "validation split", "text, title"],
+            ["--article-column article", "validation.jsonl", "text, title"],
             id="no columns in validation",
         ),
         pytest.param(
@@ -378,12 +381,12 @@ STRANGE = {"text": "a b c", "title": "d"}
         ),
         pytest.param(
             {"train.jsonl": lines_of(*[{**PAIR, "article": None}] * 3), "validation.jsonl": lines_of(PAIR)},
-            ["--article-column article", "no text"],
+            ["3 train documents", "empty"],
             id="all articles null",
         ),
         pytest.param(
             {"train.jsonl": lines_of(PAIR), "validation.csv": "article,highlights\na,b\n"},
-            ["csv and json", "one format"],
+            [".csv and .jsonl", "one format"],
             id="mixed formats",
         ),
     ],
