@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_python
 from conftest import RANKS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, run, small_run, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -175,6 +176,7 @@ class Network:
 
     def __init__(self, folder: Path):
         self.folder, self.tag = folder, f"t{os.getpid()}"
+        self.pythons: dict[str, str] = {}  # by node, warm
         self.addresses = {"a": "10.213.77.1", "b": "10.213.77.2"}
         self.hosts = folder / "hosts"
         names = "".join(f"{address} node-{node}\n" for node, address in self.addresses.items())
@@ -192,6 +194,12 @@ class Network:
             self.ip("-n", self.tag + node, "addr", "add", f"{address}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 self.ip("-n", self.tag + node, "link", "set", device, "up")
+        for node in self.addresses:
+            enter = f'hostname node-{node}; mount --bind {self.hosts} /etc/hosts; exec "$@"'
+            launcher = ["ip", "netns", "exec", self.tag + node, "unshare", "--uts", "--mount", "sh", "-c", enter, "sh"]
+            environment = dict(HF_HOME=str(self.folder / f"cache-{node}"), DATASETS_VERBOSITY="info")
+            (self.folder / node).mkdir()
+            self.pythons[node] = warm_python.start(self.folder / node, environment, launcher)
 
     def bytes_sent(self) -> int:
         """Returns the bytes that have gone through the cable so far, both ways."""
@@ -206,19 +214,20 @@ class Network:
         for node in self.addresses:
             subprocess.run(["ip", "netns", "del", self.tag + node], capture_output=True, check=False)
 
-    def pids(self, node: str) -> list[int]:
+    def processes(self, node: str) -> dict[int, str]:
+        """Returns the names of a node's living processes, but for the warm Python that all of them are forks of."""
         listed = subprocess.run(["ip", "netns", "pids", self.tag + node], capture_output=True, text=True, check=False)
-        return [int(pid) for pid in listed.stdout.split()]
+        names = {}
+        for pid in map(int, listed.stdout.split()):
+            with contextlib.suppress(OSError):
+                name, state = re.search(r"\((.*)\) (.)", Path(f"/proc/{pid}/stat").read_text()).groups()
+                if name != "warm python" and state != "Z":
+                    names[pid] = name
+        return names
 
     def ranks(self) -> list[int]:
         """Returns the living ranks of both nodes."""
-        found = []
-        for pid in self.pids("a") + self.pids("b"):
-            with contextlib.suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_text()  # empty for one that has ended
-                if command and "torch.distributed.run" not in command:
-                    found.append(pid)
-        return found
+        return [pid for node in self.addresses for pid, name in self.processes(node).items() if name == SCRIPT.name]
 
     @contextlib.contextmanager
     def training(self, save_model_dir: Path, **flags: object) -> Iterator[dict[str, subprocess.Popen]]:
@@ -229,25 +238,19 @@ class Network:
         agents = {}
         try:
             for node in self.addresses:
-                enter = f'hostname node-{node}; mount --bind {self.hosts} /etc/hosts; exec "$@"'
-                launcher = ["ip", "netns", "exec", self.tag + node, "unshare", "--uts", "--mount", "sh", "-c", enter]
-                launcher += ["sh", sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+                launcher = [self.pythons[node], "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
                 launcher += ["--rdzv_backend=c10d", f"--rdzv_endpoint=node-a:{port}", "--rdzv_id=summaries"]
                 with self.log_path(node).open("wb") as log:
                     agents[node] = subprocess.Popen(
                         [*launcher, str(SCRIPT), *small_run(save_model_dir, **{**TRAINING, **flags})],
-                        env={
-                            **os.environ,
-                            "HF_HOME": str(self.folder / f"cache-{node}"),
-                            "DATASETS_VERBOSITY": "info",
-                        },
+                        env={**os.environ, "PYTHON_EXEC": self.pythons[node]},
                         stdout=log,
                         stderr=log,
                     )
             yield agents
         finally:
             for node, agent in agents.items():
-                for pid in self.pids(node):
+                for pid in self.processes(node):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 agent.wait()

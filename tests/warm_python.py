@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
 
@@ -49,13 +50,16 @@ os._exit(code)
 """
 
 
-def start(folder: Path, environment: dict[str, str]) -> str:
-    """Returns the program, once its server is ready. The server ends when this process does."""
+def start(folder: Path, environment: dict[str, str], launcher: Sequence[str] = ()) -> str:
+    """Returns the program, once its server is ready. The server ends when this process does.
+
+    `launcher` are words to start the server with: it, and so every fork, is where they put it.
+    """
     address, client = str(folder / "python.socket"), folder / "python"
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
     command = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import warm_python"
-    words = [sys.executable, "-u", "-c", f"{command}; exec(warm_python.serve({address!r}))"]
+    words = [*launcher, sys.executable, "-u", "-c", f"{command}; exec(warm_python.serve({address!r}))"]
     environment = {**os.environ, **environment}
     server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert server.stdout.readline() == b"ready\n"
@@ -69,6 +73,7 @@ def serve(address: str) -> CodeType:
     sys.path.remove(str(Path(__file__).parent))
     gc.collect()
     gc.freeze()
+    name_this_process("warm python")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -113,6 +118,11 @@ def keep_a_fork(client: socket.socket) -> CodeType:
     os._exit(0)
 
 
+def name_this_process(name: str) -> None:
+    """Gives the process a name of at most 15 characters in /proc/PID/comm, as all forks have the server's command."""
+    Path("/proc/self/comm").write_text(name)
+
+
 def program(words: list[str], environment: dict[str, str], folder: str) -> CodeType:
     """Returns what `python` would run for these words, after it has made this process one that starts so."""
     import numpy
@@ -127,6 +137,7 @@ def program(words: list[str], environment: dict[str, str], folder: str) -> CodeT
     os.chdir(folder)
     if words[0] == "-u":
         words = words[1:]
+    name_this_process(Path(words[0] if words[0] != "-m" else words[1]).name)
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         return compile(words[1], "<string>", "exec")
