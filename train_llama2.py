@@ -28,6 +28,7 @@ Words used throughout:
     data rank     ranks that work on the same documents form one data rank. Documents are dealt to data ranks.
     step          one update of the weights, from one global batch of --batch-size documents.
     micro-batch   the documents that go through one forward and backward pass of one data rank.
+    micro-step    one micro-batch of every data rank, all at the same time.
     Shapes        B rows in a micro-batch, T tokens in a row, V the size of the vocabulary.
 
 Every rank runs the same code, so every rank calls every function at the same point. A function that takes or holds a
@@ -82,8 +83,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 
 def check_versions() -> None:
-    """Ends the process with one line where a package is missing or too old, before an import fails in many."""
-    for package, oldest in (("torch", "2.11"), ("transformers", "5.23")):
+    """Ends the process with a one-line error where a package is missing or too old, instead of a traceback later."""
+    for package, oldest in (("torch", "2.11"), ("transformers", "5.23"), ("datasets", "4.4"), ("accelerate", "1.15")):
         try:
             found = importlib.metadata.version(package)
             if tuple(map(int, re.findall(r"\d+", found)[:2])) >= tuple(map(int, oldest.split("."))):
@@ -204,7 +205,7 @@ def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset
 
 
 def flag(default: Any, help: str, read: Reader = TEXT, bare: str | None = None) -> Any:
-    """Returns a field of `Config`. A default of False makes a switch. `bare` is what a flag without a word means."""
+    """Returns a field of `Config`. A default of False makes a switch. `bare` is the value of a flag without a word."""
     return dataclasses.field(default=default, metadata=dict(help=help, read=read, bare=bare))
 
 
@@ -229,16 +230,16 @@ class Config:
     article_column: str = flag("article", "column with the text to summarise")
     summary_column: str = flag("highlights", "column with the summary")
     max_train_samples: int | None = flag(
-        None, "use at most this many training documents", number(int, minimum=1, unset="all"))
+        None, "use only the first this many training documents", number(int, minimum=1, unset="all"))
     max_eval_samples: int | None = flag(
-        None, "use at most this many validation documents", number(int, minimum=1, unset="all"))
+        None, "use only the first this many validation documents", number(int, minimum=1, unset="all"))
     block_size: int = flag(2048, "longest document in tokens; a longer article loses its end", POSITIVE)
     loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", one_of("all", "summary"))
     num_train_epochs: int = flag(1, "passes over the training documents", POSITIVE)
     max_steps: int | None = flag(None, "stop after this many optimizer steps", number(int, minimum=1, unset="none"))
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
-        None, "most documents per forward pass of a device; packed: as many times --block-size tokens",
+        None, "most documents per forward pass of a data rank; packed: a row of that many times --block-size tokens",
         number(int, minimum=1, unset="auto"))
     lr: float = flag(1e-5, "peak learning rate of AdamW; 0 measures without training", number(float, minimum=0))
     lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
@@ -291,7 +292,7 @@ class Config:
     save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", POSITIVE)
     resume: str = flag(
-        "auto", "auto: go on from the newest checkpoint in the folder; a path: begin from it if there is none", PATH)
+        "auto", "auto: go on from the newest checkpoint in the folder; a path: begin there if there is none", PATH)
     resume_anyway: bool = flag(False, "resume although flags or data that shape the losses have changed")
     async_save: str = flag(
         "auto", "write checkpoints while training goes on; auto: if host memory has room for a copy", AUTO_YES_NO)
@@ -310,6 +311,10 @@ class Config:
     dist_timeout_minutes: float = flag(
         60.0, "longest wait for another rank before all give up", number(float, above=0, below=1e6))
     random_init: bool = flag(False, "random weights from the model's config alone: for benchmarks")
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        return self.article_column, self.summary_column
 
     @property
     def dataset_paths(self) -> list[str]:
@@ -424,8 +429,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             optimizer = build_optimizer(model, config)
             state = checkpoints.resume(model, optimizer)
             parallel = check_setup(model, eval_set, parallel)  # may turn packing off
-            compiled = compile_layers(model, parallel, total_steps - state.step)
-            log = RunLog(parallel, state, total_steps, steps_per_epoch, compiled, checkpoints.asynchronous)
+            parallel = compile_layers(model, parallel, total_steps - state.step)  # may decide against it
+            log = RunLog(parallel, state, total_steps, steps_per_epoch, checkpoints.asynchronous)
             batches = log.timing_the_wait(training_batches(train_set, state.step, total_steps, parallel))
 
             stop.listen()
@@ -452,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_model_card(parallel, state, log)
             if test_set and evaluate_test(model, test_set, checkpoints.weights_of(state), state, log, stop):
                 write_model_card(parallel, state, log)
-        if stop.stopping:  # also while the final model was written or tested
+        if stop.stopping:  # in the loop, or while test documents were summarised
             return log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
         log.done(state)
 
@@ -535,9 +540,9 @@ NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 class TrainingState:
     """Where the run stands. The tensors stay on the device, so counting costs no host sync.
 
-    `skipped` counts the updates skipped so far, `skipped_in_a_row` those since the last that was not, and
-    `longest_skip` is the longest such run. `stop_if_broken` reads it, because a run may begin and end between two of
-    its checks. `tokens` are those of the documents so far, without padding.
+    `skipped` counts all updates skipped so far, `skipped_in_a_row` those since the last update that was made, and
+    `longest_skip` is the longest such streak. `stop_if_broken` reads that one, because a streak may begin and end
+    between two of its checks. `tokens` counts the documents' tokens so far, without padding.
     """
 
     skipped: Tensor
@@ -584,8 +589,8 @@ def training_step(
 ) -> StepResult | None:
     """Takes one optimizer step on a global batch. No host sync, except under CPU offload.
 
-    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete. That happens with
-    one pipeline stage alone, whose schedule alternates forward and backward, so no micro-batch waits for its backward.
+    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete. That happens only
+    without pipeline stages: there each forward is followed by its backward, so no micro-batch is left half done.
 
     DDP and FSDP average gradients over the data ranks, so each loss is multiplied by their number. A step whose loss
     or gradient norm is not finite changes nothing: AdamW leaves weights and moments alone where `found_inf` is 1, in
@@ -598,7 +603,7 @@ def training_step(
         if action == "forward" and stop and stop.agreed_to_abandon_step():
             optimizer.zero_grad()
             return None
-        with parallel.gradient_sync(model, is_last=index == len(micro_batches) - 1):
+        with parallel.syncing_gradients(model, is_last=index == len(micro_batches) - 1):
             if action == "forward":
                 loss_sum += pipeline.forward(model, micro_batches[index], parallel)
             else:
@@ -629,7 +634,7 @@ def clip_gradients(model: nn.Module, parallel: Parallel) -> Tensor:
     """Clips the global gradient norm, over the shards and stages of all ranks, and returns it as it was before."""
     parameters = list(model.parameters())
     for parameter in parameters:
-        # Beside tensor parallelism without FSDP, a norm's gradient has yet to be added up over the ranks.
+        # Under tensor parallelism without FSDP, the gradients of RMSNorm weights are not summed over the ranks yet.
         if hasattr(parameter.grad, "placements") and parameter.grad.placements != parameter.placements:
             parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -740,7 +745,7 @@ def evaluate_test(
 ) -> bool:
     """Summarises and scores --test-samples documents, drawn by the seed, and returns whether it came to its end.
 
-    Finished summaries go to samples.jsonl after every call, marked with what made them. The same command, also on
+    Summaries are appended to samples.jsonl as they come, marked with what made them. The same command, also on
     another number of ranks, writes only those that are missing. Summaries that other weights or flags have made are
     not counted.
     """
@@ -749,17 +754,18 @@ def evaluate_test(
     drawn = drawn[np.argsort(-test_set.lengths[drawn], kind="stable")]  # similar lengths share a call
     settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
     made_by = json_checksum(dict(settings, weights=weights or uuid.uuid4().hex, documents=fingerprint(test_set)))[:12]
-    found = on_all_ranks(lambda: log.metrics.test_summaries(state.step, made_by), main_only=True)
+    found = on_all_ranks(lambda: log.metrics.test_summaries(made_by), main_only=True)
     done = {row: found[row] for row in rows[drawn].tolist() if row in found}
     parallel.say(f"test      {len(drawn):,} documents to summarise, {len(done):,} of them done before")
     stop.seconds_to_finish_and_save = 0.0  # neither a step nor a save follows
-    began, earlier, reported = time.perf_counter(), len(done), -math.inf
-    for samples in summarise(model, test_set, drawn[~np.isin(rows[drawn], list(done))], parallel, stop):
-        log.append_samples(state.step, "test", [dict(sample, made_by=made_by) for sample in samples])
+    began, done_before, last_report = time.perf_counter(), len(done), -math.inf
+    for summaries in summarise(model, test_set, drawn[~np.isin(rows[drawn], list(done))], parallel, stop):
+        samples = [dict(sample, made_by=made_by) for sample in summaries]
+        log.append_samples(state.step, "test", samples)
         done |= {sample["index"]: sample for sample in samples}
         seconds = time.perf_counter() - began
-        if seconds - reported > TEST_REPORT_SECONDS:
-            reported, rate = seconds, (len(done) - earlier) / seconds
+        if seconds - last_report > TEST_REPORT_SECONDS:
+            last_report, rate = seconds, (len(done) - done_before) / seconds
             left = timedelta(seconds=round((len(drawn) - len(done)) / rate))
             parallel.say(f"test      {len(done):,}/{len(drawn):,} summaries, {rate:.2f} a second, {left} left")
     if len(done) < len(drawn):
@@ -791,7 +797,7 @@ def scores_of_test(samples: Sequence[dict[str, Any]], documents: Documents, conf
 def summarise(
     model: nn.Module, documents: Documents, positions: np.ndarray, parallel: Parallel, stop: StopSignals
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yields the summaries of the documents at `positions`, in their order, those of one call of all ranks at a time.
+    """Yields the summaries of the documents at `positions`, in that order: a list for each joint call of all ranks.
 
     Each holds the document's `index`, which is its row in the split, its own summary as `reference`, the model's
     `summary`, and `ended`: whether that came to the end-of-sequence token. Every rank gets the same. Ends early if the
@@ -839,6 +845,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     parts = shapes_of_stages(parallel.shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
     step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
+    # FSDP gathers two at a time: the one at work and the next
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
@@ -860,10 +867,10 @@ def pad_prompts(prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
 def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
     """Inside, attention uses the padding mask, which prompts padded at the left need, and no layer is recompiled.
 
-    Ranks that share a layer's matrices hold all tokens, because `generate` decodes one at a time.
+    Under tensor parallelism each rank holds all tokens meanwhile, because `generate` decodes one token at a time.
     """
     training_attention = model.config._attn_implementation
-    if training_attention == "causal_attention":  # a model's own takes a mask as it is
+    if training_attention == "causal_attention":  # a model's own uses the mask in any case
         model.set_attn_implementation("sdpa")
     parallel.tensor_parallel.splits_tokens = False
     try:
@@ -918,8 +925,8 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     goes on as one plain process. Elsewhere the plan follows from the processes that torchrun started, the model's
     config and the devices' memory. Call it once, before the model is built: `load_model(parallel)` then returns the
     model in the plan's parallel form, and a plain `model(...)` and `loss.backward()` train it, in another script's loop
-    too: `enable_advanced_parallelization(Config(model_name_or_path=...))`. Rows must be padded at their end there,
-    because training computes plain causal attention without looking at the mask. Raises UserError where the model
+    too: `enable_advanced_parallelization(Config(model_name_or_path=...))`. In such a loop rows must be padded at their
+    end, because training computes plain causal attention without looking at the mask. Raises UserError where the model
     cannot be read, or the plan that was asked for cannot work.
 
     `calls_training_step` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages
@@ -932,7 +939,8 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     if on_moai:
         torch.moreh.option.enable_advanced_parallelization()
     else:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its former name, which it would override
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
         start_process_group(config)
     on_all_ranks(lambda: check_optional_packages(config))
     accelerator = Accelerator(
@@ -969,8 +977,11 @@ def moai_plan(shape: ModelShape, config: Config) -> Plan:
 
     Raises UserError for flags that would take the decision from it.
     """
-    decided = ("pipeline_parallel_size", "tensor_parallel_size", "gradient_sync", "reshard_after_forward", "packing")
-    for name in ("parallelism", "cpu_offload", *decided):
+    decided_by_moai = (
+        "parallelism", "pipeline_parallel_size", "tensor_parallel_size", "gradient_sync", "reshard_after_forward",
+        "cpu_offload", "packing",
+    )  # fmt: skip
+    for name in decided_by_moai:
         if (value := getattr(config, name)) not in ("auto", "none", "no", None, 1):
             raise UserError(f"{flag_name(name)} {value} is not for MoAI, which parallelises by itself; leave it out")
     check_block(shape, config)
@@ -1001,7 +1012,7 @@ def check_optional_packages(config: Config) -> None:
         )
 
 
-def quieten_libraries(speaks: bool, quiet: bool) -> None:
+def quieten_libraries(is_first_on_node: bool, quiet: bool) -> None:
     """Silences a few known warnings, bars where there is no terminal, and all but one process of each node."""
     import datasets
 
@@ -1009,11 +1020,11 @@ def quieten_libraries(speaks: bool, quiet: bool) -> None:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # it warns that matrices sharded by FSDP and split are gathered in two steps, and that one would be faster
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    if not speaks or quiet or not sys.stderr.isatty():
+    if not is_first_on_node or quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
         huggingface_hub.utils.disable_progress_bars()
-    if not speaks:
+    if not is_first_on_node:
         transformers.logging.set_verbosity_error()
 
 
@@ -1063,8 +1074,9 @@ class Parallel:
         """Returns the first rank that works on the documents of a data rank."""
         return data_rank * self.plan.tensor_parallel_size
 
-    def with_padded_rows(self) -> Parallel:
-        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, packing=False))
+    def with_plan(self, **changes: Any) -> Parallel:
+        """Returns the same with these fields of the plan changed."""
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, **changes))
 
     @property
     def timeout(self) -> timedelta:
@@ -1104,7 +1116,8 @@ class Parallel:
     def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
         """Returns `tensor` summed over the data ranks, on every rank. No host sync.
 
-        The stages before the last hold no losses, and add zeros. Ranks that share a layer's matrices hold the same.
+        The stages before the last hold no losses, and add zeros. Ranks that share a layer's matrices hold the same
+        value, so it is counted as many times as there are of them.
         """
         self.pipeline.note("the sum of all ranks' losses")
         return self.accelerator.reduce(tensor, "sum") / self.plan.tensor_parallel_size
@@ -1122,11 +1135,11 @@ class Parallel:
         Returns its result; a failure on any rank is raised on all of them.
         """
         is_first = self.accelerator.is_local_main_process
-        result = on_all_ranks(lambda: act() if is_first else None)  # where the others wait, in host memory
+        result = on_all_ranks(lambda: act() if is_first else None)  # the other ranks wait here, over gloo
         return on_all_ranks(lambda: result if is_first else act())
 
     @contextlib.contextmanager
-    def gradient_sync(self, model: nn.Module, is_last: bool) -> Iterator[None]:
+    def syncing_gradients(self, model: nn.Module, is_last: bool) -> Iterator[None]:
         """Wraps the forward or the backward pass of a micro-batch, and decides whether its gradients are reduced now.
 
         DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
@@ -1155,8 +1168,8 @@ def explain_out_of_memory(parallel: Parallel) -> str:
     remedy = f"--micro-batch-size {max(1, plan.micro_batch_size // 2)}"
     if parallel.choice is not None:
         memory = parallel.choice.chosen.memory_gib
-        words += f" The plan expected {memory.active:.1f} GiB active and {memory.reserved:.1f} reserved"
-        words += f" of {parallel.cluster.memory_gib:.1f}, at {memory.peak_moment}."
+        words += f" The plan expected {memory.active:.1f} GiB active, at {memory.peak_moment}, and"
+        words += f" {memory.reserved:.1f} of {parallel.cluster.memory_gib:.1f} in use with all that CUDA and NCCL take."
         remedy = flags_for_less_memory(parallel.shape, parallel.cluster, plan, memory, parallel.config)
     if parallel.device.type == "cuda":
         words += f" PyTorch's peak was {torch.cuda.max_memory_allocated() / GIB:.1f} GiB allocated and"
@@ -1175,8 +1188,8 @@ def on_all_ranks(
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. Out of memory, a broken
     device and a lost connection are raised on this rank alone, because it cannot talk to the others any more. With
     `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned
-    as a list. `act` should not wait for other ranks, unless it fails on all of them alike, because one that fails would
-    leave them waiting. Costs one exchange of messages in host memory.
+    as a list. `act` must not wait for other ranks, unless it fails on all of them alike: the others would wait for the
+    one where it failed. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = problems = failure = cause = None
@@ -1284,9 +1297,9 @@ PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the t
 HELD_OUT_SHARE = 0.05  # of the training split, held out where the data has no validation split
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
 COMPRESSIONS = (".gz", ".bz2", ".xz")
-# They look like data, and are reported as not read.
-UNREAD_FORMATS = (".tsv", ".txt", ".arrow", ".ndjson", ".xlsx", ".pkl", ".zip", ".zst")
-NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside data
+# Files of these formats look like data, but are only reported as not read.
+UNREAD_FORMATS = (".txt", ".arrow", ".xlsx", ".pkl", ".zip", ".zst")
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what lies beside data
 SPLIT_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -1353,9 +1366,9 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
     There are test documents under --test-samples only. Raises UserError where nothing is left of a split.
     """
     encoded = []
-    for name, (split, empty) in load_documents(parallel).items():
+    for name, (split, dropped) in load_documents(parallel).items():
         documents = encode_documents(split, tokenizer, parallel)
-        if not documents.label_counts.sum() > 0:
+        if documents.label_counts.sum() == 0:
             raise UserError(
                 f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
                 + without_test(name)
@@ -1365,13 +1378,13 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
             batches = (
                 epoch_batches(documents, 0, parallel.config) if is_train else evaluation_batches(documents, parallel)
             )
-            parallel.say(audit(name, len(split) + empty, documents, batches, parallel))
+            parallel.say(audit(name, len(split) + dropped, documents, batches, parallel))
         encoded.append(documents)
     return encoded[0], encoded[1], (encoded[2] if len(encoded) > 2 else None)
 
 
 def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
-    """Returns the splits as datasets of text, and how many empty documents of each were dropped here.
+    """Returns the splits as datasets of text, and how many empty documents of each are dropped already.
 
     They are `train`, `validation` and, under --test-samples, `test`. Each node's first process downloads and reads;
     the others find what it has cached. Without a validation split, 5% of the training documents that are not empty are
@@ -1383,16 +1396,16 @@ def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
     splits, lines = parallel.node_main_first(lambda: read_splits(config))
     for line in lines:
         parallel.say(f"data      {line}")
-    train, empty = splits["train"], 0
+    train, dropped = splits["train"], 0
     if "validation" in splits:
         validation = splits["validation"]
     else:
-        columns = [config.article_column, config.summary_column]
+        columns = list(config.columns)
         cached_as = Hasher.hash((train._fingerprint, inspect.getsource(has_text), columns))  # the same in every run
         full = parallel.node_main_first(
             lambda: train.filter(has_text, input_columns=columns, new_fingerprint=cached_as, desc="looking for text")
         )
-        train, empty = full, len(train) - len(full)
+        train, dropped = full, len(train) - len(full)
         if len(train) < 2:
             raise UserError(f"{shown_data(config)} has {len(train)} documents with text; that is too few to train on")
         held_out = max(1, round(HELD_OUT_SHARE * len(train)))
@@ -1402,7 +1415,7 @@ def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
     train = train.select(range(min(len(train), config.max_train_samples or len(train))))
     validation = validation.select(range(min(len(validation), config.max_eval_samples or len(validation))))
     test = {"test": (splits["test"], 0)} if "test" in splits else {}
-    return dict(train=(train, empty), validation=(validation, 0), **test)
+    return dict(train=(train, dropped), validation=(validation, 0), **test)
 
 
 def has_text(article: str | None, summary: str | None) -> bool:
@@ -1458,8 +1471,6 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
         if not len(split):
             raise UserError(f"{shown} has no {name} documents; fill that split or leave it out{without_test(name)}")
         check_columns(split, name, config)
-    if len(splits["train"]) < 2 and "validation" not in splits:
-        raise UserError(f"{shown} has {len(splits['train'])} training documents; that is too few to train on")
     return splits, lines
 
 
@@ -1506,9 +1517,9 @@ def format_of(file: Path) -> str | None:
 def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Path]], list[str]]:
     """Returns the files by split, and lines that say what is read and what is not.
 
-    A file's split is told by its name, or else by the innermost folder below the named one whose name tells one. The
-    name of the named folder, or of a named file's, counts only where they are several. Otherwise it is train. Hidden
-    files in a folder are skipped, and test files unless --test-samples asks for them.
+    A file's split is told by its name, or else by the innermost folder below the given one whose name tells one. The
+    name of the given folder, or of the folder of a given file, counts only if the given paths lie in several folders.
+    Otherwise it is train. Hidden files in a folder are skipped, and test files unless --test-samples asks for them.
     """
     shown, files, lines = shown_data(config), {}, []
     folders_differ = len({path if path.is_dir() else path.parent for path in map(Path, paths)}) > 1
@@ -1532,11 +1543,12 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
         by_split.setdefault(split_of(str(name)), []).append(file)
     if config.test_samples == 0 and (unread := by_split.pop("test", [])):
         lines.append(f"not read: {len(unread)} file{'s' * (len(unread) > 1)} of a test split, without --test-samples")
-    formats = {format_of(file) for file in itertools.chain(*by_split.values())}
-    if len(formats) != 1:  # an export in two formats would be trained on twice
-        found = f"holds {' and '.join(sorted(formats))} side by side" if formats else "holds no file to train on"
-        raise UserError(f"{shown} {found}; give files of one format: {', '.join(ROW_READERS)}")
+    if not by_split:
+        raise UserError(f"{shown} holds no file to train on; give files of one format: {', '.join(ROW_READERS)}")
     for split, those in by_split.items():
+        formats = sorted({format_of(file) for file in those})
+        if len(formats) > 1:  # probably the same documents twice
+            raise UserError(f"{shown} holds {split} files in {' and '.join(formats)}; leave out all but one format")
         names = ", ".join(file.name for file in those[:3]) + (", ..." if len(those) > 3 else "")
         lines.append(f"{split}: {len(those)} file{'s' * (len(those) > 1)} ({names})")
     return by_split, lines
@@ -1554,13 +1566,12 @@ def split_of(name: str) -> str:
 def read_files(files: list[Path], config: Config) -> Dataset:
     """Returns article and summary of every row of these files, from a cache that changes with the files.
 
-    The readers of `datasets` take csv rows with too many fields and stray quotes for other texts, "None" for none, and
-    names of files for patterns.
+    The readers of `datasets` are not used, because they read some files wrongly without a word: csv rows with too many
+    fields or stray quotes, the text "None", and file names that look like patterns.
     """
     import datasets
     from datasets.fingerprint import Hasher
 
-    columns = (config.article_column, config.summary_column)
     states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     code = [inspect.getsource(function) for function in (rows_of, text_lines, *ROW_READERS.values())]
 
@@ -1575,8 +1586,8 @@ def read_files(files: list[Path], config: Config) -> Dataset:
     try:
         return datasets.Dataset.from_generator(
             rows,
-            features=datasets.Features({column: datasets.Value("large_string") for column in columns}),
-            fingerprint=Hasher.hash((states, columns, code)),
+            features=datasets.Features({column: datasets.Value("large_string") for column in config.columns}),
+            fingerprint=Hasher.hash((states, config.columns, code)),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -1588,7 +1599,7 @@ def rows_of(file: Path, config: Config) -> Iterator[dict[str, str | None]]:
     """Yields article and summary of each row. Raises UserError with the row that does not hold them as text."""
     try:
         for number, row in ROW_READERS[format_of(file)](file, config):
-            texts = {column: row.get(column) for column in (config.article_column, config.summary_column)}
+            texts = {column: row.get(column) for column in config.columns}
             for column, text in texts.items():
                 if not isinstance(text, str | None):
                     shown = textwrap.shorten(json.dumps(text, default=str), 60)
@@ -1629,13 +1640,14 @@ def csv_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]
     The separator is the one with which the first row names the columns that were asked for.
     """
     csv.field_size_limit(LARGEST_INTEGER - 1)  # the default refuses articles of more than 131,072 characters
-    wanted, lines, number = {config.article_column, config.summary_column}, text_lines(file), 1
+    wanted, lines, number = set(config.columns), text_lines(file), 0
     first = next(lines, "")
     separator = next((each for each in ",;\t" if wanted <= set(next(csv.reader([first], delimiter=each), []))), ",")
     rows = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
     try:
         header = next(rows, [])
         check_names(f"the first row of {file}", header, config)
+        number = 1
         for number, row in enumerate(rows, 2):
             if row and len(row) != len(header):
                 raise UserError(
@@ -1646,7 +1658,8 @@ def csv_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]
                 yield number, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise UserError(
-            f"{file}, row {number + 1}: a double quote opens or closes a text where none should ({error}); double it"
+            f"{file}, row {number + 1} is no row of a csv file ({error}); put texts that hold quotes or line breaks in "
+            "double quotes, and double the quotes in them"
         ) from error
 
 
@@ -1655,12 +1668,13 @@ def parquet_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, An
 
     table, numbers = pyarrow.parquet.ParquetFile(file), itertools.count(1)
     check_names(str(file), table.schema_arrow.names, config)
-    for batch in table.iter_batches(1000, columns=[config.article_column, config.summary_column]):
+    for batch in table.iter_batches(1000, columns=list(config.columns)):
         for row in batch.to_pylist():
             yield next(numbers), row
 
 
-ROW_READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+ROW_READERS = dict.fromkeys((".jsonl", ".json", ".ndjson"), json_rows) | dict.fromkeys((".csv", ".tsv"), csv_rows)
+ROW_READERS[".parquet"] = parquet_rows
 
 
 def text_lines(file: Path) -> Iterator[str]:
@@ -1714,7 +1728,7 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
     config = parallel.config
     eos = tokenizer.eos_token_id  # from tokenizer_config.json, not part of the backend
     recipe = (split._fingerprint, tokenizer.backend_tokenizer.to_str(), eos, PROMPT_OPEN, PROMPT_CLOSE)
-    settings = (config.article_column, config.summary_column, config.block_size, datasets.__version__)
+    settings = (*config.columns, config.block_size, datasets.__version__)
     code = [inspect.getsource(function) for function in (has_text, encode_batch, fit_block)]
     features = datasets.Features(
         input_ids=datasets.List(datasets.Value("int32")),
@@ -1741,10 +1755,10 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
 
     encoded = parallel.node_main_first(encode)
     columns = encoded.with_format("numpy")
-    lengths, prompts = (np.asarray(columns[name][:], dtype=np.int64) for name in ("length", "prompt_length"))
+    lengths, prompt_lengths = (np.asarray(columns[name][:], dtype=np.int64) for name in ("length", "prompt_length"))
     # The first token is predicted from nothing, so it has no label.
-    labels = lengths - (np.maximum(prompts, 1) if config.loss_on == "summary" else 1)
-    return Documents(encoded, split, lengths, labels, tokenizer, config.block_size, config.loss_on)
+    label_counts = lengths - (np.maximum(prompt_lengths, 1) if config.loss_on == "summary" else 1)
+    return Documents(encoded, split, lengths, label_counts, tokenizer, config.block_size, config.loss_on)
 
 
 def encode_batch(
@@ -1859,8 +1873,8 @@ def training_batches(
     """Yields this data rank's part of every global batch from `first_step` on, across epochs.
 
     The step alone determines where to begin, and batches already consumed are not read again. A batch is built in this
-    process, in a few milliseconds, while the device works on the previous step. Worker processes would be forked
-    beside a checkpoint's writing thread, and would need an open file for every tensor they hand over.
+    process, in a few milliseconds, while the device works on the previous step. There are no DataLoader workers: they
+    would be forked beside a checkpoint's writing thread, and would need an open file for every tensor they hand over.
     """
     steps_per_epoch = math.ceil(len(documents) / parallel.config.batch_size)
     for step in range(first_step, total_steps):
@@ -2080,16 +2094,16 @@ def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 
 HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
 COMPILE_SECONDS = 120.0  # estimated time to compile the layers
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-OTHER_FILES = ("*/*", "consolidated*")  # beside them on the Hub: the same weights in the format of the model's authors
+WEIGHT_FILES = ("*.safetensors", "*.json")
+IGNORED_FILES = ("*/*", "consolidated*")  # never downloaded: folders, and the same weights in Meta's own format
 
 
 def load_model(parallel: Parallel) -> nn.Module:
     """Returns the model in the plan's precision and parallel form. Raises UserError where its files cannot be used.
 
-    The order of the forms: transformers cuts the layers into stages, splits the matrices of those that this stage
-    keeps, and shards them with FSDP, all before it reads a rank's part of the files. Recomputation and the loss without
-    logits come after that. DDP wraps the result, and `compile_layers` comes last.
+    In this order: transformers cuts the layers into stages, splits the matrices of those that this stage keeps, and
+    shards them with FSDP, all before it reads a rank's part of the files. Recomputation and the loss without logits
+    come after that. DDP wraps the result, and `compile_layers` comes last.
     """
     from transformers.distributed import DistributedConfig
 
@@ -2141,14 +2155,14 @@ def check_weights(parallel: Parallel) -> None:
     name = parallel.config.model_name_or_path
 
     def check() -> None:
-        folder = model_folder(name, [*WEIGHT_FILES, "*.json"])
+        folder = model_folder(name, WEIGHT_FILES)
         if not any(folder.glob("*.safetensors")):
             raise UserError(
                 f"--model-name-or-path {name} holds no safetensors weights; convert them, or use --random-init for a "
                 "benchmark"
             )
         verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity(logging.CRITICAL)  # our line says what its report says
+        transformers.logging.set_verbosity(logging.CRITICAL)  # our error says the same as its report
         try:
             _, report = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True
@@ -2180,33 +2194,23 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
     name = parallel.config.model_name_or_path
     placement = {} if distributed_config else {"device_map": {"": parallel.device}}
 
-    def load() -> PreTrainedModel:
-        folder = model_folder(name, [*WEIGHT_FILES, "*.json"])
-        try:
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=parallel.plan.state_dtype,
-                attn_implementation=attention_implementation(parallel.model_config),
-                distributed_config=distributed_config,
-                **placement,
-            )
-        except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
-            raise
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"--model-name-or-path {name} holds weights that cannot be read ({first_line(error)}); download the "
-                "folder again"
-            ) from error
+    def load() -> PreTrainedModel:  # waits for other ranks; `check_weights` has ruled out what is wrong with the files
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            model_folder(name, WEIGHT_FILES),
+            dtype=parallel.plan.state_dtype,
+            attn_implementation=attention_implementation(parallel.model_config),
+            distributed_config=distributed_config,
+            **placement,
+        )
 
-    # `load` itself waits for other ranks; missing files, wrong names and shapes were ruled out by `check_weights`
     return on_all_ranks(load)
 
 
 @contextlib.contextmanager
 def tied_weights_in_one_group() -> Iterator[None]:
-    """Patches transformers while it builds the model: tied embeddings are one parameter, in FSDP's root group.
+    """Inside, transformers ties embedding and head before it wraps them, as one parameter in FSDP's root group.
 
-    transformers ties embedding and head after it has wrapped them. The matrix then belongs to two FSDP groups, which
+    By itself it ties them after it has wrapped them. The matrix then belongs to two FSDP groups, which
     pad it each for itself, and where the ranks do not divide the vocabulary it trains wrongly from the second step on
     (https://github.com/pytorch/pytorch/issues/176076).
     """
@@ -2257,7 +2261,7 @@ def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer)
-    torch.cuda.empty_cache()  # frees the memory used while loading
+    torch.cuda.empty_cache()  # frees the GPU memory used while loading
     torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -2285,7 +2289,9 @@ def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
         raise UserError(f"{shown} is not a folder; give a Hub id, or a folder with config.json and safetensors weights")
     try:
         return Path(
-            huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns), ignore_patterns=OTHER_FILES)
+            huggingface_hub.snapshot_download(
+                name_or_path, allow_patterns=list(patterns), ignore_patterns=IGNORED_FILES
+            )
         )
     except huggingface_hub.errors.GatedRepoError as error:
         raise UserError(
@@ -2307,7 +2313,7 @@ def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
 
 
 def attention_implementation(model_config: PretrainedConfig) -> str | None:
-    """Returns the name of the attention to train with: `causal_attention` wherever the result is the same.
+    """Returns the name of the attention to train with: `causal_attention` wherever it gives what the model's own gives.
 
     Rows are padded at their end, so no real token can see a pad under a causal mask anyway. An attention that is
     registered without a mask function gets no mask: no B x T x T tensor, SDPA takes its flash kernel, and
@@ -2318,14 +2324,14 @@ def attention_implementation(model_config: PretrainedConfig) -> str | None:
 
 
 def model_without_weights(model_config: PretrainedConfig) -> tuple[PreTrainedModel, str | None]:
-    """Returns the model on the meta device, and the name of the attention to train it with."""
+    """Registers `causal_attention`. Returns the model on the meta device, and the attention to train it with."""
     # disabled here, not by a decorator, which would import the whole compiler for every --help
     attend_on_cpu = torch.compiler.disable(document_attention)
     attend = functools.partial(causal_attention, attend_on_cpu=attend_on_cpu)
     transformers.AttentionInterface.register("causal_attention", attend)
     build = transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        if not has_sliding_windows(model_config):
+        if not attends_partially(model_config):
             with contextlib.suppress(KeyError, ValueError):  # Falcon, for one, looks its attention up by name
                 # a copy, as the config keeps the name even where the model refuses it
                 return build(copy.deepcopy(model_config), attn_implementation="causal_attention"), "causal_attention"
@@ -2401,23 +2407,23 @@ def use_token_loss(
     their logits, or whose base cannot be called apart from its head, compute all of them. Where the config asks for a
     router's auxiliary loss, it is added in training.
     """
-    generation_forward, head = model.forward, model.get_output_embeddings()
+    original_forward, head = model.forward, model.get_output_embeddings()
     class_forward = type(model).forward.__get__(model)  # without the pipeline that transformers adds for generation
     plain_head, text_config = head.forward, model.config.get_text_config()
     adds_router_loss = getattr(text_config, "output_router_logits", False)
     is_projection = not adds_router_loss and is_plain_projection(model)
 
-    @functools.wraps(generation_forward)
+    @functools.wraps(original_forward)
     def forward(*arguments: Any, predict_at=None, targets=None, **inputs: Any) -> Any:
         if targets is None:
-            return generation_forward(*arguments, **inputs)
+            return original_forward(*arguments, **inputs)
         if not is_last_stage:
             return model.base_model(*arguments, **inputs).last_hidden_state
         if not is_projection:
             output = class_forward(*arguments, **inputs)
             logits = output.logits.flatten(0, 1).index_select(0, predict_at).float()
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            if adds_router_loss and model.training:  # a mean over tokens, where the loss is a sum over labels
+            if adds_router_loss and model.training:  # it is a mean over tokens, and `loss` is a sum over labels
                 loss = loss + text_config.router_aux_loss_coef * output.aux_loss * (targets != IGNORE_INDEX).sum()
             return loss
         hidden = model.base_model(*arguments, **inputs).last_hidden_state
@@ -2458,7 +2464,7 @@ def head_loss_sum(
         options = nn.LinearCrossEntropyOptions(
             batch_chunk_size=HEAD_CHUNK_TOKENS,
             chunking_method=None,
-            # "balanced" makes the weight's gradient an fp32 matmul on CUDA: by its FLOPs, some 5% of a step of 13B
+            # "balanced" would make the weight's gradient an fp32 matmul on CUDA: by its FLOPs, 5% more for a 13B step
             acc_policy="compact",
             acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
         )
@@ -2489,7 +2495,7 @@ SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails i
 def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Parallel:
     """Proves before training that the loaded model, in its parallel form, computes what is meant.
 
-    Its loss is finite and that of its own logits, no token sees a later one, and no packed document sees another. If
+    Its loss is finite and equals that of its own logits, no token sees a later one, no packed document another. If
     tokens see later ones, the model's own eager attention, with a mask and padded rows, is tried instead, and kept if
     it passes. If packed documents see each other, rows are padded from here on. In both cases the returned `Parallel`
     holds the plan to go on with. Raises RunError for broken weights, and UserError for a model that cannot be trained
@@ -2508,7 +2514,7 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
 
     Raises UserError if there is none, or if the loss is not that of the model's own logits.
     """
-    padded = parallel.with_padded_rows()
+    padded = parallel.with_plan(packing=False)
     if parallel.plan.packing and attention_leaks(model, parallel):
         if parallel.config.packing == "yes":
             raise UserError("--packing yes: the packed documents of this model see each other; give --packing no")
@@ -2536,18 +2542,15 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
 def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     """Returns whether a token's loss depends on what comes after it or, in packed rows, on the document before its own.
 
-    Compares the loss of the same labels alone and beside different neighbours. Rounding alone changes it a little; its
-    size is estimated as the larger of the change when the document is one of two rows, where nothing can leak, and the
-    relative error of the precision. A change of more than ten times that is a leak. One host sync.
+    Compares the loss of the same labels alone and beside different neighbours. Rounding alone changes it a little. How
+    much is taken as the larger of two: the change when the document is one of two separate rows, where nothing can
+    leak, and the loss times the relative error of the precision. A change of more than ten times that is a leak. One
+    host sync.
     """
     model.eval()
     tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=57)
-    document, changed_end, another, after = (
-        tokens[:16],
-        np.append(tokens[:15], tokens[56]),
-        tokens[16:32],
-        tokens[32:56],
-    )
+    document, another, after = np.split(tokens[:56], (16, 32))
+    changed_end = np.append(document[:15], tokens[56])
 
     def loss_of(*documents: np.ndarray, place: int = 0) -> Tensor:
         """Returns the loss of document `place` of a row. Its last token is no target: `changed_end` differs there."""
@@ -2563,26 +2566,26 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
         return parallel.pipeline.forward(model, inputs, parallel)
 
     rows = torch.from_numpy(np.stack([document, another]))
-    beside = dict(
+    two_rows = dict(
         input_ids=rows, predict_at=torch.arange(14), targets=rows[0, 1:15], attention_mask=torch.ones_like(rows)
     )
-    padded = parallel.with_padded_rows()
+    padded = parallel.with_plan(packing=False)
     try:
         losses = [loss_of(document), loss_of(changed_end), loss_of(document, after)]
         if parallel.plan.packing:
             losses.append(loss_of(another, document, place=1))
-        losses.append(parallel.pipeline.forward(model, beside, padded))
+        losses.append(parallel.pipeline.forward(model, two_rows, padded))
     except (AttributeError, TypeError):  # a model that cannot do without its mask
         return True
     parallel.pipeline.finish_sending()
-    alone, *changed, beside_another = parallel.sum_over_data_ranks(torch.stack(losses).double()).tolist()
-    rounding = max(abs(beside_another - alone), alone * (1e-6 if parallel.plan.compute_bytes == 4 else 5e-4))
+    alone, *changed, in_two_rows = parallel.sum_over_data_ranks(torch.stack(losses).double()).tolist()
+    rounding = max(abs(in_two_rows - alone), alone * (1e-6 if parallel.plan.compute_bytes == 4 else 5e-4))
     return max(abs(loss - alone) for loss in changed) > 10 * rounding
 
 
 @torch.no_grad()
 def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
-    """Returns whether the loss without logits is another than that of the model's own logits, on one short row."""
+    """Returns whether the loss without logits differs from that of the model's own logits, on one short row."""
     model.eval()
     ids = torch.from_numpy(np.random.default_rng(0).integers(parallel.shape.vocabulary, size=(1, 16)))
     row = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -2601,23 +2604,23 @@ def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
 # ---- Model: compiling ----------------------------------------------------------------------------------------
 
 
-def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
-    """Compiles the decoder layers in place where the plan says so and it pays, and returns whether it did.
+def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> Parallel:
+    """Compiles the decoder layers in place where the plan says so and it pays. The plan it returns says what it did.
 
-    All layers share their graphs, and a graph takes lengths of any size. `auto` weighs the time that the `steps` to
+    All layers share their graphs, and a graph takes any number of tokens. `auto` weighs the time that the `steps` to
     come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run as they were. A plan that
     fits in memory only with compiled layers is compiled however few steps there are.
     """
     from torch.utils._triton import has_triton
 
     if not parallel.plan.compiled:
-        return False
+        return parallel
     automatic = parallel.config.compile == "auto"
     if automatic:
         gained_seconds = parallel.choice.chosen.step_seconds["compute"] * (1 / EAGER_SPEED - 1) * steps
-        eager = dataclasses.replace(parallel.plan, compiled=False)
-        fits = predict(parallel.shape, parallel.cluster, eager, parallel.config).fits
-        if not has_triton() and not fits:
+        eager = parallel.with_plan(compiled=False)
+        fits = predict(parallel.shape, parallel.cluster, eager.plan, parallel.config).fits
+        if any(on_all_ranks(lambda: not has_triton(), gathered=True)) and not fits:
             raise UserError(
                 "--compile auto cannot compile the layers, because Triton is not installed, and without that the plan "
                 "does not fit; install Triton, or use --compile no"
@@ -2625,9 +2628,9 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
         if not has_triton() or (fits and gained_seconds <= COMPILE_SECONDS):
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
             parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
-            return False
-    # Layers are compiled apart for recomputing or not, for one row (a size of 1 is a constant) or several, and for
-    # training or evaluation. That can be more than torch's limit of 8 graphs.
+            return eager
+    # There are separate graphs for layers that are recomputed and that are not, for one row (a size of 1 is a constant)
+    # and several, and for training and evaluation. That can be more than torch's limit of 8 graphs.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
     # it would cut a layer into 11 graphs, and keep what passes between them in memory
@@ -2638,7 +2641,7 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> bool:
             layer.forward = torch.compile(layer.forward, dynamic=True)
         else:
             layer.compile(dynamic=True)
-    return True
+    return parallel
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -2758,7 +2761,7 @@ class TensorParallel:
 
     def __init__(self, size: int = 1):
         self.size, self.group = size, None  # transformers makes the group
-        self.splits_tokens = True
+        self.splits_tokens = True  # not in generation, where each rank holds all tokens: see `generating`
 
     def register_styles(self) -> dict[str, str] | None:
         """Registers a style of transformers for each kind of module, and returns the styles of all modules by name."""
@@ -2831,8 +2834,8 @@ def local_parameter(module: nn.Module, name: str) -> Tensor | None:
     """Like `local_part`, for a module's parameter. Where all ranks hold it whole, its gradient is summed over them."""
     from torch.distributed.tensor import Partial, Replicate
 
-    if hasattr(module, "local_parameters"):
-        return module.local_parameters[name]
+    if hasattr(module, "cached_parts"):
+        return module.cached_parts[name]
     parameter = getattr(module, name)
     if parameter is None:
         return None
@@ -2843,15 +2846,18 @@ def local_parameter(module: nn.Module, name: str) -> Tensor | None:
 
 
 def cache_local_parameters(layer: nn.Module, inputs: tuple) -> None:
-    """Takes a layer's parts out before compiled code sees them: torch 2.13 fails to compile recomputed DTensors."""
+    """Caches the local parts of a layer's parameters before its compiled code runs, which then sees no DTensor.
+
+    torch 2.13 fails to compile recomputed ones.
+    """
     for module in layer.modules():
         if isinstance(getattr(module, "weight", None), Tensor):
-            vars(module).pop("local_parameters", None)
-            module.local_parameters = {name: local_parameter(module, name) for name in module._parameters}
+            vars(module).pop("cached_parts", None)
+            module.cached_parts = {name: local_parameter(module, name) for name in module._parameters}
 
 
 class Exchange(torch.autograd.Function):
-    """Applies `exchange` to a tensor, and `reverse` to its gradient. `gather_parts` and `scatter_sum` go together.
+    """Applies `exchange` to a tensor, and `reverse` to its gradient: `gather_parts` and `scatter_sum`, or the reverse.
 
     torch's own collectives with a gradient do the same, but from those torch 2.13 compiled wrong gradients for several
     rows.
@@ -2890,7 +2896,7 @@ class SplitStyle:
     kind: str
 
     def validate_param(self, *module_and_parameter: Any, **names: Any) -> None:
-        """Has nothing to add to `why_unsplittable`."""
+        """Does nothing: `why_unsplittable` has checked already."""
 
     def shard_param(self, module: nn.Module, name: str, mesh: DeviceMesh) -> None:
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -3080,14 +3086,14 @@ def stages_of_the_plan(parallel: Parallel) -> Iterator[None]:
         return split(model, mesh, {name: style for name, style in styles.items() if name in held})
 
     stages = parallel.plan.pipeline_parallel_size
-    ends = list(itertools.accumulate(layers_of_stages(parallel.shape, stages), initial=0))
-    own, split = PipelineStage.layer_range_for_rank, mixin.apply_tensor_parallelism
-    PipelineStage.layer_range_for_rank = lambda self, stage, layers: (ends[stage], ends[stage + 1])
+    bounds = list(itertools.accumulate(layers_of_stages(parallel.shape, stages), initial=0))
+    layer_range, split = PipelineStage.layer_range_for_rank, mixin.apply_tensor_parallelism
+    PipelineStage.layer_range_for_rank = lambda self, stage, layers: (bounds[stage], bounds[stage + 1])
     mixin.apply_tensor_parallelism = split_what_is_held
     try:
         yield
     finally:
-        PipelineStage.layer_range_for_rank, mixin.apply_tensor_parallelism = own, split
+        PipelineStage.layer_range_for_rank, mixin.apply_tensor_parallelism = layer_range, split
 
 
 def number_layers_of_stage(model: PreTrainedModel) -> None:
@@ -3114,7 +3120,6 @@ LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its sav
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
 SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
-CHECKPOINT_VERSION = 2  # version 1 wrote no number, and drew the held-out documents before it dropped empty ones
 WRITING, DELETING = ".writing", ".deleting"
 
 
@@ -3162,7 +3167,7 @@ def make_save_folder(folder: Path, parallel: Parallel) -> str:
     holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, holder.encode(), 0)
-    os.fsync(descriptor)  # on NFS other nodes would still read an empty file; to close it would end the lock
+    os.fsync(descriptor)  # or on NFS other nodes would read an empty file; it stays open, as closing ends the lock
     shutil.rmtree(folder / UNFINISHED_MODEL, ignore_errors=True)
     return holder
 
@@ -3215,9 +3220,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 class StopSignals:
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
-    A second signal ends the process at once, unless it comes within SAME_SIGNAL_SECONDS, when it is taken for the same
-    one, or is a SIGTERM after Slurm's SIGUSR1. Before `listen()` any signal ends the process, because there is nothing
-    to save yet.
+    A second signal ends the process at once, with two exceptions: within SAME_SIGNAL_SECONDS it is taken for the same
+    one, and a SIGTERM after Slurm's SIGUSR1 only leaves less time. Before `listen()` any signal ends the process,
+    because there is nothing to save yet.
     Agreement is an all-reduce of two CPU integers over gloo: about 0.1 ms, no device sync. A context manager; leaving
     it restores the former handlers.
     """
@@ -3253,26 +3258,27 @@ class StopSignals:
         if not self.signal_name or escalation:
             first, self.signal_name, self.received_at = not self.signal_name, signal.Signals(number).name, now
             if first and self.parallel.is_main:
-                os.write(2, b"stopping  at the end of the step or of a few summaries; a second signal leaves at once\n")
+                with contextlib.suppress(OSError):  # the terminal that was closed
+                    os.write(2, b"stopping  after this step, or these summaries; a second signal leaves at once\n")
 
     def agreed(self) -> bool:
         """Returns whether any rank was asked to stop.
 
         A rank whose torchrun has died stops too: nothing else would end it, and it would block the next start.
         """
-        if not self.stopping or (self.may_abandon_step and not self.abandons_step):  # a SIGTERM may follow on SIGUSR1
+        if not self.stopping or (self.may_abandon_step and not self.abandons_step):  # SIGTERM may follow SIGUSR1
             if self.torchrun not in (None, os.getppid()) and not self.signal_name:
                 self.signal_name = "the end of its torchrun"
             killed_soon = self.may_abandon_step and self.signal_name in ("SIGTERM", "SIGINT", "SIGHUP")  # by torchrun
-            too_long = killed_soon and self.seconds_to_finish_and_save > 0.8 * patience_seconds()
+            too_long = killed_soon and self.seconds_to_finish_and_save > 0.8 * torchrun_grace_seconds()
             mine = torch.tensor([bool(self.signal_name), bool(too_long)]).int()
             if self.group is not None:
                 dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
             self.stopping, self.abandons_step = map(bool, mine.tolist())
             if self.abandons_step:
                 self.parallel.say(
-                    f"stopping  at once, without finishing a step: that and a save would outlast torchrun's "
-                    f"{patience_seconds():.0f} s"
+                    "stopping  at once, without finishing a step: that and a save would take longer than the "
+                    f"{torchrun_grace_seconds():.0f} s that torchrun waits"
                 )
         return self.stopping
 
@@ -3284,8 +3290,11 @@ class StopSignals:
         return self.may_abandon_step and self.agreed() and self.abandons_step
 
 
-def patience_seconds() -> float:
-    """Returns the seconds between a signal and torchrun's SIGKILL; infinity without torchrun."""
+def torchrun_grace_seconds() -> float:
+    """Returns the seconds between a signal and torchrun's SIGKILL; infinity without torchrun.
+
+    Ranks do not see torchrun's flag --shutdown-timeout, so only the environment variable counts.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return math.inf
     given = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") if torch.__version__ >= "2.13" else None
@@ -3308,6 +3317,12 @@ class Checkpoints:
     def __init__(self, parallel: Parallel, train_set: Documents, total_steps: int):
         self.parallel, self.config, self.total_steps = parallel, parallel.config, total_steps
         self.settings = loss_settings(train_set, parallel)
+        of_ranks = on_all_ranks(lambda: self.settings, gathered=True)
+        if differing := [name for name in self.settings if len({each[name] for each in of_ranks}) > 1]:
+            raise UserError(
+                f"{flag_name(differing[0])} is {' and '.join(sorted({each[differing[0]] for each in of_ranks}))} on "
+                "different nodes; give all nodes the same files"
+            )
         self.folder = Path(self.config.save_model_dir) / "checkpoints"
         self.group = parallel.cpu_group()  # separate: a background write must not mix with training's messages
         self.on_all_ranks = functools.partial(on_all_ranks, group=self.group)
@@ -3318,8 +3333,8 @@ class Checkpoints:
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
         self.saved_step = 0  # of the last checkpoint written or read
-        self.sha256 = ""  # of its manifest; of one that this run wrote, on rank 0 alone
-        self.seconds = 0.0  # of the last save
+        self.sha256 = ""  # of that checkpoint's manifest; after a save in this run rank 0 alone has it
+        self.last_save_seconds = 0.0
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -3336,13 +3351,13 @@ class Checkpoints:
 
     def seconds_to_save(self) -> float:
         """Returns the time the next save will take, estimated from the last; twice that while one is being written."""
-        return self.seconds * (2 if self.pending is not None and not self.pending.done() else 1)
+        return self.last_save_seconds * (2 if self.pending is not None and not self.pending.done() else 1)
 
     def save(self, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> None:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # by the write just waited for; a stop abandoned the step after this one
+        if self.saved_step == state.step:  # the write just waited for was of this step; a stop abandoned the next
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -3352,10 +3367,9 @@ class Checkpoints:
             **state.as_numbers(),
             "curve": self.settings,  # what decides the loss curve; compared when resuming
             "total_steps": self.total_steps,
-            "save_seconds": self.seconds,
+            "save_seconds": self.last_save_seconds,
             "strategy": self.parallel.plan.strategy,
             "world_size": self.parallel.cluster.world_size,
-            "version": CHECKPOINT_VERSION,
         }
         if self.asynchronous:
             pause_seconds = time.perf_counter() - began
@@ -3404,12 +3418,13 @@ class Checkpoints:
         seconds, size_gib = time.perf_counter() - began, sum(file["bytes"] for file in files.values()) / GIB
         held = f", training held for {pause_seconds:.1f} s" if pause_seconds is not None else ""
         self.parallel.say(f"saved     {final} ({size_gib:.2f} GiB) in {seconds:.1f} s{held}")
-        if seconds > 0.8 * patience_seconds() >= self.seconds:
+        if seconds > 0.8 * torchrun_grace_seconds() >= self.last_save_seconds:
             self.parallel.say(
-                f"WARNING   a save takes {seconds:.0f} s, and torchrun kills its ranks {patience_seconds():.0f} s "
-                f"after a SIGTERM; with torch 2.13, TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} gives more"
+                f"WARNING   a save takes {seconds:.0f} s, and torchrun kills ranks {torchrun_grace_seconds():.0f} s "
+                "after a SIGTERM; with torch 2.13 or newer, "
+                f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(2 * seconds)} gives more"
             )
-        self.saved_step, self.seconds = facts["step"], seconds
+        self.saved_step, self.last_save_seconds = facts["step"], seconds
 
     def complete(self, writing: Path, final: Path, facts: dict[str, Any], files: dict[str, Any]) -> None:
         """Marks a written checkpoint complete, gives it its name, and deletes what is no longer kept. Rank 0 alone."""
@@ -3454,8 +3469,10 @@ class Checkpoints:
                     raise UserError(f"--resume {named} is not a whole checkpoint: {damage}; name another") from None
                 self.parallel.say(f"WARNING   {folder} is damaged ({damage}); trying the one before it")
                 continue
-            self.check_settings(facts, folder)
+            self.on_all_ranks(lambda facts=facts, folder=folder: self.check_settings(facts, folder))
             self.load(folder, facts, model, optimizer, state)
+            if begins_elsewhere:  # or a tracker would draw this run into the other's curves
+                state.run_id = self.on_all_ranks(lambda: uuid.uuid4().hex[:12], main_only=True)
             self.parallel.say(
                 f"resume    from {folder}, saved with world size {facts['world_size']} and parallelism "
                 + facts["strategy"]
@@ -3494,7 +3511,7 @@ class Checkpoints:
             )
 
     def verify(self, folder: Path) -> dict[str, Any]:
-        """Returns the manifest's facts about the run, having checked every n-th file of it on n ranks.
+        """Returns the manifest's facts about the run, having checked this rank's share of the files.
 
         Raises RunError, naming the file. Any rank may call it alone.
         """
@@ -3531,11 +3548,6 @@ class Checkpoints:
             f"{flag_name(name)} is now {self.settings[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
             for name in changed
         ]
-        if "dataset_name_or_path" in changed and "version" not in facts:
-            problems.append(
-                f"{folder} was written by an earlier version of the script, which drew held-out documents before it "
-                "dropped empty ones: where the data has both, the training documents are others now"
-            )
         if self.total_steps < facts["total_steps"] and not changed:
             problems.append(
                 f"--num-train-epochs and --max-steps now give {self.total_steps} steps, but {folder} was trained "
@@ -3579,7 +3591,7 @@ class Checkpoints:
         if cuda_rng in tensors and self.parallel.device.type == "cuda":
             torch.cuda.set_rng_state(tensors[cuda_rng])
         state.restore(facts)
-        self.seconds, self.saved_step = facts["save_seconds"], facts["step"]
+        self.last_save_seconds, self.saved_step = facts["save_seconds"], facts["step"]
 
 
 def loss_settings(documents: Documents, parallel: Parallel) -> dict[str, Any]:
@@ -3629,8 +3641,8 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     in_background = copy_gib <= usable_gib
     if wanted != "no" and not in_background:
         parallel.say(
-            f"save      checkpoints are written with training held: a copy to write from takes {copy_gib:.1f} GiB "
-            f"of host memory per node, and {usable_gib:.1f} may be used for it"
+            f"save      training waits while a checkpoint is written: a copy to write from takes {copy_gib:.1f} GiB of "
+            f"host memory per node, and {usable_gib:.1f} may be used for it"
         )
     return in_background
 
@@ -3639,7 +3651,8 @@ def check_disk(folder: Path, checkpoint_bytes: int, parallel: Parallel) -> None:
     """Raises UserError where `--keep-checkpoints` + 1 checkpoints and the final model will not fit."""
 
     def check() -> None:
-        present = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        ours = [*folder.rglob("*"), *folder.parent.glob("model*.safetensors")]  # what a run replaces
+        present = sum(file.stat().st_size for file in ours if file.is_file())
         free = shutil.disk_usage(folder.parent).free + present
         kept = parallel.config.keep_checkpoints + 1
         final = parallel.shape.parameters * saved_dtype(parallel).itemsize
@@ -3679,7 +3692,7 @@ def check_host_memory(parallel: Parallel) -> None:
 
 
 def free_host_memory() -> int:
-    """Returns the bytes this process may still take: the node's, or what the job's cgroup (Slurm, a container) leaves.
+    """Returns the bytes this process may still take, by the node or the job's cgroup (Slurm, a container).
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html: parent groups may set limits too, and file cache counts as free.
     """
@@ -3871,7 +3884,9 @@ def gather_weights(model: PreTrainedModel, parallel: Parallel) -> dict[str, Tens
     One tensor at a time: a device holds its own share and a single whole matrix, never the model.
     """
     weights, dtype = {}, saved_dtype(parallel)
-    for name, whole in parallel.pipeline.whole_tensors(model.state_dict()):
+    tied = model.all_tied_weights_keys.keys()  # they are the same tensors under another name
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    for name, whole in parallel.pipeline.whole_tensors(tensors):
         if parallel.is_main:
             weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
         del whole  # before the next one is gathered
@@ -3890,7 +3905,8 @@ def write_model(
     its fp32 weights again.
     """
     with torch.device("meta"):
-        empty = transformers.AutoModelForCausalLM.from_config(model.config, dtype=next(iter(weights.values())).dtype)
+        dtype = next(iter(weights.values())).dtype
+        empty = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=dtype)
     empty.config.distributed_config = None
     empty.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer)
@@ -3989,7 +4005,7 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
     """Writes `README.md` into the save folder: what was trained, how, on what, and how well. Rank 0 writes.
 
     Results are read from the log files, earlier runs included. A run without new steps or scores keeps the card, and
-    one that only scored keeps its section on the training, which other devices may have done.
+    one that only scored keeps its section on the training, which may have run on other devices.
     """
     config, cluster, folder = parallel.config, parallel.cluster, Path(parallel.config.save_model_dir)
     path = folder / "README.md"
@@ -4041,9 +4057,9 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
 
 
 def published_name(word: str) -> str:
-    """Returns a word of the command line as strangers may read it: of a local path, also after `--flag=`, the name.
+    """Returns a word of the command line without private paths: of a local one, also after `--flag=`, its last name.
 
-    A snapshot in the cache of the Hub goes by its name there, not by its commit.
+    A snapshot in the cache of the Hub goes by its Hub id, not by its commit.
     """
     flag, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
     if cached := re.search(r"(?:models|datasets)--([^/]+)/snapshots/[^/]+/?$", path):
@@ -4087,7 +4103,6 @@ class RunLog:
         state: TrainingState,
         total_steps: int,
         steps_per_epoch: int,
-        compiled: bool,
         async_save: bool,
     ):
         self.parallel, self.config = parallel, parallel.config
@@ -4095,20 +4110,19 @@ class RunLog:
         self.folder = Path(self.config.save_model_dir)
         # how the `auto` flags that the plan does not decide were resolved
         save_dtype = "bf16" if saved_dtype(parallel) == torch.bfloat16 else "fp32"
-        self.resolved = dict(compiled=compiled, async_save=async_save, save_dtype=save_dtype)
+        self.resolved = dict(compiled=parallel.plan.compiled, async_save=async_save, save_dtype=save_dtype)
         hidden = not parallel.shows_bars
         self.bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=hidden)
         self.started = time.perf_counter()
-        self.stopped_seconds = 0.0  # in evaluations and saves, which the clock leaves out
+        self.seconds_left_out = 0.0  # in evaluations and saves, during which the clock stands still
         self.steps_of_this_run, self.last_loss, self.last_scores, self.tested = 0, math.nan, {}, False
         self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
         self.begin_interval()
-        self.plan_check = PlanCheck(parallel, compiled)
+        self.plan_check = PlanCheck(parallel)
         on_all_ranks(lambda: self.open(state))
 
     def open(self, state: TrainingState) -> None:
         """Opens the files, on rank 0, and the tracker."""
-        settings = {**dataclasses.asdict(self.config), "plan": self.parallel.plan.describe()}
         if self.parallel.is_main:
             try:
                 self.metrics = MetricsFile(self.folder, state)
@@ -4119,6 +4133,7 @@ class RunLog:
             self.write_config()
         try:
             if self.config.report_to != "none":
+                settings = {**dataclasses.asdict(self.config), "plan": self.parallel.plan.describe()}
                 self.parallel.accelerator.init_trackers(
                     "train_llama2",
                     {name: str(value) for name, value in settings.items()},
@@ -4133,7 +4148,8 @@ class RunLog:
             ) from error
 
     def clock(self) -> float:
-        return time.perf_counter() - self.stopped_seconds
+        """Returns seconds that stand still during evaluations and saves."""
+        return time.perf_counter() - self.seconds_left_out
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -4142,8 +4158,8 @@ class RunLog:
         try:
             yield
         finally:
-            self.stopped_seconds += time.perf_counter() - began
-            if self.steps_of_this_run == 1:
+            self.seconds_left_out += time.perf_counter() - began
+            if self.steps_of_this_run == 1:  # the next step's peak is compared with the plan
                 self.plan_check.forget_peak()
 
     def begin_interval(self) -> None:
@@ -4161,7 +4177,7 @@ class RunLog:
             yield batch
 
     def seconds_per_step(self) -> float:
-        """Returns the seconds of a step as last reported; until then of the steps so far."""
+        """Returns the mean seconds of a step in the last interval reported; before the first, of the steps so far."""
         return self.step_seconds or (self.clock() - self.interval_began) / max(1, self.interval_steps)
 
     def step(self, state: TrainingState, result: StepResult | None) -> None:
@@ -4230,7 +4246,7 @@ class RunLog:
         return due and state.step > state.evaluated_step
 
     def evaluation(self, state: TrainingState, outcome: tuple[dict[str, float], list[dict[str, Any]]] | None) -> None:
-        """Reports an evaluation, and draws the curves anew; None is one that a stop interrupted."""
+        """Reports an evaluation, and draws the curves anew. `outcome` is None where a stop interrupted it."""
         if outcome is None:
             return
         scores, samples = outcome
@@ -4252,7 +4268,7 @@ class RunLog:
                 draw_curves(self.folder)
 
     def test(self, state: TrainingState, scores: dict[str, float], samples: list[dict[str, Any]]) -> None:
-        """Reports the scores of the test split. Files and trackers get the same scores once."""
+        """Reports the scores of the test split. Files and trackers get them unless they have the very same already."""
         self.tested = True
         line = dict(step=state.step, test_samples=len(samples), **{f"test_{n}": value for n, value in scores.items()})
         for prefix, whose in (("", "the model"), ("lead3_", "Lead-3, each article's first three sentences")):
@@ -4265,7 +4281,8 @@ class RunLog:
         if not self.parallel.is_main:
             return
         with keep_going("the scores of the test split could not be written", self.parallel):
-            before = [line for line in read_lines(self.folder / METRICS_FILE) if "test_samples" in line]
+            self.metrics.drop_other_test_summaries(state.step, samples[0]["made_by"])
+            before = [each for each in read_lines(self.folder / METRICS_FILE) if "test_samples" in each]
             if before[-1:] != [line]:
                 self.write(line)
                 self.track_samples(state.step, "test samples", samples[:SHOWN_SAMPLES])
@@ -4357,7 +4374,7 @@ def keep_going(problem: str, parallel: Parallel) -> Iterator[None]:
 def peak_flops(cluster: Cluster, precision: str) -> float | None:
     """Returns the dense bf16 peak of one device in FLOP/s; None for fp32, and for a device the table does not know."""
     known = cluster.has_gpu and cluster.gpu.sources.get("peak") == "table"
-    return cluster.flops_per_second(precision) if known and precision != "fp32" else None
+    return cluster.gpu.peak_tflops * 1e12 if known and precision != "fp32" else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -4384,7 +4401,7 @@ class MetricsFile:
         if self.samples.exists():
             continue_lines(self.samples, state)
         self.file = (folder / METRICS_FILE).open("ab", buffering=0)
-        self.unwritten = b""
+        self.unwritten, self.is_torn = b"", False  # whether samples.jsonl may end within a line
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line, after those that a full disk has refused so far. Values that are not finite become null."""
@@ -4397,19 +4414,22 @@ class MetricsFile:
 
     def append_samples(self, step: int, split: str, samples: list[dict[str, Any]]) -> None:
         if samples:
-            is_torn = self.samples.exists() and self.samples.read_text()[-1:] not in ("", "\n")  # by a full disk
             with self.samples.open("a") as stream:
-                stream.write("\n" * is_torn)
+                stream.write("\n" * self.is_torn)
+                self.is_torn = True  # should the disk be full now
                 stream.writelines(json.dumps(dict(step=step, split=split, **sample)) + "\n" for sample in samples)
+            self.is_torn = False
 
-    def test_summaries(self, step: int, made_by: str) -> dict[int, dict[str, Any]]:
-        """Returns the test summaries marked `made_by`, by index. Deletes those of this step with another mark."""
+    def test_summaries(self, made_by: str) -> dict[int, dict[str, Any]]:
+        """Returns the test summaries marked `made_by`, by index."""
+        return {each["index"]: each for each in read_lines(self.samples) if each.get("made_by") == made_by}
+
+    def drop_other_test_summaries(self, step: int, made_by: str) -> None:
+        """Drops the test summaries of this step with another mark, once there is a new one of each."""
         records = read_lines(self.samples)
-        kept = [r for r in records if r["step"] != step or r.get("made_by", made_by) == made_by]
+        kept = [each for each in records if each["step"] != step or each.get("made_by", made_by) == made_by]
         if len(kept) < len(records):
-            with contextlib.suppress(OSError):  # on a full disk they stay, and are left out each time
-                replace_lines(self.samples, kept)
-        return {record["index"]: record for record in kept if record.get("made_by") == made_by}
+            replace_lines(self.samples, kept)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):  # a full disk was reported when writing
@@ -4427,6 +4447,7 @@ def continue_lines(path: Path, state: TrainingState) -> None:
         path.replace(next(name for name in former if not name.exists()))
 
     def is_kept(record: dict[str, Any]) -> bool:
+        # the lines of training and of the test split have one of these keys, those of evaluations none
         is_evaluation = not record.keys() & {"loss", "test_samples", "made_by"}
         return record["step"] <= (state.evaluated_step if is_evaluation else state.step)
 
@@ -4483,7 +4504,10 @@ def draw_curves(folder: Path) -> None:
 def run_description(parallel: Parallel, resolved: dict[str, Any], plan_check: dict[str, Any]) -> dict[str, Any]:
     """Returns what `train_config.json` holds. `resolved`: what became of the `auto` flags the plan does not decide."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
-    choice = choice_as_json(parallel.choice, parallel.cluster) if parallel.choice is not None else None
+    choice = None
+    if parallel.choice is not None:  # with the candidates that the table shows: all would be a megabyte
+        shown = dataclasses.replace(parallel.choice, candidates=best_of_each_kind(parallel.choice))
+        choice = choice_as_json(shown, parallel.cluster)
     return dict(
         flags=dataclasses.asdict(parallel.config),
         versions=dict(versions, python=platform.python_version(), cuda=torch.version.cuda),
@@ -4507,8 +4531,8 @@ class PlanCheck:
     compare.
     """
 
-    def __init__(self, parallel: Parallel, compiled: bool):
-        self.parallel, self.compiled = parallel, compiled
+    def __init__(self, parallel: Parallel):
+        self.parallel = parallel
         self.quantities: dict[str, dict[str, Any]] = {}
         self.first_step_ended, self.earlier_peak_gib = 0.0, 0.0
 
@@ -4536,9 +4560,9 @@ class PlanCheck:
         On a CPU memory is not measured, and the step's time is not judged, because cores are shared.
         """
         parallel, tokens = self.parallel, result.micro_batch_tokens
-        plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens), compiled=self.compiled)
-        of_first_stage = dict(has_gpu=parallel.cluster.has_gpu, stage=0)  # where rank 0 is
-        memory = predict_memory(parallel.shape, plan, max(tokens), **of_first_stage)
+        plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens))
+        # rank 0 is in the first stage
+        memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu, stage=0)
         attended = result.squared_lengths / result.tokens
         mean_tokens = sum(tokens) / len(tokens)
         predicted = predict_seconds(parallel.shape, parallel.cluster, plan, mean_tokens, attended)["total"]
@@ -4584,10 +4608,10 @@ class PlanCheck:
 
 USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
-STEP_FACTOR = 1.35  # predicted times claim to be right within this factor; published runs are (tests/check_plan.py)
-TIME_BAND = 0.07  # predicted times nearer than this are too close to call: like-for-like published pairs err by 6.6%
-CUT_TIME_BAND = 0.15  # with fewer parts of the model: Hagemann's medians with and without a split differ by 12%
-PLAN_FLAGS = (  # decided by the plan unless they are given
+STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
+TIME_BAND = 0.07  # times nearer than this are too close to call: between like published runs predictions err by 6.6%
+CUT_TIME_BAND = 0.15  # the same for a plan of fewer parts: Hagemann's medians with and without a split differ by 12%
+PLAN_FLAGS = (  # restrict the plan; what would help is tried by setting them back to their defaults
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism", "pipeline_parallel_size",
     "tensor_parallel_size",
@@ -4678,7 +4702,8 @@ class Plan:
 
     @property
     def holds_gradients_back(self) -> bool:
-        return self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
+        """Whether FSDP keeps unsharded gradients until the last micro-batch."""
+        return self.uses_fsdp and self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
 
     @property
     def bubble(self) -> float:
@@ -4706,7 +4731,7 @@ class Plan:
             f"{layout}, micro-batch {self.micro_batch_size} x {self.gradient_accumulation_steps}",
             {"none": "", "full": "recompute all"}.get(level, f"recompute {level}"),
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
-            "reduce once" if self.uses_fsdp and self.holds_gradients_back else "",
+            "reduce once" if self.holds_gradients_back else "",
             "offload" if self.cpu_offload else "",
             f"bubble {self.bubble:.0%}" if self.bubble else "",
         ]
@@ -4806,14 +4831,13 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
         mine, others = preferences(chosen, cluster), preferences(fastest, cluster)
         why = next(words for words in mine if mine[words] != others[words])
         reason = f"too close to call with {fastest.plan.describe()}; {why}"
-    candidates = [dataclasses.replace(chosen, reason=reason)]
+    candidates, close = [dataclasses.replace(chosen, reason=reason)], too_close_to_call(fitting)
     for each in fitting:
         if each is not chosen:
-            close = is_too_close_to_call(each, fastest)
             slower = f"{each.total_seconds / fastest.total_seconds - 1:.0%} slower than the fastest"
-            candidates.append(
-                dataclasses.replace(each, reason="too close to call, and not preferred" if close else slower)
-            )
+            is_close = each in close or each.total_seconds < chosen.total_seconds
+            words = "too close to call, and not preferred" if is_close else slower
+            candidates.append(dataclasses.replace(each, reason=words))
     return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
 
 
@@ -4833,30 +4857,28 @@ def check_block(shape: ModelShape, config: Config) -> None:
         )
 
 
-def is_too_close_to_call(candidate: Candidate, fastest: Candidate) -> bool:
-    has_fewer_parts = candidate.plan.model_parallel_size < fastest.plan.model_parallel_size
-    band = CUT_TIME_BAND if has_fewer_parts else TIME_BAND
-    return candidate.total_seconds <= fastest.total_seconds * (1 + band)
+def too_close_to_call(fitting: list[Candidate]) -> list[Candidate]:
+    """Returns the plans to choose among, of those that fit, which are given fastest first.
 
-
-def preferred(fitting: list[Candidate], cluster: Cluster) -> Candidate:
-    """Returns the plan to choose among those that fit, the fastest of them first.
-
-    That is the fastest with fewest parts of the model, within CUT_TIME_BAND of the fastest of all; or of the plans with
-    as many parts that are too close to call with it, the first by `preferences`.
+    Of all plans within CUT_TIME_BAND of the fastest, those that cut the model into the fewest parts count, and of these
+    those within TIME_BAND of the fastest among them.
     """
     near = [each for each in fitting if each.total_seconds <= fitting[0].total_seconds * (1 + CUT_TIME_BAND)]
     fewest = min(near, key=lambda each: each.plan.model_parallel_size)
     parts, most_seconds = fewest.plan.model_parallel_size, fewest.total_seconds * (1 + TIME_BAND)
-    alike = [each for each in near if each.plan.model_parallel_size == parts and each.total_seconds <= most_seconds]
-    return min(alike, key=lambda each: tuple(preferences(each, cluster).values()))
+    return [each for each in near if each.plan.model_parallel_size == parts and each.total_seconds <= most_seconds]
+
+
+def preferred(fitting: list[Candidate], cluster: Cluster) -> Candidate:
+    """Returns the plan to choose among those that fit, which are given fastest first."""
+    return min(too_close_to_call(fitting), key=lambda each: tuple(preferences(each, cluster).values()))
 
 
 def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     """Returns what decides between candidates that are too close to call, first things first. The lowest is chosen.
 
-    Published runs gain 10 to 20% from less recomputation, and the extra time that the prediction adds for small
-    micro-batches is uncertain.
+    Less recomputation comes early: published runs gain 10 to 20% from it, while the extra time that is predicted for
+    small micro-batches is uncertain.
     """
     plan = candidate.plan
     return {
@@ -4867,7 +4889,7 @@ def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
             ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
             plan.cpu_offload,
             not plan.reshard_after_forward,
-            plan.dp_shard_size > 1 and plan.holds_gradients_back,
+            plan.holds_gradients_back,
             plan.gradient_accumulation_steps,
         ),
         "it takes less memory": candidate.memory_gib.active,
@@ -4881,11 +4903,11 @@ def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate
 
 def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
     """Returns what a plan takes when every document fills its block: the worst case, which must fit."""
-    block, micro_batches = min(config.block_size, shape.positions), plan.gradient_accumulation_steps
+    block, micro_batches = config.block_size, plan.gradient_accumulation_steps
     rank_documents = math.ceil(config.batch_size / plan.data_parallel_size)  # of the busiest data rank
     # The documents are dealt evenly to the micro-batches; a packed row may be filled up.
-    largest = plan.micro_batch_size if plan.packing else math.ceil(rank_documents / micro_batches)
-    memory = predict_memory(shape, plan, largest * block, cluster.has_gpu)
+    most_documents = plan.micro_batch_size if plan.packing else math.ceil(rank_documents / micro_batches)
+    memory = predict_memory(shape, plan, most_documents * block, cluster.has_gpu)
     seconds = predict_seconds(shape, cluster, plan, rank_documents / micro_batches * block, block)
     step_tokens = config.batch_size * block
     rate = step_tokens / seconds["total"] / cluster.world_size
@@ -4917,7 +4939,8 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         rank_documents = math.ceil(config.batch_size / (replicas * shards))
         given_size = config.micro_batch_size
         sizes = [min(given_size, rank_documents)] if given_size else micro_batch_sizes(rank_documents, stages)
-        # Offload beside stages would copy a stage's weights anew for each of many micro-batches.
+        # Beside stages, offload would copy a stage's weights anew for each of many micro-batches; beside tensor
+        # parallelism it does not work.
         may_offload = shards > 1 and stages * tensor == 1 and cluster.has_gpu
         open_axes = dict(
             micro_batch_size=sizes,
@@ -4946,8 +4969,8 @@ def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
 def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> list[tuple[int, int, int, int]]:
     """Returns the degrees of every layout that is open, in the order of `Plan`. Raises UserError where there is none.
 
-    Unless they are given, there are as many stages as nodes or a divisor, because stages pay where the network between
-    nodes is slow, so a single node has none; and 1, 2, 4 or 8 tensor-parallel ranks.
+    Where --pipeline-parallel-size is not given, the divisors of the number of nodes are tried, because stages pay where
+    the network between nodes is slow. Where --tensor-parallel-size is not given, 1, 2, 4 and 8 are tried.
     """
     stage_counts, tensor_sizes = [given_stages(shape, cluster, config)], [given_tensor_size(shape, cluster, config)]
     cuts_by_itself = config.parallelism not in ("none", "ddp")  # with these, each process holds the whole model
@@ -5004,7 +5027,7 @@ def why_not_split(shape: ModelShape, cluster: Cluster, size: int) -> str:
     if shape.unsplittable:
         return f"{shape.unsplittable}; leave it out"
     if PAD_MULTIPLE % size:
-        return f"it has to divide {PAD_MULTIPLE}; use a divisor"
+        return f"rows of a multiple of {PAD_MULTIPLE} tokens are shared out; use 2, 4 or 8"
     if (ranks := cluster.ranks_per_node) % size:
         return f"it does not divide the {ranks} rank(s) of a node; use a divisor, or another --nproc_per_node"
     sizes = dict(heads=shape.heads, intermediate_size=shape.intermediate, vocab_size=shape.vocabulary)
@@ -5212,8 +5235,8 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
 def why_unpackable(model_config: PretrainedConfig, attention: str | None) -> str:
     """Returns why the documents of a packed row could not be kept apart, or trained as padded ones; "" if they can."""
     text_config = model_config.get_text_config()
-    if has_sliding_windows(model_config):
-        return "its layers attend through sliding windows"
+    if attends_partially(model_config):
+        return "some of its layers do not attend to the whole document"
     if any(getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop", "attn_dropout")):
         return "it drops out attention, which the kernel for packed rows cannot do"
     return "" if attention else "it takes no attention but its own"
@@ -5234,9 +5257,9 @@ def why_unsplittable(model: PreTrainedModel, attention: str | None) -> str:
         kind = SPLIT_MODULES.get(re.sub(r"\.\d+\.", ".*.", module))
         module_type = {"embedding": nn.Embedding, "norm": type(norm)}.get(kind, nn.Linear)
         if not kind or type(modules[module]) is not module_type or (parameter == "bias" and kind != "column"):
-            return f"there is no rule for its {name}"
+            return f"its {name} is in no module that can be split"
     if not is_plain_projection(model) or not hasattr(norm, "variance_epsilon"):
-        return "it does more than Llama"
+        return "its head or its last norm is not that of Llama"
     norm = copy.deepcopy(norm).to_empty(device="cpu").float()
     hidden = torch.linspace(-1, 1, norm.weight.numel())
     norm.weight.data.copy_(hidden)
@@ -5271,7 +5294,7 @@ def why_uncuttable(model: PreTrainedModel) -> str:
     return "more than Llama's embedding, layers, last norm and head make it up"
 
 
-def has_sliding_windows(model_config: PretrainedConfig) -> bool:
+def attends_partially(model_config: PretrainedConfig) -> bool:
     text_config = model_config.get_text_config()
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     return kinds != {"full_attention"} or bool(getattr(text_config, "sliding_window", None))
@@ -5305,11 +5328,12 @@ def predict_memory(
 
 def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, stage: int) -> Memory:
     """Returns the peak memory of a rank of one pipeline stage, whose part of the model is `shape`."""
-    phases = memory_phases(shape, plan, tokens, stage)
+    step = StepMemory(shape, plan, tokens, stage)
+    phases = memory_phases(step)
     name = max(phases, key=lambda each: sum(phases[each].values()))
     terms = {term: size / GIB for term, size in phases[name].items()}
     active = sum(terms.values())
-    pools = bytes_of_pools(StepMemory(shape, plan, tokens, stage), phases) / GIB if has_gpu else active
+    pools = bytes_of_pools(step, phases) / GIB if has_gpu else active
     layer = shape.layer_parameters / GIB
     low, expected, high = (
         pools * (1 + share) + layer * gaps + context * has_gpu
@@ -5323,8 +5347,8 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
     """Returns what the allocator's pools hold, one per stream, after each has been at its peak.
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
-    All reduced gradients are there at the end. Gathering takes the buffers of two layers and of the head, and one layer
-    of them is in the phases already.
+    All reduced gradients are there at the end. Gathering takes the buffers of two layers and of the head; the phases
+    count one of the two layers already.
     """
     plan, shape = step.plan, step.shape
     if not plan.uses_fsdp:
@@ -5335,12 +5359,9 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
     return main + step.gradients(shape.parameters) + (gathering if plan.dp_shard_size > 1 else 0)
 
 
-def memory_phases(shape: ModelShape, plan: Plan, tokens: int, stage: int = 0) -> dict[str, dict[str, float]]:
-    """Returns bytes by term in each phase of a step that may be the peak, for micro-batches of `tokens` tokens.
-
-    `shape` is the part of the model on the pipeline stage `stage`.
-    """
-    step = StepMemory(shape, plan, tokens, stage)
+def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
+    """Returns bytes by term in each phase of a step that may be the peak."""
+    shape, plan = step.shape, step.plan
     phases = sharded_phases(step) if plan.uses_fsdp else replicated_phases(step)
     # StochasticAdamW's temporaries for the largest parameter: fp32 copies and random bits, eight numbers of 4 bytes an
     # element. Fused AdamW has none.
@@ -5399,7 +5420,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
 
 
 def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
-    """Returns the phases where a rank holds its part of the model whole: one process, DDP, stages, a split.
+    """Returns the phases without FSDP: one process, DDP, or stages and tensor parallelism alone.
 
     Under autocast there are bf16 copies of the weights, cached until the forward pass ends, and saved for the backward
     pass of layers that are not recomputed.
@@ -5471,8 +5492,7 @@ class StepMemory:
         h, f, q, k, a = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, shape.heads
         split = plan.tensor_parallel_size > 1
         in_fp32 = plan.compute_bytes == 4
-        # In bytes per token, but for `layers_kept_whole`, a count, and `other_copies`, `chunk` and `head_buffers`,
-        # bytes.
+        # Bytes per token, except `layers_kept_whole` (a count) and `other_copies`, `chunk` and `head_buffers` (bytes).
         self.rotary = 4 * q // a  # cosines and sines of a position, shared by all layers
         self.stream = 2 * h  # the residual stream, a selection of it for the head, or its gradient, in bf16
         self.norm = 8 * h  # what a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h
@@ -5522,7 +5542,7 @@ class StepMemory:
     def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
         """Returns where the backward pass of a layer may peak: bytes per token, and parameters with a gradient by then.
 
-        In its MLP; or at the end, in the backward of its first norm. A compiled layer may also peak in its attention.
+        An eager layer peaks in its MLP, or at the end in its first norm; a compiled one may also peak in its attention.
         """
         shape, plan = self.shape, self.plan
         h, f, q, k, width = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, plan.compute_bytes
@@ -5567,7 +5587,7 @@ class StepMemory:
         """Returns the terms of a phase in bytes. `activations` are bytes per token of the micro-batch being worked on,
         and `finished` is the number of parameters whose gradients are complete."""
         # FSDP holds gradients back until the last micro-batch; by then no other is under way.
-        if not (self.plan.uses_fsdp and self.plan.holds_gradients_back and finished):
+        if not (self.plan.holds_gradients_back and finished):
             activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
         passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
@@ -5620,7 +5640,7 @@ def predict_seconds(
     twice that (Patarasu and Yuan 2009). The slowest pipeline stage sets the pace. In its bubble it waits for as many
     micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch and its gradient
     are sent. A split layer gathers the stream twice and scatters it twice in each pass (Korthikanti et al. 2022,
-    section 4.2.2), and waits for that.
+    section 4.2.2), and nothing hides that time.
     """
     gpu, micro_batches, stages = cluster.gpu, plan.gradient_accumulation_steps, plan.pipeline_parallel_size
     shards, replicas, split = plan.dp_shard_size, plan.dp_replicate_size, plan.tensor_parallel_size
@@ -5691,9 +5711,9 @@ def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
     if name == "host_link":
         return f"host link {HOST_LINK_GB_PER_SECOND} GB/s"
     split = plan.tensor_parallel_size
-    neighbours = dict(gather_reduce=plan.dp_shard_size * split, all_reduce=plan.data_parallel_size * split)
-    neighbours["tensor_parallel"] = split
-    if neighbours.get(name, cluster.world_size) <= cluster.ranks_per_node:
+    spans = dict(gather_reduce=plan.dp_shard_size * split, all_reduce=plan.data_parallel_size * split)  # in ranks
+    spans["tensor_parallel"] = split
+    if spans.get(name, cluster.world_size) <= cluster.ranks_per_node:
         return f"node link {cluster.gpu.link_gb_per_second:g} GB/s"
     return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
 
@@ -5715,7 +5735,7 @@ def lever_to_fit(shape: ModelShape, cluster: Cluster, config: Config) -> str:
 
 
 def lever_to_speed(shape: ModelShape, cluster: Cluster, config: Config, chosen: Candidate) -> str:
-    """Returns the cheapest change that would train more tokens a second, as predicted."""
+    """Returns the first change that is predicted to train clearly more tokens a second; flags come before the batch."""
     for _, words, changed, _ in changes_that_may_help(cluster, config, to_fit=False):
         better = best_of(shape, cluster, changed)
         gain = better.tokens_per_second_per_gpu / chosen.tokens_per_second_per_gpu - 1 if better else 0.0
@@ -5822,7 +5842,7 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
     ]
     for candidate in best_of_each_kind(choice):
         memory, is_chosen = candidate.memory_gib, candidate is choice.chosen
-        plan, *rest = textwrap.wrap(candidate.plan.describe(), 43)
+        plan, *rest = textwrap.wrap(candidate.plan.describe(), 43, break_on_hyphens=False)
         head = f"{'  chosen' if is_chosen else '':10}"
         lines.append(
             f"{head}{plan:44}{memory.active:8.1f}{memory.reserved:9.1f} "
@@ -5830,14 +5850,13 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
         )
         lines += [f"{'':12}{words}" for words in (*rest, candidate.reason)]
     best = choice.chosen or choice.candidates[0]
-    lines += describe_best(best, cluster, choice.lever)
-    if best.plan.cpu_offload:
-        host = host_memory_gib(shape, cluster, best.plan)
-        lines.insert(-2, f"  host      weights, gradients and moments take {host:.1f} GiB of each node's own memory")
-    return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 12) for line in lines)
+    host = host_memory_gib(shape, cluster, best.plan) if best.plan.cpu_offload else 0.0
+    lines += describe_best(best, cluster, choice.lever, host)
+    wrap = functools.partial(textwrap.fill, width=100, subsequent_indent=" " * 12, break_on_hyphens=False)  # of flags
+    return "\n".join(map(wrap, lines))
 
 
-def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
+def describe_best(best: Candidate, cluster: Cluster, lever: str, host_gib: float) -> list[str]:
     """Returns the lines on when the chosen plan's memory peaks, where its time goes, and what was assumed."""
     memory, seconds = best.memory_gib, best.step_seconds
     terms = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.terms.items() if gib >= 0.05) or "next to nothing"
@@ -5848,6 +5867,10 @@ def describe_best(best: Candidate, cluster: Cluster, lever: str) -> list[str]:
         f"  step      compute {seconds['compute']:.2f} s, {bubble}exposed communication "
         f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
         f"optimizer {seconds['optimizer']:.2f} s",
+        *(
+            [f"  host      weights, gradients and moments take {host_gib:.1f} GiB of each node's own memory"]
+            * (host_gib > 0)
+        ),
         f"  lever     {lever}",
         f"  assumed   every document fills its block; {assumed}; overlap and reserved fitted"
         + ("; host link and memory guess" if best.plan.cpu_offload else ""),
@@ -5982,16 +6005,27 @@ def find_device(ranks_per_node: int) -> tuple[str, Gpu]:
         return name, Gpu(memory_gib, peak, *figures, sources=MEASURED_FIGURES)  # 0.9 of what bare matmuls reach
     sources = {**GPUS[key].sources, "memory": "measured"}
     gpu = dataclasses.replace(GPUS[key], memory_gib=memory_gib, sources=sources)
-    return name, dataclasses.replace(gpu, link_gb_per_second=PCIE_GB_PER_SECOND) if "PCIE" in name.upper() else gpu
+    return name, with_its_link(gpu, name)
 
 
 def known_gpu(device_name: str, memory_gib: float) -> str | None:
     """Returns the key in GPUS of CUDA's `device_name`; None for an unknown GPU, a laptop's, or a MIG slice."""
     if re.search(r"\b(MIG|LAPTOP)\b", device_name.upper()):
         return None
-    words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200) (?=PCIE|NVL))", r"\1\2", device_name.upper())
-    keys = [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9])", words)]
-    return min(keys, key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
+    return min(gpus_named(device_name), key=lambda key: abs(GPUS[key].memory_gib - memory_gib), default=None)
+
+
+def gpus_named(name: str) -> list[str]:
+    """Returns the keys in GPUS that a name may mean, whether CUDA or a person wrote it."""
+    words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200)[ -](?=PCIE|NVL))", r"\1\2", name.upper())
+    return [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9])", words)]
+
+
+def with_its_link(gpu: Gpu, name: str) -> Gpu:
+    """Returns a GPU's figures with PCIe for its link, where its name says so."""
+    if "PCIE" not in name.upper():
+        return gpu
+    return dataclasses.replace(gpu, link_gb_per_second=PCIE_GB_PER_SECOND, sources=gpu.sources | {"node link": "guess"})
 
 
 def measure_matmul_tflops(device: str, dtype: torch.dtype, size: int, seconds: float = 0.05) -> float:
@@ -6021,14 +6055,13 @@ def parse_cluster(text: str) -> Cluster:
         raise UserError(
             f"--plan {text} is no cluster; write [NODES x]GPUS x NAME, such as 8xH100-80GB or 2x8xA100-40GB,ib=200"
         )
-    name = match[3].strip()
-    wanted = re.sub(r"NVIDIA|-SXM\d?| ", "", name.upper())
-    found = [key for key in GPUS if wanted in (key, key.split("-")[0])]
+    name, memory = match[3].strip(), re.search(r"(\d+) ?GB", match[3], re.IGNORECASE)
+    found = [key for key in gpus_named(name) if not memory or f"-{memory[1]}GB" in key]
     if len(found) > 1:
         raise UserError(f"--plan {text}: {name} may be {' or '.join(found)}; give the whole name")
     if not found:
         raise UserError(f"--plan {text}: {name} is not one of the GPUs known; write one of {', '.join(GPUS)}")
-    gpu = GPUS[found[0]]
+    gpu = with_its_link(GPUS[found[0]], name)
     if match[4]:
         sources = {**gpu.sources, "network": "given"}
         gpu = dataclasses.replace(gpu, network_gbit_per_second=float(match[4]), sources=sources)
@@ -6067,7 +6100,7 @@ MEASURED_FIGURES = DATA_SHEET | dict.fromkeys(("memory", "peak"), "measured")
 # reaches 0.50 to 0.73 of an A100 and 0.35 of an H100 (Dao 2023; Shah et al. 2024). Links: nccl-tests all-gather and
 # all-reduce bus bandwidth published for 8 GPUs. H200 and GH200 have the H100's chip; every other efficiency is a guess
 # from these.
-GPUS = {
+GPUS = {  # memory GiB, bf16 TFLOP/s, HBM GB/s, efficiencies of matmuls and attention, link GB/s, network, fp32 TFLOP/s
     "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 50, 19.5, PUBLISHED),
     "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200, 19.5, PUBLISHED),
     "H100-80GB": Gpu(79.1, 989, 3350, 0.60, 0.58, 345, 400, 67, PUBLISHED),

@@ -243,7 +243,7 @@ def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int
     backward pass, and the head's fp32 gradients are there until the last layer's; not so for the tracker.
     """
     part = script.shapes_of_stages(shape, plan.pipeline_parallel_size)[stage]
-    phases = script.memory_phases(part, plan, tokens, stage)
+    phases = script.memory_phases(script.StepMemory(part, plan, tokens, stage))
     if plan.precision != "fp32" and part.has_head:
         rows = min(tokens, script.HEAD_CHUNK_TOKENS)
         casts = 8 * shape.head_and_norm_parameters + 8 * shape.hidden * rows
@@ -657,7 +657,7 @@ def measure(setting: Setting) -> dict:
     if parallel.plan.strategy == "ddp":
         model.register_comm_hook(None, lambda _, bucket: answered(bucket.buffer()))
     optimizer = script.build_optimizer(model, config)
-    check = script.PlanCheck(parallel, script.compile_layers(model, parallel, steps=10**6))
+    check = script.PlanCheck(script.compile_layers(model, parallel, steps=10**6))
     batch, state = full_batch(parallel), script.TrainingState.fresh(parallel.device)
     counters = importlib.import_module(COUNTERS).counters if COUNTERS else dict
     for number in (1, 2):

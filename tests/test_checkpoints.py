@@ -322,7 +322,7 @@ def test_scarce_host_memory_makes_saving_hold_training_and_is_said(small_checkpo
     capsys.readouterr()
     for choice in ("auto", "yes"):
         assert not small_checkpoints(async_save=choice).asynchronous
-        assert "save      checkpoints are written with training held: a copy to write from" in capsys.readouterr().out
+        assert "save      training waits while a checkpoint is written: a copy to write from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

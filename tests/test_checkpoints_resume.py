@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -648,7 +648,7 @@ def test_a_signal_during_the_final_save_waits_for_the_model(tmp_path, monkeypatc
     monkeypatch.setattr(train_llama2, "write_model", signalled)
     assert start(tmp_path) == 0
     said = capfd.readouterr()
-    assert "stopping  at the end of the step" in said.err
+    assert "stopping  after this step" in said.err
     assert "\ndone      9 steps" in said.out
     assert tree(tmp_path)["model.safetensors"] == tree(uninterrupted)["model.safetensors"]
 
@@ -680,11 +680,11 @@ def test_torchrun_waits_30_s_or_as_long_as_told(monkeypatch):
     """A run without torchrun has as long as it likes."""
     for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.delenv(name, raising=False)
-    assert train_llama2.patience_seconds() == float("inf")
+    assert train_llama2.torchrun_grace_seconds() == float("inf")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert train_llama2.patience_seconds() == 30
+    assert train_llama2.torchrun_grace_seconds() == 30
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
-    assert train_llama2.patience_seconds() == (240 if torch.__version__ >= "2.13" else 30)
+    assert train_llama2.torchrun_grace_seconds() == (240 if torch.__version__ >= "2.13" else 30)
 
 
 def test_a_second_signal_within_two_seconds_changes_nothing(tmp_path):
@@ -733,18 +733,46 @@ def test_a_later_second_signal_leaves_at_once(tmp_path, monkeypatch, uninterrupt
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_an_earlier_versions_run_says_why_its_data_differs(copy_of, stopped, capsys):
-    """An earlier version drew the held-out documents before it dropped empty ones, and its manifest has no version."""
-    folder = copy_of(stopped)
-    file = folder / "checkpoints" / "step-000005" / "manifest.json"
-    manifest = json.loads(file.read_text())
-    del manifest["sha256"], manifest["facts"]["version"]
-    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True, default=str).encode()).hexdigest()
-    file.write_text(json.dumps(manifest))
-    assert start(folder, max_train_samples=30) == 2
+def test_nodes_with_other_data_are_refused(tmp_path, monkeypatch, capsys):
+    """As if another node had found other files under the same name."""
+    on_all_ranks = train_llama2.on_all_ranks
+
+    def with_another_node(act, **how):
+        result = on_all_ranks(act, **how)
+        is_compared = how.get("gathered") and isinstance(result[0], dict) and "dataset_name_or_path" in result[0]
+        return [*result, {**result[0], "dataset_name_or_path": "other documents"}] if is_compared else result
+
+    monkeypatch.setattr(train_llama2, "on_all_ranks", with_another_node)
+    assert start(tmp_path) == 2
     said = capsys.readouterr().err
-    assert "error: --dataset-name-or-path is now 30 training documents" in said
-    assert "was written by an earlier version of the script, which drew held-out documents before it" in said
+    assert "error: --dataset-name-or-path is 34 training documents with fingerprint" in said
+    assert "and other documents on different nodes; give all nodes the same files" in said
+
+
+def test_a_terminal_that_is_gone_does_not_break_the_stop(monkeypatch):
+    """SIGHUP comes when the terminal was closed: what is written to it fails."""
+    alone = SimpleNamespace(
+        cpu_group=lambda: None, plan=SimpleNamespace(pipeline_parallel_size=1), is_main=True, say=print
+    )
+    stop = train_llama2.StopSignals(alone)
+
+    def write(descriptor: int, text: bytes) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", write)
+    stop.receive(signal.SIGHUP, None)
+    assert stop.agreed() and stop.signal_name == "SIGHUP"
+
+
+def test_a_run_begun_from_anothers_checkpoint_has_an_identity_of_its_own(stopped, tmp_path):
+    """Trackers continue a run by its identity: the new one must not be drawn into the old one's curves."""
+    source = stopped / "checkpoints" / "step-000005"
+    assert start(tmp_path / "other", resume=source) == 0
+    began, other = (
+        {json.loads(path.read_text())["facts"]["run_id"] for path in folder.glob("checkpoints/*/manifest.json")}
+        for folder in (stopped, tmp_path / "other")
+    )
+    assert len(began) == len(other) == 1 and began != other
 
 
 def test_a_sigterm_after_sigusr1_still_abandons_a_step_that_takes_too_long(monkeypatch):

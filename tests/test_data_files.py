@@ -67,11 +67,16 @@ BROKEN_CSV = {
     "fewer fields than the header": ("article,highlights\nA story,a summary\nNo summary\n", "row 3 has 1 fields, but"),
     "a quote that is never closed": (
         'article,highlights\nOne,a summary\n"Two,a summary\nThree,a summary\n',
-        "row 3: a double quote opens or closes a text where none should",
+        "row 3 is no row of a csv file (unexpected end of data); put texts that hold quotes or line breaks in double",
     ),
     "a quote closed inside a text": (
         'article,highlights\n"A "big" story",a summary\n',
-        "row 2: a double quote opens or closes a text where none should",
+        "row 2 is no row of a csv file (',' expected after '\"'); put texts that hold quotes",
+    ),
+    "a stray quote in the header": ('article,"high"lights\nA story,a summary\n', "row 1 is no row of a csv file"),
+    "a line break without quotes": (
+        "article,highlights\nOne,a summary\nTwo\rlines,a summary\n",
+        "row 3 is no row of a csv file (new-line character seen in unquoted field",
     ),
     "no header": (f"{'A long story. ' * 20},a summary\n", "article is not a column of the first row of "),
 }
@@ -197,7 +202,7 @@ def test_a_file_that_is_named_twice_counts_once(data, capsys):
 def test_what_is_read_and_what_is_not_is_said(data, capsys):
     for number in range(4):
         write_jsonl(data / f"train-{number}.jsonl")
-    (data / "validation.tsv").write_text("article\thighlights\n")
+    (data / "validation.xlsx").write_text("article\thighlights\n")
     (data / "gone.jsonl").symlink_to(data / "nowhere.jsonl")
     (data / "elsewhere").symlink_to(data.parent)
     (data / "dataset_info.json").write_text('{"description": "not data"}')
@@ -206,7 +211,7 @@ def test_what_is_read_and_what_is_not_is_said(data, capsys):
     assert said(capsys)[0][:4] == [
         f"not read: {data / 'elsewhere'}, a link to a folder; name that folder to read it",
         f"not read: {data / 'gone.jsonl'}, a link nowhere",
-        f"not read: {data / 'validation.tsv'}; save it as one of .jsonl, .json, .csv, .parquet",
+        f"not read: {data / 'validation.xlsx'}; save it as one of .jsonl, .json, .ndjson, .csv, .tsv, .parquet",
         "train: 4 files (train-0.jsonl, train-1.jsonl, train-2.jsonl, ...)",
     ]
 
@@ -219,6 +224,15 @@ def test_a_byte_order_mark_is_no_part_of_the_data(data, capsys):
         (data / name).write_text("\ufeff" + text)
         assert start(data) == 0, name
         (data / name).unlink()
+
+
+def test_splits_may_come_in_different_formats(data, capsys):
+    write_jsonl(data / "train.ndjson")
+    (data / "validation.tsv").write_text(csv_of(STORIES[:2], "\t"))
+    assert start(data) == 0
+    lines, _ = said(capsys)
+    assert any(line.startswith("train: 6 documents") for line in lines)
+    assert any(line.startswith("validation: 2 documents") for line in lines)
 
 
 def test_compressed_files_are_read(data, capsys):
@@ -403,9 +417,9 @@ def test_a_saved_split_without_rows_is_named(data, capsys):
 
 def test_a_compressed_file_that_is_not_read_is_reported(data, capsys):
     write_jsonl(data / "train.jsonl")
-    (data / "more.tsv.gz").write_bytes(gzip.compress(b"a\tb\n"))
+    (data / "more.txt.gz").write_bytes(gzip.compress(b"a\tb\n"))
     assert start(data) == 0
-    assert any(line.startswith(f"not read: {data / 'more.tsv.gz'}") for line in said(capsys)[0])
+    assert any(line.startswith(f"not read: {data / 'more.txt.gz'}") for line in said(capsys)[0])
 
 
 def test_a_csv_without_header_is_told_so_however_long_its_first_article(data, capsys):

@@ -278,7 +278,7 @@ def write_card(
     cluster = SimpleNamespace(nodes=nodes, ranks_per_node=ranks, world_size=nodes * ranks, device_name="NVIDIA H100")
     plan, said = SimpleNamespace(describe=lambda: "fsdp, micro-batch 8 x 1"), []
     parallel = SimpleNamespace(config=config, is_main=is_main, cluster=cluster, plan=plan, say=said.append)
-    check = train_llama2.PlanCheck(parallel, compiled=False)
+    check = train_llama2.PlanCheck(parallel)
     check.quantities = dict(step_seconds=dict(predicted=2.0, measured=2.5, band=[1.8, 2.2]))
     log = SimpleNamespace(steps_of_this_run=steps_of_this_run, last_scores={}, tested=True, plan_check=check)
     state = SimpleNamespace(step=9, tokens=1000)

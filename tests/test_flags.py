@@ -359,7 +359,7 @@ STRANGE = {"text": "a b c", "title": "d"}
         pytest.param(
             {"train.parquet": "PAR0"}, ["train.parquet cannot be read (Parquet", "repair it"], id="malformed parquet"
         ),
-        pytest.param({"train.jsonl": lines_of(PAIR)}, ["1 training documents", "too few"], id="one document"),
+        pytest.param({"train.jsonl": lines_of(PAIR)}, ["1 documents with text", "too few"], id="one document"),
         pytest.param({"validation.jsonl": lines_of(PAIR)}, ["no train split", "only validation"], id="no train split"),
         pytest.param(
             {"train.jsonl": lines_of(STRANGE, STRANGE)}, ["--article-column article", "text, title"], id="no columns"
@@ -385,8 +385,8 @@ STRANGE = {"text": "a b c", "title": "d"}
             id="all articles null",
         ),
         pytest.param(
-            {"train.jsonl": lines_of(PAIR), "validation.csv": "article,highlights\na,b\n"},
-            [".csv and .jsonl", "one format"],
+            {"train.jsonl": lines_of(PAIR), "train.csv": "article,highlights\na,b\n"},
+            ["holds train files in .csv and .jsonl", "one format"],
             id="mixed formats",
         ),
     ],

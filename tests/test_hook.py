@@ -46,6 +46,18 @@ def test_on_moai_the_platforms_hook_comes_first_and_only_once(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}], ids=str)
+def test_the_allocators_settings_are_kept_where_they_are_given(monkeypatch, given):
+    """Under their former name too, which torch does not read where there is something under the new one."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with enable_advanced_parallelization(Config(model_name_or_path=str(TINY_LLAMA), block_size=64)):
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == (None if given else "expandable_segments:True")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+
+
 @pytest.mark.parametrize("flags", [{"parallelism": "fsdp"}, {"parallelism": "ddp"}, {"cpu_offload": "yes"}], ids=str)
 def test_moai_refuses_flags_that_would_take_the_parallelism_from_it(monkeypatch, flags):
     platform = SimpleNamespace(option=SimpleNamespace(enable_advanced_parallelization=lambda: None))
@@ -148,7 +160,7 @@ def test_gradients_travel_no_more_often_than_the_plan_says(strategy, shards, syn
         set_requires_gradient_sync=calls["reduce"].append, set_requires_all_reduce=calls["all-reduce"].append
     )
     for index in range(3):
-        with parallel.gradient_sync(model, is_last=index == 2):
+        with parallel.syncing_gradients(model, is_last=index == 2):
             pass
     assert calls == {"reduce": reduced, "all-reduce": all_reduced, "no_sync": [True] * 2 * (strategy == "ddp")}
 

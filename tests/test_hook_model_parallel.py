@@ -275,7 +275,7 @@ def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
         ),
         (PP2 | dict(parallelism="hsdp", hsdp_shard_size=4), "groups of at least 1 ranks for each part of the model"),
         (dict(parallelism="hsdp", hsdp_shard_size=1, tensor_parallel_size=1), "groups of at least 2 ranks"),
-        (dict(tensor_parallel_size=3), "3 cannot be had here: it has to divide 8; use a divisor"),
+        (dict(tensor_parallel_size=3), "3 cannot be had here: rows of a multiple of 8 tokens are shared out; use"),
         (dict(tensor_parallel_size=8), "8 cannot be had here: it does not divide the model's 4 heads"),
         (TP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --tensor-parallel-size 2; use hsdp"),
         (
@@ -326,12 +326,20 @@ def test_models_are_cut_only_where_layers_pass_hidden_states_alone(kind, changes
         ("Mistral", dict(sliding_window=None), ""),
         ("Qwen2", dict(use_sliding_window=False), ""),  # with biases on query, key and value
         ("Llama", dict(tie_word_embeddings=True), "one matrix"),
-        ("Llama", dict(attention_bias=True), "no rule for its model.layers.0.self_attn.o_proj.bias"),
+        (
+            "Llama",
+            dict(attention_bias=True),
+            "its model.layers.0.self_attn.o_proj.bias is in no module that can be split",
+        ),
         ("Mistral", dict(sliding_window=16), "needs a mask"),
-        ("Qwen3", dict(head_dim=8), "no rule for its model.layers.0.self_attn.q_norm.weight"),
-        ("Granite", dict(logits_scaling=2.0), "more than Llama"),
-        ("Gemma", dict(head_dim=8), "no rule for its model.embed_tokens.weight"),  # it multiplies what it looks up
-        ("StableLm", {}, "no rule for its model.layers.0.input_layernorm.bias"),
+        ("Qwen3", dict(head_dim=8), "its model.layers.0.self_attn.q_norm.weight is in no module that can be split"),
+        ("Granite", dict(logits_scaling=2.0), "its head or its last norm is not that of Llama"),
+        (
+            "Gemma",
+            dict(head_dim=8),
+            "its model.embed_tokens.weight is in no module that can be split",
+        ),  # it multiplies what it looks up
+        ("StableLm", {}, "its model.layers.0.input_layernorm.bias is in no module that can be split"),
         ("Arcee", {}, "it has no model.layers.*.mlp.gate_proj"),
         ("GPTNeoX", {}, "it has no model.embed_tokens"),
     ],

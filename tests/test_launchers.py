@@ -83,6 +83,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
             "missing",
             "error: transformers is not installed: the script needs 5.23 or newer; pip install",
         ),
+        ("datasets", "3.6.0", "error: datasets 3.6.0 is too old: the script needs 4.4 or newer; pip install"),
     ],
 )
 def test_a_package_that_is_too_old_ends_in_one_line(package, version, line):

@@ -523,7 +523,7 @@ def test_many_lengths_are_compiled_for_once(counting, monkeypatch, packing, reco
     draw, graphs = torch.Generator().manual_seed(0), []
     with enable_advanced_parallelization(config) as parallel:
         model = train_llama2.load_model(parallel)
-        assert train_llama2.compile_layers(model, parallel, 10)
+        assert train_llama2.compile_layers(model, parallel, 10).plan.compiled
         for _ in range(15):
             lengths = torch.randint(2, 200, (int(torch.randint(1, 6, (), generator=draw)),), generator=draw).tolist()
             rows = [torch.randint(10, 1000, (length,), generator=draw).tolist() for length in lengths]
@@ -586,22 +586,22 @@ def test_compiling_is_decided_by_what_the_predicted_steps_gain(
     model = torch.nn.Sequential(*(Layer() for _ in range(3)), torch.nn.Linear(1, 1))
     cluster = dataclasses.replace(train_llama2.parse_cluster("1xH100"), has_gpu=device == "cuda")
     shape = train_llama2.read_model_shape(Config(str(TINY_LLAMA)))[1]
-    parallel = SimpleNamespace(
-        config=Config(compile=asked),
-        choice=SimpleNamespace(chosen=SimpleNamespace(step_seconds={"compute": step_seconds})),
-        shape=shape,
-        cluster=cluster,
-        plan=train_llama2.candidate_plans(shape, cluster, Config(compile=asked))[0],
-        accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped),
-        tensor_parallel=train_llama2.TensorParallel(),
-        say=print,
+    config = Config(compile=asked)
+    parallel = train_llama2.Parallel(
+        config,
+        SimpleNamespace(unwrap_model=lambda wrapped: wrapped, is_main_process=True),
+        cluster,
+        None,
+        shape,
+        train_llama2.candidate_plans(shape, cluster, config)[0],
+        SimpleNamespace(chosen=SimpleNamespace(step_seconds={"compute": step_seconds})),
     )
-    assert train_llama2.compile_layers(model, parallel, steps) is expected
+    assert train_llama2.compile_layers(model, parallel, steps).plan.compiled is expected
     assert compiled == [True] * 3 * expected
     if asked == "auto" and device == "cuda":  # a plan that fits only so is compiled for any number of steps
         monkeypatch.setattr(train_llama2, "predict", lambda *what: SimpleNamespace(fits=False))
         if triton:
-            assert train_llama2.compile_layers(model, parallel, 1) is True
+            assert train_llama2.compile_layers(model, parallel, 1).plan.compiled is True
         else:
             with pytest.raises(train_llama2.UserError, match="Triton is not installed, and without that the plan"):
                 train_llama2.compile_layers(model, parallel, steps)

@@ -240,6 +240,8 @@ def test_a_run_too_large_is_refused_before_anything_is_loaded(tmp_path, monkeypa
         ("2 x 4 x RTX 4090, ib=12.5", 2, 4, 23.5, 165.2, 12.5),
         ("1xNVIDIA A100-SXM4-80GB", 1, 1, 79.1, 312, 200),
         ("1xH100-SXM5-80GB", 1, 1, 79.1, 989, 400),
+        ("8xNVIDIA H100 80GB HBM3", 1, 8, 79.1, 989, 400),
+        ("4xA100-PCIE-40GB", 1, 4, 39.5, 312, 50),
     ],
 )
 def test_a_cluster_is_read(text, nodes, ranks, memory, peak, network):
@@ -267,12 +269,32 @@ def test_nonsense_is_refused_with_how_a_cluster_is_written(text):
     ("text", "sources"),
     [
         ("1xNVIDIA A100-SXM4-80GB", {"memory": "table", "efficiency": "table", "node link": "table"}),
+        ("4xA100-PCIE-40GB", {"efficiency": "table", "node link": "guess"}),
         ("8xRTX4090", {"memory": "table", "peak": "table", "efficiency": "guess", "node link": "guess"}),
         ("2x8xRTX4090,ib=100", {"efficiency": "guess", "node link": "guess", "network": "given"}),
     ],
 )
 def test_every_figure_says_where_it_is_from(text, sources):
     assert sources.items() <= parse_cluster(text).gpu.sources.items()
+
+
+def test_no_flag_of_the_table_is_broken_in_two():
+    cluster, flags = parse_cluster("8xH100-80GB"), list(map(train_llama2.flag_name, train_llama2.PLAN_FLAGS))
+    for first in range(len(flags)):  # in every place of a line
+        choice = choose_plan(LLAMA_7B, cluster, Config(micro_batch_size=1, parallelism="fsdp"))
+        choice = dataclasses.replace(choice, lever=" ".join(flags[first:] + flags[:first]))
+        table = train_llama2.describe_choice(choice, LLAMA_7B, cluster, Config())
+        assert set(flags) <= set(table.split())
+
+
+def test_what_is_called_too_close_was_among_those_to_choose_from():
+    """hsdp 2x8 takes 14% more than the fastest plan, which has stages, and 8% more than the one that is chosen."""
+    choice = choose_plan(LLAMA_7B, parse_cluster("2x8xH100-80GB"), Config(batch_size=32))
+    fitting = [each for each in choice.candidates if each.fits]
+    least = min(each.total_seconds for each in fitting if each.plan.model_parallel_size == 1)
+    hsdp = [each for each in fitting if each.plan.strategy == "hsdp" and each.total_seconds > 1.07 * least]
+    assert choice.chosen.plan.model_parallel_size == 1 and hsdp
+    assert all(each.reason.endswith("slower than the fastest") for each in hsdp)
 
 
 def test_a_name_of_two_gpus_lists_them():
@@ -424,13 +446,15 @@ def test_offload_loads_through_device_and_hsdp_keeps_gradients_there():
     """70B: 4 bytes of 68,976,648,192 parameters over 8 ranks are 32.1 GiB."""
     share = 4 * LLAMA_70B.parameters / 8
     offload = dict(cpu_offload=True, micro_batch_size=1)
-    phases = train_llama2.memory_phases(LLAMA_70B, plan_of(shards=8, **offload), 2048)
+    phases = train_llama2.memory_phases(train_llama2.StepMemory(LLAMA_70B, plan_of(shards=8, **offload), 2048))
     assert phases["loading"] == {"weights": share}
     several = plan_of(2, 8, **offload, gradient_accumulation_steps=2)
-    phases = train_llama2.memory_phases(LLAMA_70B, several, 2048)
+    phases = train_llama2.memory_phases(train_llama2.StepMemory(LLAMA_70B, several, 2048))
     assert phases["backward of layer 1"]["gradients"] == share
     states = dataclasses.replace(several, precision="bf16-states", cpu_offload=False)
-    assert train_llama2.memory_phases(LLAMA_70B, states, 2048)["loss"]["gradients"] == share, "in fp32 all the same"
+    assert train_llama2.memory_phases(train_llama2.StepMemory(LLAMA_70B, states, 2048))["loss"]["gradients"] == share, (
+        "in fp32 all the same"
+    )
 
 
 def test_heads_the_packing_kernel_cannot_take_are_padded():
@@ -455,7 +479,9 @@ def test_offload_keeping_gathered_and_reducing_once_cost_what_they_hold():
     assert once == pytest.approx(4 * PARAMETERS * 7 / 8 / GIB, rel=0.1)
     # bf16 weights of all but the head and the last layer, which are gathered at that point in any case
     freed, kept = (
-        train_llama2.memory_phases(LLAMA_13B, plan_of(shards=8, reshard_after_forward=reshard), 2048)["loss"]
+        train_llama2.memory_phases(
+            train_llama2.StepMemory(LLAMA_13B, plan_of(shards=8, reshard_after_forward=reshard), 2048)
+        )["loss"]
         for reshard in (True, False)
     )
     assert kept["gathered"] - freed["gathered"] == 2 * (PARAMETERS - HEAD - PER_LAYER)
@@ -973,13 +999,16 @@ def test_memory_of_the_first_stage_by_hand():
     parameters = 20 * PER_LAYER + 32000 * 5120
     part = train_llama2.shapes_of_stages(LLAMA_13B, 2)[0]
     assert part.parameters == parameters and part.embedding_parameters == 32000 * 5120
-    terms = train_llama2.memory_phases(part, PP2, 2048)["optimizer"]
+    terms = train_llama2.memory_phases(train_llama2.StepMemory(part, PP2, 2048))["optimizer"]
     assert terms["weights"] == 4 * parameters / 8 and terms["optimizer"] == 8 * parameters / 8
     step = train_llama2.StepMemory(part, PP2, 2048)
     one = 20 * step.whole_layer + step.rotary
     assert terms["activations"] == pytest.approx(2048 * (one + 5 * 2 * 5120))
     alone = dataclasses.replace(PP2, gradient_accumulation_steps=1)
-    assert train_llama2.memory_phases(part, alone, 2048)["optimizer"]["activations"] == 2048 * 2 * 2 * 5120
+    assert (
+        train_llama2.memory_phases(train_llama2.StepMemory(part, alone, 2048))["optimizer"]["activations"]
+        == 2048 * 2 * 2 * 5120
+    )
 
 
 def test_the_stage_that_takes_most_memory_counts():
@@ -1187,7 +1216,7 @@ def test_every_auto_is_resolved_and_written_down(executed):
     assert "auto" not in description["plan"].values()
     choice = description["choice"]
     assert set(choice) == {"cluster", "chosen", "candidates", "lever"}
-    assert {candidate["micro_batch_size"] for candidate in choice["candidates"]} == {1, 2, 3, 4, 8}
+    assert choice["candidates"][0] == choice["chosen"] and len(choice["candidates"]) <= 7, "what the table shows"
     for candidate in choice["candidates"]:
         check_candidate(candidate, world_size=1, batch_size=8)
 
@@ -1207,7 +1236,7 @@ def test_the_plan_is_checked_once_after_the_second_step(executed):
 
 
 def lines_of_check(quantities: dict) -> list[str]:
-    check = train_llama2.PlanCheck(parallel=None, compiled=False)
+    check = train_llama2.PlanCheck(parallel=None)
     assert check.lines() == [], "before the second step has ended"
     check.quantities = quantities
     return check.lines()
@@ -1239,7 +1268,8 @@ def checked_step(parallel: SimpleNamespace, micro_batch_tokens: list[int], compi
         squared_lengths=2048 * sum(micro_batch_tokens),
         tokens=sum(micro_batch_tokens),
     )
-    return train_llama2.PlanCheck(parallel, compiled).compare(result, 1.0)
+    parallel.plan = dataclasses.replace(parallel.plan, compiled=compiled)
+    return train_llama2.PlanCheck(parallel).compare(result, 1.0)
 
 
 def test_the_check_predicts_the_step_that_was_taken():
@@ -1290,8 +1320,8 @@ def test_out_of_memory_names_flags_with_which_the_run_continues(tmp_path, monkey
     plan = written(tmp_path)["choice"]["chosen"]
     assert f"rank 0 ran out of memory. It ran {written_plan(tmp_path).describe()}." in line
     memory = plan["memory_gib"]
-    assert f"expected {memory['active']:.1f} GiB active and {memory['reserved']:.1f} reserved" in line
-    assert f"at {memory['peak_moment']}" in line
+    assert f"expected {memory['active']:.1f} GiB active, at {memory['peak_moment']}, and" in line
+    assert f"and {memory['reserved']:.1f} of " in line
     remedy = re.search(r"Try (.*?);", line)[1]
     assert re.match(r"--micro-batch-size 4 --activation-checkpointing \w", remedy)
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]

@@ -283,6 +283,8 @@ def test_samples_are_cut_back_with_the_metrics(resumed_run):
 
 def test_a_sample_cut_short_by_a_full_disk_spoils_none_after_it(tmp_path):
     metrics = train_llama2.MetricsFile(tmp_path, SimpleNamespace(step=1, evaluated_step=1))
+    with pytest.raises(TypeError):  # in place of a full disk, which may leave a part of a line
+        metrics.append_samples(1, "validation", [dict(index=0, summary=object())])
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "split": "vali')
     for step in (2, 3):
         metrics.append_samples(step, "validation", [dict(index=0, summary="a")])
@@ -507,7 +509,7 @@ def library_settings():
 @pytest.mark.parametrize("quiet", [False, True])
 def test_warnings_that_matter_are_kept_even_when_quiet(library_settings, quiet):
     transformers.logging.set_verbosity_warning()
-    train_llama2.quieten_libraries(speaks=True, quiet=quiet)
+    train_llama2.quieten_libraries(is_first_on_node=True, quiet=quiet)
     assert transformers.logging.get_verbosity() == transformers.logging.WARNING
     with pytest.warns(UserWarning, match="lr_scheduler"):
         warnings.warn("lr_scheduler before optimizer", stacklevel=1)
@@ -528,4 +530,4 @@ def test_libraries_show_bars_on_one_process_with_a_terminal(library_settings, mo
         assert huggingface_hub.utils.are_progress_bars_disabled() != bars
         assert Parallel.shows_bars.fget(SimpleNamespace(is_main=speaks, config=Config(quiet=quiet))) == bars
     finally:
-        train_llama2.quieten_libraries(speaks=False, quiet=True)
+        train_llama2.quieten_libraries(is_first_on_node=False, quiet=True)
