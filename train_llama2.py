@@ -230,9 +230,9 @@ class Config:
     article_column: str = flag("article", "column with the text to summarise")
     summary_column: str = flag("highlights", "column with the summary")
     max_train_samples: int | None = flag(
-        None, "use only the first this many training documents", number(int, minimum=1, unset="all"))
+        None, "use at most this many training documents, the first ones", number(int, minimum=1, unset="all"))
     max_eval_samples: int | None = flag(
-        None, "use only the first this many validation documents", number(int, minimum=1, unset="all"))
+        None, "use at most this many validation documents, the first ones", number(int, minimum=1, unset="all"))
     block_size: int = flag(2048, "longest document in tokens; a longer article loses its end", POSITIVE)
     loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", one_of("all", "summary"))
     num_train_epochs: int = flag(1, "passes over the training documents", POSITIVE)
@@ -741,7 +741,7 @@ def mean_token_loss(
 
 
 def evaluate_test(
-    model: nn.Module, test_set: Documents, weights: str, state: TrainingState, log: RunLog, stop: StopSignals
+    model: nn.Module, test_set: Documents, weights_hash: str, state: TrainingState, log: RunLog, stop: StopSignals
 ) -> bool:
     """Summarises and scores --test-samples documents, drawn by the seed, and returns whether it came to its end.
 
@@ -753,7 +753,9 @@ def evaluate_test(
     drawn = np.random.default_rng(config.seed).permutation(len(test_set))[: config.test_samples]
     drawn = drawn[np.argsort(-test_set.lengths[drawn], kind="stable")]  # similar lengths share a call
     settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
-    made_by = json_checksum(dict(settings, weights=weights or uuid.uuid4().hex, documents=fingerprint(test_set)))[:12]
+    made_by = json_checksum(dict(settings, weights=weights_hash or uuid.uuid4().hex, documents=fingerprint(test_set)))[
+        :12
+    ]
     found = on_all_ranks(lambda: log.metrics.test_summaries(made_by), main_only=True)
     done = {row: found[row] for row in rows[drawn].tolist() if row in found}
     parallel.say(f"test      {len(drawn):,} documents to summarise, {len(done):,} of them done before")
@@ -829,7 +831,7 @@ def summarise(
             dict(index=row, reference=r.strip(), summary=s.strip(), ended=tokenizer.eos_token_id in ids)
             for row, r, s, ids in zip(rows["row"], references, summaries, answers, strict=True)
         ]
-        written_by_rank = on_all_ranks(lambda written=written: written, gathered=True)
+        written_by_rank = on_all_ranks(lambda written=written: written, gathered=True)  # each rank's list
         yield [
             written_by_rank[parallel.rank_of(place % size)][place // size] for place in range(len(positions_of_call))
         ]
@@ -2514,23 +2516,23 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
 
     Raises UserError if there is none, or if the loss is not that of the model's own logits.
     """
-    padded = parallel.with_plan(packing=False)
+    with_padding = parallel.with_plan(packing=False)
     if parallel.plan.packing and attention_leaks(model, parallel):
         if parallel.config.packing == "yes":
             raise UserError("--packing yes: the packed documents of this model see each other; give --packing no")
         parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
-        parallel = padded
-    if attention_leaks(model, padded):
+        parallel = with_padding
+    if attention_leaks(model, with_padding):
         # for a model that computes attention itself, and asks its config whether to make the mask
         parallel.accelerator.unwrap_model(model).config._attn_implementation = "eager"
-        if attention_leaks(model, padded):
+        if attention_leaks(model, with_padding):
             raise UserError(
                 f"--model-name-or-path {parallel.config.model_name_or_path}: tokens of this model see later ones, so "
                 "it would train on what it is to predict; use a causal language model"
             )
         parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
-        parallel = padded
-    if loss_differs_from_logits(model, padded):
+        parallel = with_padding
+    if loss_differs_from_logits(model, with_padding):
         raise UserError(
             f"--model-name-or-path {parallel.config.model_name_or_path}: its logits are not the product of its last "
             "hidden states and its head, so the script cannot compute its loss; use another model"
@@ -2575,7 +2577,9 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
         if parallel.plan.packing:
             losses.append(loss_of(another, document, place=1))
         losses.append(parallel.pipeline.forward(model, two_rows, padded))
-    except (AttributeError, TypeError):  # a model that cannot do without its mask
+    except (AttributeError, TypeError):  # of a model that cannot do without its mask, or of one that fails anyway
+        if parallel.accelerator.unwrap_model(model).config._attn_implementation == "eager":
+            raise
         return True
     parallel.pipeline.finish_sending()
     alone, *changed, in_two_rows = parallel.sum_over_data_ranks(torch.stack(losses).double()).tolist()
@@ -3825,21 +3829,23 @@ def discard(checkpoint: Path) -> None:
 UNFINISHED_MODEL = ".final-model.writing"
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: Parallel, source: str = "") -> None:
-    """Writes model and tokenizer into the save folder, unless it holds the model of the checkpoint `source` already.
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: Parallel, weights_hash: str = ""
+) -> None:
+    """Writes model and tokenizer into the save folder, unless it holds the model of these very weights already.
 
     The files are first written and flushed beside their place. Then the record `checkpoints/final-model.json` and the
     old `config.json`, without which no loader takes the folder for a model, are deleted. The files move in, the new
     `config.json` last, and the record is written anew.
     """
     folder = Path(parallel.config.save_model_dir)
-    record, identity = folder / "checkpoints" / "final-model.json", [source, str(saved_dtype(parallel))]
+    record, identity = folder / "checkpoints" / "final-model.json", [weights_hash, str(saved_dtype(parallel))]
 
     def is_written() -> bool:
         with contextlib.suppress(OSError, ValueError, KeyError):
             saved = json.loads(record.read_text())
             whole = all((folder / name).stat().st_size == size for name, size in saved["bytes"].items())
-            return bool(source) and saved["of"] == identity and whole
+            return bool(weights_hash) and saved["of"] == identity and whole
         return False
 
     if on_all_ranks(is_written, main_only=True):
@@ -3863,7 +3869,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, parallel: P
             file.replace(folder / file.name)
         sync_to_disk(folder)
         written.rmdir()
-        if source:
+        if weights_hash:
             record.parent.mkdir(exist_ok=True)
             text = json.dumps({"of": identity, "bytes": sizes})
             write_atomically(record, lambda path: path.write_text(text))
@@ -5071,8 +5077,8 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1, ten
             f"--parallelism ddp does not go with {shown}; use hsdp with --hsdp-shard-size 1, which keeps whole replicas"
         )
     if config.parallelism == "auto":
-        ranks, ranks_per_node = cluster.world_size // parts, cluster.ranks_per_node // tensor
-        one_a_node = ranks > ranks_per_node > 1 and ranks % ranks_per_node == 0  # a group of shards in each node
+        ranks, ranks_of_node = cluster.world_size // parts, cluster.ranks_per_node // tensor
+        one_a_node = ranks > ranks_of_node > 1 and ranks % ranks_of_node == 0  # a group of shards in each node
         several = [*(["ddp"] if parts == 1 else []), "fsdp", *(["hsdp"] if one_a_node else [])]
         strategies = several if ranks > 1 else ["none"]
     if config.cpu_offload == "yes":
@@ -5090,33 +5096,33 @@ def replicas_and_shards(
     strategy: str, cluster: Cluster, hsdp_shard_size: int | None, stages: int, tensor: int
 ) -> tuple[int, int]:
     """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
-    parts, ranks_per_node = stages * tensor, cluster.ranks_per_node // tensor
-    world, of_part = cluster.world_size // parts, " for each part of the model" if parts > 1 else ""
-    if strategy == "none" and world > 1:
+    parts, ranks_of_node = stages * tensor, cluster.ranks_per_node // tensor
+    ranks, of_part = cluster.world_size // parts, " for each part of the model" if parts > 1 else ""
+    if strategy == "none" and ranks > 1:
         raise UserError(
-            f"--parallelism none runs one process{of_part}, but {world} were started; use "
+            f"--parallelism none runs one process{of_part}, but there are {ranks}; use "
             f"{'' if of_part else 'ddp, '}fsdp or auto"
         )
-    if strategy in ("ddp", "fsdp") and world < 2:
+    if strategy in ("ddp", "fsdp") and ranks < 2:
         raise UserError(
-            f"--parallelism {strategy} needs at least 2 processes{of_part}, but 1 was started; use "
+            f"--parallelism {strategy} needs at least 2 processes{of_part}, but there is 1; use "
             f"{'none, or twice as many processes' if of_part else 'torchrun --nproc_per_node=2'}"
         )
     if strategy != "hsdp":
-        return (1, world) if strategy == "fsdp" else (world, 1)
-    shard = hsdp_shard_size or (ranks_per_node if world > ranks_per_node else world // 2)
+        return (1, ranks) if strategy == "fsdp" else (ranks, 1)
+    shard = hsdp_shard_size or (ranks_of_node if ranks > ranks_of_node else ranks // 2)
     smallest = 1 if parts > 1 else 2  # one process and its replicas are DDP, but there is no DDP of parts
-    if world < 2 * smallest:
+    if ranks < 2 * smallest:
         raise UserError(
-            f"--parallelism hsdp needs at least {2 * smallest} processes{of_part}, but {world} started; use "
+            f"--parallelism hsdp needs at least {2 * smallest} processes{of_part}, but there are {ranks}; use "
             f"{'none, or more processes' if of_part else 'torchrun --nproc_per_node=4'}"
         )
-    if shard < smallest or world % shard or world == shard:
+    if shard < smallest or ranks % shard or ranks == shard:
         raise UserError(
-            f"--parallelism hsdp needs at least two equal groups of at least {smallest} ranks{of_part}; {world} "
-            f"processes in groups of {shard} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {world}"
+            f"--parallelism hsdp needs at least two equal groups of at least {smallest} ranks{of_part}; {ranks} "
+            f"processes in groups of {shard} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {ranks}"
         )
-    return world // shard, shard
+    return ranks // shard, shard
 
 
 def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
@@ -5369,7 +5375,7 @@ def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     rounding = 8 * 4 * largest_parameter / plan.dp_shard_size if plan.precision == "bf16-states" else 0
     if plan.cpu_offload:  # transformers loads every shard through the device
         phases["loading"] = dict(weights=plan.shard_bytes(shape))
-    return {**phases, "optimizer": step.phase(0, rounding, 0, shape.parameters)}
+    return {**phases, "optimizer": step.phase(temporaries=rounding, finished=shape.parameters)}
 
 
 def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
@@ -5389,30 +5395,32 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     if shape.has_head:
         # In the forward pass a layer's gathered buffer is freed once the next one's has been copied out of its own.
         gathering = kept + width * (layer + 2 * head)
-        phases["gathering the head"] = step.phase(all_saved + step.stream, 0, gathering, 0)
+        phases["gathering the head"] = step.phase(all_saved + step.stream, gathered=gathering)
         in_loss = all_saved + step.norm + step.stream + step.scalars
-        phases["loss"] = step.phase(in_loss, step.head_buffers, beside_head + width * head, 0)
+        phases["loss"] = step.phase(in_loss, step.head_buffers, gathered=beside_head + width * head)
         gathered = beside_head + (width + 4) * head
-        phases["backward of the last norm"] = step.phase(all_saved + step.norm_backward, 0, gathered, head)
+        phases["backward of the last norm"] = step.phase(
+            all_saved + step.norm_backward, gathered=gathered, finished=head
+        )
     else:
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer  # into one buffer, by way of another
-        phases["gathering the last layer"] = step.phase(saved_before[-2] + rotary, 0, last_gathered, 0)
+        phases["gathering the last layer"] = step.phase(saved_before[-2] + rotary, gathered=last_gathered)
     if plan.holds_gradients_back:
         # The backward pass ends in layer 0: its input and four tensors as wide as the stream; its weights, their
         # gradients before they are added in fp32, and the layer gathered ahead.
         held = step.layer_input + 4 * width * shape.hidden + rotary
-        phases["end of the first backward"] = step.phase(held, 0, (2 * width + width_ahead) * layer, 0)
+        phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
         ahead = layer if i else embedding  # gathered before its turn
         reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of what came before
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
         gathered += reducing
         finished = head + (layers - 1 - i) * layer
-        ways = [(gathered, finished)]
+        ways = [dict(gathered=gathered, finished=finished)]
         if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:  # of one between the first and the last
-            ways.append((gathered - reducing, 0))
+            ways.append(dict(gathered=gathered - reducing))
         phases[f"backward of layer {i}"] = largest(
-            step.phase(saved_before[i] + in_layer + rotary, width * computed, *way)
+            step.phase(saved_before[i] + in_layer + rotary, width * computed, **way)
             for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
             for way in ways
         )
@@ -5439,13 +5447,13 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm = step.norm if split else (3 * 4 if plan.autocasts else 8) * h  # autocast's are in fp32 throughout
         norm_backward = step.norm_backward + step.stream if split else 24 * h
         at_end = all_saved + norm + step.stream
-        phases["end of forward"] = step.phase(at_end, step.chunk, cache + head_copy, 0)
+        phases["end of forward"] = step.phase(at_end, step.chunk, gathered=cache + head_copy)
         in_loss = all_saved + norm + step.scalars
-        phases["loss"] = step.phase(in_loss, step.head_buffers, all_copied + head_copy, 0)
-        phases["cast of the head's gradient"] = step.phase(at_end, head_copy, all_copied, head)
-        phases["backward of the last norm"] = step.phase(all_saved + norm_backward, 0, all_copied, head)
+        phases["loss"] = step.phase(in_loss, step.head_buffers, gathered=all_copied + head_copy)
+        phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
+        phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
-        phases["end of forward"] = step.phase(all_saved + step.stream, 0, cache, 0)
+        phases["end of forward"] = step.phase(all_saved + step.stream, gathered=cache)
     accumulates = plan.gradient_accumulation_steps > 1
     # of a matrix of the MLP, in bf16 and fp32, before it is added to the one that is there
     gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
@@ -5455,13 +5463,13 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             step.phase(
                 before + in_layer,
                 plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # DDP moves them to a bucket
-                copied_before[i] + copy_bytes * (layer - computed),
-                finished + computed,
+                gathered=copied_before[i] + copy_bytes * (layer - computed),
+                finished=finished + computed,
             )
             for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
         )
     if shape.embedding_parameters:
-        phases["backward of the embedding"] = step.phase(4 * h, 0, 0, shape.parameters)  # the stream's fp32 gradient
+        phases["backward of the embedding"] = step.phase(4 * h, finished=shape.parameters)  # the stream's fp32 gradient
     return phases
 
 
@@ -5583,7 +5591,9 @@ class StepMemory:
             return 4 * parameters / plan.dp_shard_size
         return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
 
-    def phase(self, activations: float, temporaries: float, gathered: float, finished: float) -> dict[str, float]:
+    def phase(
+        self, activations: float = 0.0, temporaries: float = 0.0, *, gathered: float = 0.0, finished: float = 0.0
+    ) -> dict[str, float]:
         """Returns the terms of a phase in bytes. `activations` are bytes per token of the micro-batch being worked on,
         and `finished` is the number of parameters whose gradients are complete."""
         # FSDP holds gradients back until the last micro-batch; by then no other is under way.

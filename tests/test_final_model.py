@@ -462,7 +462,7 @@ def test_a_kill_leaves_former_model_none_or_the_new(tmp_path, monkeypatch, forme
         train_llama2.save_model(model, tokenizer, warm_up)
 
         def save():
-            train_llama2.save_model(model, tokenizer, parallel, source="the new checkpoint")
+            train_llama2.save_model(model, tokenizer, parallel, weights_hash="the new checkpoint")
 
         for k in itertools.count():
             shutil.rmtree(folder, ignore_errors=True)

@@ -271,7 +271,7 @@ def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
         (PP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --pipeline-parallel-size 2; use hsdp"),
         (
             PP2 | dict(parallelism="none", tensor_parallel_size=1),
-            "runs one process for each part of the model, but 4 were started",
+            "runs one process for each part of the model, but there are 4",
         ),
         (PP2 | dict(parallelism="hsdp", hsdp_shard_size=4), "groups of at least 1 ranks for each part of the model"),
         (dict(parallelism="hsdp", hsdp_shard_size=1, tensor_parallel_size=1), "groups of at least 2 ranks"),
@@ -282,7 +282,7 @@ def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
             TP2 | dict(parallelism="fsdp", cpu_offload="yes"),
             "--cpu-offload yes does not go with --tensor-parallel-size",
         ),
-        (TP4 | dict(parallelism="none"), "runs one process for each part of the model, but 2 were started"),
+        (TP4 | dict(parallelism="none"), "runs one process for each part of the model, but there are 2"),
         (TP4 | PP4, "--pipeline-parallel-size 4 and --tensor-parallel-size 4 needs .* 16 parts .* and 8 were started"),
     ],
     ids=str,

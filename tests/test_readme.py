@@ -22,12 +22,15 @@ def block(marker: str) -> str:
 
 
 def test_the_flag_table_is_the_parsers_with_its_defaults():
-    table = dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| `?(.*?)`? \|", README, re.M))
+    rows = re.findall(r"^\| `(--[a-z0-9-]+)` \| `?(.*?)`? \| (.*) \|$", README, re.M)
+    table = {name: default for name, default, _ in rows}
     flags = {train_llama2.flag_name(field.name): field for field in dataclasses.fields(train_llama2.Config)}
     assert table.keys() == flags.keys()
     for name, field in flags.items():
         if name != "--num-proc":  # depends on the machine, so the table describes it in words
             assert table[name] == str(train_llama2.shown_default(field)), name
+    for name, _, meaning in rows:  # the table adds the choices
+        assert meaning.replace("`", "").startswith(flags[name].metadata["help"]), name
     shown_by_help = set(re.findall(r"(--[a-z0-9-]+)", train_llama2.build_parser().format_help())) - {"--help"}
     assert shown_by_help == flags.keys()
 
