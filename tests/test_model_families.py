@@ -173,7 +173,6 @@ EMBEDDINGS = {"lm_head.weight", "model.embed_tokens.weight", "transformer.wte.we
 WAYS = {
     2: [dict(parallelism="fsdp"), dict(parallelism="fsdp", packing="yes", activation_checkpointing="every-2")],
     3: [dict(parallelism="fsdp", micro_batch_size=1)],
-    4: [dict(parallelism="hsdp")],
 }
 
 
@@ -201,7 +200,7 @@ def tied(families, tmp_path_factory) -> dict[str, list[Path]]:
 def test_tied_embeddings_train_as_one_process_whatever_the_ranks_divide(tied, name):
     (expected, (expected_evaluation,)), *others = map(read_metrics, tied[name])
     assert len(expected) == 4 and all(line["grad_norm"] > 0.1 for line in expected)
-    assert len(others) == 4
+    assert len(others) == 3
     for steps, (evaluation,) in others:
         for value in ("loss", "grad_norm"):
             assert [line[value] for line in steps] == pytest.approx([line[value] for line in expected], rel=1e-5)
