@@ -226,7 +226,7 @@ class Config:
     model_name_or_path: str = flag("meta-llama/Llama-2-13b-hf", "causal LM to fine-tune: Hub id or local folder", PATH)
     dataset_name_or_path: str | tuple[str, ...] = flag(
         "abisee/cnn_dailymail", "Hub id, a local folder, or local files in jsonl, json, csv or parquet", PATH)
-    dataset_config: str = flag("3.0.0", "configuration of a Hub dataset; ignored for local data")
+    dataset_config: str = flag("3.0.0", "configuration of a Hub dataset, or of a clone of one")
     article_column: str = flag("article", "column with the text to summarise")
     summary_column: str = flag("highlights", "column with the summary")
     max_train_samples: int | None = flag(
@@ -428,8 +428,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = load_model(parallel)
             optimizer = build_optimizer(model, config)
             state = checkpoints.resume(model, optimizer)
-            parallel = check_setup(model, eval_set, parallel)  # may turn packing off
-            parallel = compile_layers(model, parallel, total_steps - state.step)  # may decide against it
+            check_setup(model, eval_set, parallel)  # may correct the plan, as may the next line
+            compile_layers(model, parallel, total_steps - state.step)
             log = RunLog(parallel, state, total_steps, steps_per_epoch, checkpoints.asynchronous)
             batches = log.timing_the_wait(training_batches(train_set, state.step, total_steps, parallel))
 
@@ -439,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with log.clock_stopped():
                         log.evaluation(state, evaluate(model, eval_set, parallel, stop))
                 stopping = stop.agreed()  # asked again, so that a signal during the evaluation leads to a save
-                finished = state.step == total_steps and not log.evaluation_due(state)
+                finished = state.step == total_steps and not log.evaluation_due(state)  # due still where a stop came
                 saving = finished or stopping or state.step % config.save_interval == 0
                 stop_if_broken(state, saving)
                 if saving and state.step > checkpoints.saved_step:
@@ -749,19 +749,18 @@ def evaluate_test(
     another number of ranks, writes only those that are missing. Summaries that other weights or flags have made are
     not counted.
     """
-    parallel, config, rows = log.parallel, log.config, test_set.dataset.with_format("numpy")["row"][:]
+    parallel, config, row_numbers = log.parallel, log.config, test_set.dataset.with_format("numpy")["row"][:]
     drawn = np.random.default_rng(config.seed).permutation(len(test_set))[: config.test_samples]
     drawn = drawn[np.argsort(-test_set.lengths[drawn], kind="stable")]  # similar lengths share a call
     settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
-    made_by = json_checksum(dict(settings, weights=weights_hash or uuid.uuid4().hex, documents=fingerprint(test_set)))[
-        :12
-    ]
+    weights = weights_hash or uuid.uuid4().hex  # they differ between ranks, and rank 0 alone writes and reads the mark
+    made_by = json_checksum(dict(settings, weights=weights, documents=fingerprint(test_set)))[:12]
     found = on_all_ranks(lambda: log.metrics.test_summaries(made_by), main_only=True)
-    done = {row: found[row] for row in rows[drawn].tolist() if row in found}
+    done = {row: found[row] for row in row_numbers[drawn].tolist() if row in found}
     parallel.say(f"test      {len(drawn):,} documents to summarise, {len(done):,} of them done before")
     stop.seconds_to_finish_and_save = 0.0  # neither a step nor a save follows
     began, done_before, last_report = time.perf_counter(), len(done), -math.inf
-    for summaries in summarise(model, test_set, drawn[~np.isin(rows[drawn], list(done))], parallel, stop):
+    for summaries in summarise(model, test_set, drawn[~np.isin(row_numbers[drawn], list(done))], parallel, stop):
         samples = [dict(sample, made_by=made_by) for sample in summaries]
         log.append_samples(state.step, "test", samples)
         done |= {sample["index"]: sample for sample in samples}
@@ -813,6 +812,7 @@ def summarise(
         max_new_tokens=config.max_summary_tokens, num_beams=config.num_beams, do_sample=False,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer), bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
+    module.generation_config = settings  # or `generate` would take the model's own penalties and lengths from it
     calls = range(0, len(positions), size * prompts_at_a_time(parallel))
     for begin in tqdm(calls, "summarising", leave=False, disable=not parallel.shows_bars):
         if stop.agreed():
@@ -847,7 +847,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     parts = shapes_of_stages(parallel.shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
     step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
-    # FSDP gathers two at a time: the one at work and the next
+    # more than FSDP gathers at a time, which is two layers and the head; set aside under every plan
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
@@ -941,12 +941,16 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     if on_moai:
         torch.moreh.option.enable_advanced_parallelization()
     else:
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its former name, which it would override
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the former name of the next, which would override it
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
         start_process_group(config)
+    own_of_each_node = [name for name, field in FLAGS.items() if field.metadata["read"] is PATH or name == "num_proc"]
+    shared = {name: value for name, value in vars(config).items() if name not in own_of_each_node}
+    check_that_nodes_agree(shared, "the same flags")
     on_all_ranks(lambda: check_optional_packages(config))
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # the plan's precision is set by `load_model`; the environment may hold another
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.save_model_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
@@ -1030,10 +1034,11 @@ def quieten_libraries(is_first_on_node: bool, quiet: bool) -> None:
         transformers.logging.set_verbosity_error()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parallel:
     """What the hook returns: the flags, the processes, the plan, and what differs between one device and many.
 
+    Only `check_setup` and `compile_layers` change it: they correct the plan where the model turns out not to allow it.
     A context manager: leaving it ends the trackers and the process group.
     """
 
@@ -1169,7 +1174,7 @@ def explain_out_of_memory(parallel: Parallel) -> str:
     words = f" It ran {plan.describe()}."
     remedy = f"--micro-batch-size {max(1, plan.micro_batch_size // 2)}"
     if parallel.choice is not None:
-        memory = parallel.choice.chosen.memory_gib
+        memory = predict(parallel.shape, parallel.cluster, plan, parallel.config).memory_gib
         words += f" The plan expected {memory.active:.1f} GiB active, at {memory.peak_moment}, and"
         words += f" {memory.reserved:.1f} of {parallel.cluster.memory_gib:.1f} in use with all that CUDA and NCCL take."
         remedy = flags_for_less_memory(parallel.shape, parallel.cluster, plan, memory, parallel.config)
@@ -1219,6 +1224,14 @@ def on_all_ranks(
     if gathered:
         return [result for result, _, _ in outcomes]
     return outcomes[0][0] if main_only else result
+
+
+def check_that_nodes_agree(values: dict[str, Any], remedy: str) -> None:
+    """Raises UserError where the values of flags, or what they stand for, differ between nodes."""
+    of_ranks = on_all_ranks(lambda: values, gathered=True)
+    for name in values:
+        if len(found := {str(each[name]) for each in of_ranks}) > 1:
+            raise UserError(f"{flag_name(name)} is {' and '.join(sorted(found))} on different nodes; give all {remedy}")
 
 
 def start_process_group(config: Config) -> None:
@@ -1405,19 +1418,33 @@ def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
         columns = list(config.columns)
         cached_as = Hasher.hash((train._fingerprint, inspect.getsource(has_text), columns))  # the same in every run
         full = parallel.node_main_first(
-            lambda: train.filter(has_text, input_columns=columns, new_fingerprint=cached_as, desc="looking for text")
+            lambda: train.filter(
+                has_text,
+                input_columns=columns,
+                new_fingerprint=cached_as,
+                cache_file_name=cache_file(cached_as),
+                desc="looking for text",
+            )
         )
         train, dropped = full, len(train) - len(full)
         if len(train) < 2:
             raise UserError(f"{shown_data(config)} has {len(train)} documents with text; that is too few to train on")
         held_out = max(1, round(HELD_OUT_SHARE * len(train)))
-        parts = train.train_test_split(test_size=held_out, seed=config.seed)
-        train, validation = parts["train"], parts["test"]
+        order = np.random.default_rng(config.seed).permutation(len(train))  # as `train_test_split`, which writes files
+        parts = order[held_out:], order[:held_out]
+        train, validation = (train.select(rows, keep_in_memory=True) for rows in parts)
         parallel.say(f"data      no validation split: {held_out} of the training documents are held out, by the seed")
     train = train.select(range(min(len(train), config.max_train_samples or len(train))))
     validation = validation.select(range(min(len(validation), config.max_eval_samples or len(validation))))
     test = {"test": (splits["test"], 0)} if "test" in splits else {}
     return dict(train=(train, dropped), validation=(validation, 0), **test)
+
+
+def cache_file(fingerprint: str) -> str:
+    """Returns where to cache documents. By itself `datasets` writes beside their source, which may not be ours."""
+    import datasets
+
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"cache-{fingerprint}.arrow")
 
 
 def has_text(article: str | None, summary: str | None) -> bool:
@@ -1461,7 +1488,7 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
         remedy = "repair it or leave it out" if local else remedy
         raise UserError(f"{shown} cannot be read ({first_line(error)}); {remedy}") from error
     if "train" not in splits:
-        found = ", ".join(splits) or "test"
+        found = ", ".join(splits) or "none"
         raise UserError(f"{shown} has no train split, only {found}; name a file or split train")
     if config.test_samples == 0:
         splits.pop("test", None)
@@ -1524,6 +1551,8 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
     Otherwise it is train. Hidden files in a folder are skipped, and test files unless --test-samples asks for them.
     """
     shown, files, lines = shown_data(config), {}, []
+    # a clone of a Hub dataset has a folder for each of its configurations, with the same documents
+    paths = [str(own) if (own := Path(path) / config.dataset_config).is_dir() else path for path in paths]
     folders_differ = len({path if path.is_dir() else path.parent for path in map(Path, paths)}) > 1
     for path in map(Path, paths):
         if not path.exists():
@@ -1537,7 +1566,7 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
                 lines.append(f"not read: {file}, a link {leads}")
             elif file.is_file() and format_of(file) in ROW_READERS:
                 own = (path if path.is_dir() else path.parent).name if folders_differ else ""
-                files.setdefault(file.resolve(), (file, own / name))  # a file that is named twice counts once
+                files.setdefault(file.resolve(), (file, Path(own, name)))  # a file that is named twice counts once
             elif file.is_file() and format_of(file) in UNREAD_FORMATS:
                 lines.append(f"not read: {file}; save it as one of {', '.join(ROW_READERS)}")
     by_split: dict[str, list[Path]] = {}
@@ -1551,6 +1580,9 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
         formats = sorted({format_of(file) for file in those})
         if len(formats) > 1:  # probably the same documents twice
             raise UserError(f"{shown} holds {split} files in {' and '.join(formats)}; leave out all but one format")
+        plain = {file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file for file in those}
+        if len(plain) < len(those):
+            raise UserError(f"{shown} holds a {split} file both compressed and not; leave out one of them")
         names = ", ".join(file.name for file in those[:3]) + (", ..." if len(those) > 3 else "")
         lines.append(f"{split}: {len(those)} file{'s' * (len(those) > 1)} ({names})")
     return by_split, lines
@@ -1649,6 +1681,8 @@ def csv_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]
     try:
         header = next(rows, [])
         check_names(f"the first row of {file}", header, config)
+        if twice := [name for name in config.columns if header.count(name) > 1]:
+            raise UserError(f"the first row of {file} names the column {twice[0]} twice; rename one")
         number = 1
         for number, row in enumerate(rows, 2):
             if row and len(row) != len(header):
@@ -1741,6 +1775,8 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
         summary_cut=datasets.Value("bool"),
     )
 
+    encoded_as = Hasher.hash((recipe, settings, code))
+
     def encode() -> Dataset:
         return split.map(
             lambda pairs, numbers: encode_batch(
@@ -1750,7 +1786,8 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
             with_indices=True,
             remove_columns=split.column_names,
             num_proc=config.num_proc if len(split) > MANY_DOCUMENTS else None,
-            new_fingerprint=Hasher.hash((recipe, settings, code)),
+            new_fingerprint=encoded_as,
+            cache_file_name=cache_file(encoded_as),
             features=features,
             desc="tokenising",
         )
@@ -1777,7 +1814,8 @@ def encode_batch(
     columns["row"] = list(pairs)
     if not pairs:
         return columns
-    # split_special_tokens: an article that happens to contain "</s>" holds four characters, not a control token.
+    # split_special_tokens: an article that happens to contain "</s>" holds four characters, not a control token. (A
+    # Unigram tokenizer, unlike Llama's, may have it as an ordinary piece too, and takes that.)
     encoded = tokenizer(
         [PROMPT_OPEN + article + PROMPT_CLOSE + summary for article, summary in pairs.values()],
         split_special_tokens=True,
@@ -2494,34 +2532,32 @@ def loss_of_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails in the first minute
 
 
-def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> Parallel:
+def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> None:
     """Proves before training that the loaded model, in its parallel form, computes what is meant.
 
     Its loss is finite and equals that of its own logits, no token sees a later one, no packed document another. If
     tokens see later ones, the model's own eager attention, with a mask and padded rows, is tried instead, and kept if
-    it passes. If packed documents see each other, rows are padded from here on. In both cases the returned `Parallel`
-    holds the plan to go on with. Raises RunError for broken weights, and UserError for a model that cannot be trained
-    rightly.
+    it passes. If packed documents see each other, rows are padded from here on. In both cases the plan is corrected.
+    Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
     """
     with parallel.pipeline.watched():
-        parallel = check_attention(model, parallel)
+        check_attention(model, parallel)
         loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
-    return parallel
 
 
-def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
-    """Returns the `Parallel` under which no token of the model sees what it must not.
+def check_attention(model: nn.Module, parallel: Parallel) -> None:
+    """Corrects the plan, if need be, so that no token of the model sees what it must not.
 
-    Raises UserError if there is none, or if the loss is not that of the model's own logits.
+    Raises UserError if no plan does, or if the loss is not that of the model's own logits.
     """
     with_padding = parallel.with_plan(packing=False)
     if parallel.plan.packing and attention_leaks(model, parallel):
         if parallel.config.packing == "yes":
             raise UserError("--packing yes: the packed documents of this model see each other; give --packing no")
         parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
-        parallel = with_padding
+        parallel.plan = with_padding.plan
     if attention_leaks(model, with_padding):
         # for a model that computes attention itself, and asks its config whether to make the mask
         parallel.accelerator.unwrap_model(model).config._attn_implementation = "eager"
@@ -2531,23 +2567,21 @@ def check_attention(model: nn.Module, parallel: Parallel) -> Parallel:
                 "it would train on what it is to predict; use a causal language model"
             )
         parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
-        parallel = with_padding
+        parallel.plan = with_padding.plan
     if loss_differs_from_logits(model, with_padding):
         raise UserError(
             f"--model-name-or-path {parallel.config.model_name_or_path}: its logits are not the product of its last "
             "hidden states and its head, so the script cannot compute its loss; use another model"
         )
-    return parallel
 
 
 @torch.no_grad()
 def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
     """Returns whether a token's loss depends on what comes after it or, in packed rows, on the document before its own.
 
-    Compares the loss of the same labels alone and beside different neighbours. Rounding alone changes it a little. How
-    much is taken as the larger of two: the change when the document is one of two separate rows, where nothing can
-    leak, and the loss times the relative error of the precision. A change of more than ten times that is a leak. One
-    host sync.
+    Compares the loss of the same labels alone and beside different neighbours. Rounding alone changes it a little, by
+    about the larger of two amounts: the change when the document is one of two separate rows, where nothing can leak,
+    and the loss times the relative error of the precision. More than ten times that is a leak. One host sync.
     """
     model.eval()
     tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=57)
@@ -2608,8 +2642,8 @@ def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
 # ---- Model: compiling ----------------------------------------------------------------------------------------
 
 
-def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> Parallel:
-    """Compiles the decoder layers in place where the plan says so and it pays. The plan it returns says what it did.
+def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> None:
+    """Compiles the decoder layers in place where the plan says so and it pays; else corrects the plan.
 
     All layers share their graphs, and a graph takes any number of tokens. `auto` weighs the time that the `steps` to
     come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run as they were. A plan that
@@ -2618,23 +2652,25 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> Parallel
     from torch.utils._triton import has_triton
 
     if not parallel.plan.compiled:
-        return parallel
+        return
     automatic = parallel.config.compile == "auto"
     if automatic:
         gained_seconds = parallel.choice.chosen.step_seconds["compute"] * (1 / EAGER_SPEED - 1) * steps
         eager = parallel.with_plan(compiled=False)
-        fits = predict(parallel.shape, parallel.cluster, eager.plan, parallel.config).fits
-        if any(on_all_ranks(lambda: not has_triton(), gathered=True)) and not fits:
+        fits_eager = predict(parallel.shape, parallel.cluster, eager.plan, parallel.config).fits
+        if any(on_all_ranks(lambda: not has_triton(), gathered=True)) and not fits_eager:
             raise UserError(
                 "--compile auto cannot compile the layers, because Triton is not installed, and without that the plan "
                 "does not fit; install Triton, or use --compile no"
             )
-        if not has_triton() or (fits and gained_seconds <= COMPILE_SECONDS):
+        if not has_triton() or (fits_eager and gained_seconds <= COMPILE_SECONDS):
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
             parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
-            return eager
+            parallel.plan = eager.plan
+            return
     # There are separate graphs for layers that are recomputed and that are not, for one row (a size of 1 is a constant)
-    # and several, and for training and evaluation. That can be more than torch's limit of 8 graphs.
+    # and several, and for training and evaluation. They may use up torch's limit of 8 graphs, after which any other
+    # recompilation would leave a layer uncompiled.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
     # it would cut a layer into 11 graphs, and keep what passes between them in memory
@@ -2645,7 +2681,6 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> Parallel
             layer.forward = torch.compile(layer.forward, dynamic=True)
         else:
             layer.compile(dynamic=True)
-    return parallel
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -3171,7 +3206,7 @@ def make_save_folder(folder: Path, parallel: Parallel) -> str:
     holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, holder.encode(), 0)
-    os.fsync(descriptor)  # or on NFS other nodes would read an empty file; it stays open, as closing ends the lock
+    os.fsync(descriptor)  # or on NFS other nodes would read an empty file; not closed, because that would end the lock
     shutil.rmtree(folder / UNFINISHED_MODEL, ignore_errors=True)
     return holder
 
@@ -3321,12 +3356,7 @@ class Checkpoints:
     def __init__(self, parallel: Parallel, train_set: Documents, total_steps: int):
         self.parallel, self.config, self.total_steps = parallel, parallel.config, total_steps
         self.settings = loss_settings(train_set, parallel)
-        of_ranks = on_all_ranks(lambda: self.settings, gathered=True)
-        if differing := [name for name in self.settings if len({each[name] for each in of_ranks}) > 1]:
-            raise UserError(
-                f"{flag_name(differing[0])} is {' and '.join(sorted({each[differing[0]] for each in of_ranks}))} on "
-                "different nodes; give all nodes the same files"
-            )
+        check_that_nodes_agree(self.settings, "the same files")
         self.folder = Path(self.config.save_model_dir) / "checkpoints"
         self.group = parallel.cpu_group()  # separate: a background write must not mix with training's messages
         self.on_all_ranks = functools.partial(on_all_ranks, group=self.group)
@@ -3361,7 +3391,7 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # the write just waited for was of this step; a stop abandoned the next
+        if self.saved_step == state.step:  # the write just waited for was of this step, and a stop abandoned the next
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -3399,6 +3429,7 @@ class Checkpoints:
             writing.mkdir(parents=True)
 
         sharers = self.parallel.data_parallel_size * self.parallel.plan.tensor_parallel_size
+        # what a rank writes on average: a DTensor's nbytes are the whole's, and of equal copies only one is written
         shares = {name: each.nbytes // sharers for name, each in tensors.items()}
 
         try:
@@ -3450,7 +3481,7 @@ class Checkpoints:
                 self.parallel.say(f"WARNING   {other} could not be deleted ({first_line(error)})")
 
     def weights_of(self, state: TrainingState) -> str:
-        """Returns a hash that tells the weights of this step from all others; "" where they could not be saved."""
+        """Returns a hash that tells the weights of this step from all others, on rank 0; "" if they were not saved."""
         return self.sha256 if self.saved_step == state.step else ""
 
     def resume(self, model: nn.Module, optimizer: Optimizer) -> TrainingState:
@@ -3463,7 +3494,7 @@ class Checkpoints:
         own = self.on_all_ranks(self.tidy_folder, main_only=True)
         if named != "auto":
             self.on_all_ranks(lambda: self.check_path(Path(named), own))
-        names_own = named == "auto" or Path(named).resolve().parent == self.folder.resolve()
+        names_another = named != "auto" and Path(named).resolve().parent != self.folder.resolve()
         begins_elsewhere = named != "auto" and not own
         for folder in [Path(named)] if begins_elsewhere else own:
             try:
@@ -3480,7 +3511,7 @@ class Checkpoints:
             self.parallel.say(
                 f"resume    from {folder}, saved with world size {facts['world_size']} and parallelism "
                 + facts["strategy"]
-                + (f"; --resume {named} says only where a new run begins" if own and not names_own else "")
+                + (f"; --resume {named} says only where a new run begins" if own and names_another else "")
             )
             return state
         if own:  # and none is whole
@@ -3532,7 +3563,11 @@ class Checkpoints:
                 raise RunError(f"{name} is missing")
             if path.stat().st_size != expected["bytes"]:
                 raise RunError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-            if file_checksum(path) != expected:
+            try:
+                found = file_checksum(path)
+            except OSError as error:  # the disk's fault: were it taken for damage, this checkpoint would be deleted
+                raise UserError(f"{path} cannot be read ({first_line(error)}); mend that and start again") from error
+            if found != expected:
                 raise RunError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
         self.sha256 = signature
         return manifest["facts"]
@@ -3547,7 +3582,8 @@ class Checkpoints:
         # these change the tokens too, so the data is not reported beside them
         if not {"block_size", "loss_on", "model_name_or_path"}.isdisjoint(changed):
             changed = [name for name in changed if name != "dataset_name_or_path"]
-        remedy = "set it back, give another --save-model-dir, or add --resume-anyway"
+        another = "give another --save-model-dir, " * (folder.parent == self.folder)
+        remedy = f"set it back, {another}or add --resume-anyway"
         problems = [
             f"{flag_name(name)} is now {self.settings[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
             for name in changed
@@ -3565,12 +3601,7 @@ class Checkpoints:
             )
 
     def load(
-        self,
-        folder: Path,
-        facts: dict[str, Any],
-        model: nn.Module,
-        optimizer: Optimizer,
-        state: TrainingState,
+        self, folder: Path, facts: dict[str, Any], model: nn.Module, optimizer: Optimizer, state: TrainingState
     ) -> None:
         """Loads a verified checkpoint into model, optimizer, state and this rank's random states."""
         import torch.distributed.checkpoint as dcp
@@ -3638,7 +3669,7 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     parts = plan.model_parallel_size * plan.dp_shard_size
     copy_gib = checkpoint_bytes / GIB / parts * parallel.cluster.ranks_per_node
     on_host = parallel.device.type == "cpu" or plan.cpu_offload
-    resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
+    resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # what is copied, and the gradients: not allocated yet
     usable_share = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted]
     usable_here_gib = usable_share * max(0.0, free_host_memory() / GIB - resident_gib)
     usable_gib = min(on_all_ranks(lambda: usable_here_gib, gathered=True))  # of the node that has least
@@ -3858,6 +3889,8 @@ def save_model(
         shutil.rmtree(written, ignore_errors=True)
         write_model(model, weights, tokenizer, written)
         sizes = {file.name: file.stat().st_size for file in written.iterdir() if file.is_file()}
+        if not (weights_hash and record.exists() and weights_hash in record.read_text()):
+            (folder / "README.md").unlink(missing_ok=True)  # the card of another model
         record.unlink(missing_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
         for old_weights in folder.glob("model*.safetensors*"):
@@ -3900,10 +3933,7 @@ def gather_weights(model: PreTrainedModel, parallel: Parallel) -> dict[str, Tens
 
 
 def write_model(
-    model: PreTrainedModel,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Writes a model folder and flushes it to disk.
 
@@ -3941,7 +3971,7 @@ All weights of `{{ trained_model }}` were trained on `{{ data }}` with `train_ll
 
 ## Use
 
-The prompt is `{{ prompt_open }}` + article + `{{ prompt_close.strip() }}` + newline, and the summary ends with the \
+The prompt is `{{ prompt_open }}` + article + `{{ prompt_close.rstrip() }}` + newline, and the summary ends with the \
 end-of-sequence token. Prompt and summary together had at most {{ block_size }} tokens in training; cut longer articles.
 
 ```python
@@ -4017,7 +4047,8 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
     path = folder / "README.md"
     if not parallel.is_main or not (log.steps_of_this_run or log.last_scores or log.tested or not path.exists()):
         return
-    is_llama_2 = bool(re.search("llama-?2", config.model_name_or_path, re.IGNORECASE))
+    base_name = published_name(config.model_name_or_path)
+    is_llama_2 = parallel.model_config.model_type == "llama" and bool(re.search("llama-?2", base_name, re.IGNORECASE))
     with keep_going("the model card could not be written", parallel):
         lines, samples = read_lines(folder / METRICS_FILE), read_lines(folder / SAMPLES_FILE)
         trained = next((line for line in reversed(lines) if "loss" in line), {})
@@ -4039,8 +4070,8 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
             ),
             template_str=MODEL_CARD,
             is_llama_2=is_llama_2,
-            trained_model=published_name(config.model_name_or_path),
-            base_name=published_name(config.model_name_or_path).rpartition("/")[2],
+            trained_model=base_name,
+            base_name=base_name.rpartition("/")[2],
             data=" ".join(map(published_name, config.dataset_paths)),
             prompt_open=PROMPT_OPEN,
             prompt_close=PROMPT_CLOSE,
@@ -4104,12 +4135,7 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        parallel: Parallel,
-        state: TrainingState,
-        total_steps: int,
-        steps_per_epoch: int,
-        async_save: bool,
+        self, parallel: Parallel, state: TrainingState, total_steps: int, steps_per_epoch: int, async_save: bool
     ):
         self.parallel, self.config = parallel, parallel.config
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
@@ -4136,7 +4162,8 @@ class RunLog:
                 raise UserError(
                     f"--save-model-dir {self.folder} cannot be written to ({first_line(error)}); free it"
                 ) from error
-            self.write_config()
+            if not (self.folder / "train_config.json").exists():
+                self.write_config()
         try:
             if self.config.report_to != "none":
                 settings = {**dataclasses.asdict(self.config), "plan": self.parallel.plan.describe()}
@@ -4183,7 +4210,7 @@ class RunLog:
             yield batch
 
     def seconds_per_step(self) -> float:
-        """Returns the mean seconds of a step in the last interval reported; before the first, of the steps so far."""
+        """Returns the mean seconds of a step in the last interval, or until there is one, since the first step."""
         return self.step_seconds or (self.clock() - self.interval_began) / max(1, self.interval_steps)
 
     def step(self, state: TrainingState, result: StepResult | None) -> None:
@@ -4195,6 +4222,8 @@ class RunLog:
         self.interval_steps += 1
         self.interval_tokens += result.tokens
         self.interval_squares += result.squared_lengths
+        if self.steps_of_this_run == 1 and self.parallel.is_main:
+            self.write_config()  # not before: what ran last may have been another machine's training
         if self.steps_of_this_run <= 2 and self.parallel.is_main:
             with keep_going("the plan could not be checked", self.parallel):
                 self.check_the_plan(result)
@@ -4407,7 +4436,8 @@ class MetricsFile:
         if self.samples.exists():
             continue_lines(self.samples, state)
         self.file = (folder / METRICS_FILE).open("ab", buffering=0)
-        self.unwritten, self.is_torn = b"", False  # whether samples.jsonl may end within a line
+        self.unwritten = b""  # lines of metrics.jsonl that a full disk has refused
+        self.is_torn = False  # whether samples.jsonl may end within a line
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line, after those that a full disk has refused so far. Values that are not finite become null."""
@@ -4431,7 +4461,7 @@ class MetricsFile:
         return {each["index"]: each for each in read_lines(self.samples) if each.get("made_by") == made_by}
 
     def drop_other_test_summaries(self, step: int, made_by: str) -> None:
-        """Drops the test summaries of this step with another mark, once there is a new one of each."""
+        """Drops the test summaries of this step with another mark. Call it when all the new ones are written."""
         records = read_lines(self.samples)
         kept = [each for each in records if each["step"] != step or each.get("made_by", made_by) == made_by]
         if len(kept) < len(records):
@@ -4445,10 +4475,10 @@ class MetricsFile:
 def continue_lines(path: Path, state: TrainingState) -> None:
     """Drops from `path` the lines that a run resumed at `state` will write again.
 
-    If the run starts at step 0, because the folder holds no checkpoint, the former lines are moved to
+    Where the run begins here, because the folder holds no checkpoint, the former lines are moved to
     `NAME.previous-N.jsonl`.
     """
-    if state.step == 0 and path.exists() and path.stat().st_size:
+    if not complete_checkpoints(path.parent / "checkpoints") and path.exists() and path.stat().st_size:
         former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
         path.replace(next(name for name in former if not name.exists()))
 
@@ -4616,7 +4646,7 @@ USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved mem
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
 TIME_BAND = 0.07  # times nearer than this are too close to call: between like published runs predictions err by 6.6%
-CUT_TIME_BAND = 0.15  # the same for a plan of fewer parts: Hagemann's medians with and without a split differ by 12%
+CUT_TIME_BAND = 0.15  # as much slower may a plan of fewer parts be: Hagemann's medians with and without differ by 12%
 PLAN_FLAGS = (  # restrict the plan; what would help is tried by setting them back to their defaults
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism", "pipeline_parallel_size",
@@ -4748,8 +4778,8 @@ class Plan:
 class Memory:
     """Predicted GPU memory of one rank in GiB.
 
-    `active` is what tensors take at the peak, made up of `terms`; `peak_moment` says when that is. `reserved` is what
-    nvidia-smi shows, as expected, and the band it should lie in.
+    `active` is what tensors take at the peak, made up of `terms`; `peak_moment` says when that is. `reserved` is the
+    value expected in nvidia-smi, which should lie between `reserved_low` and `reserved_high`.
     """
 
     active: float
@@ -4881,7 +4911,7 @@ def preferred(fitting: list[Candidate], cluster: Cluster) -> Candidate:
 
 
 def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
-    """Returns what decides between candidates that are too close to call, first things first. The lowest is chosen.
+    """Returns what decides between candidates that are too close to call, first things first; the lower value wins.
 
     Less recomputation comes early: published runs gain 10 to 20% from it, while the extra time that is predicted for
     small micro-batches is uncertain.
@@ -4889,7 +4919,7 @@ def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     plan = candidate.plan
     return {
         "it cuts the model into fewer parts": plan.model_parallel_size,
-        "its reserved memory surely fits": candidate.memory_gib.reserved_high > cluster.memory_gib,
+        "its reserved memory surely fits": candidate.memory_gib.reserved_high > cluster.memory_gib,  # False is lower
         "it recomputes less": 1 / plan.recompute_every if plan.recompute_every else 0.0,
         "it is the simpler": (
             ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
@@ -4919,10 +4949,14 @@ def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> 
     rate = step_tokens / seconds["total"] / cluster.world_size
     flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
     mfu = flops / seconds["total"] / cluster.flops_per_second(plan.precision)
-    limit = USABLE_SHARE * cluster.memory_gib
-    fits = memory.reserved <= limit
-    reason = "" if fits else f"needs {memory.reserved:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
-    return Candidate(plan, memory, seconds, rate, mfu, fits, reason)
+    limit, reason = USABLE_SHARE * cluster.memory_gib, ""
+    if memory.reserved > limit:
+        reason = f"needs {memory.reserved:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
+    elif plan.cpu_offload and (free := cluster.host_memory_gib) is not None:
+        # rank 0's node will also hold the final model, gathered
+        host = host_memory_gib(shape, cluster, plan) + plan.compute_bytes * shape.parameters / GIB
+        reason = f"needs {host:.1f} GiB of a node's own memory, and {free:.1f} are free" if host > free else ""
+    return Candidate(plan, memory, seconds, rate, mfu, not reason, reason)
 
 
 # ---- The plan: the candidates --------------------------------------------------------------------------------
@@ -4978,7 +5012,7 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     Where --pipeline-parallel-size is not given, the divisors of the number of nodes are tried, because stages pay where
     the network between nodes is slow. Where --tensor-parallel-size is not given, 1, 2, 4 and 8 are tried.
     """
-    stage_counts, tensor_sizes = [given_stages(shape, cluster, config)], [given_tensor_size(shape, cluster, config)]
+    stage_counts, tensor_sizes = [given_stages(shape, config)], [given_tensor_size(shape, cluster, config)]
     cuts_by_itself = config.parallelism not in ("none", "ddp")  # with these, each process holds the whole model
     if cuts_by_itself and config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
@@ -5007,8 +5041,8 @@ def micro_batch_sizes(documents: int, stages: int) -> list[int]:
     return [size for size in sizes if stages == 1 or math.ceil(documents / size) >= 2 * stages] or sizes[-1:]
 
 
-def given_stages(shape: ModelShape, cluster: Cluster, config: Config) -> int:
-    """Returns the number of stages asked for. Raises UserError where model or cluster cannot be cut into them."""
+def given_stages(shape: ModelShape, config: Config) -> int:
+    """Returns the number of stages asked for. Raises UserError where the model cannot be cut into them."""
     stages = config.pipeline_parallel_size or 1
     shown = f"--pipeline-parallel-size {stages}"
     if stages > 1 and shape.uncuttable:
@@ -5111,7 +5145,7 @@ def replicas_and_shards(
     if strategy != "hsdp":
         return (1, ranks) if strategy == "fsdp" else (ranks, 1)
     shard = hsdp_shard_size or (ranks_of_node if ranks > ranks_of_node else ranks // 2)
-    smallest = 1 if parts > 1 else 2  # one process and its replicas are DDP, but there is no DDP of parts
+    smallest = 1 if parts > 1 else 2  # groups of one rank are DDP, which parts of a model cannot have
     if ranks < 2 * smallest:
         raise UserError(
             f"--parallelism hsdp needs at least {2 * smallest} processes{of_part}, but there are {ranks}; use "
@@ -5162,6 +5196,7 @@ class ModelShape:
 
     parameters: int
     layers: int
+    layer_parameters: int  # of one layer; where they differ, the mean
     hidden: int
     intermediate: int
     heads: int
@@ -5174,6 +5209,7 @@ class ModelShape:
     uncuttable: str = ""  # why pipeline stages cannot be had, where they cannot
     unsplittable: str = ""  # why tensor parallelism cannot be had, where it cannot
     has_head: bool = True  # a pipeline stage before the last has none
+    idle_layer_parameters: int = 0  # those of the experts that a token is not sent to
 
     @property
     def head_and_norm_parameters(self) -> int:
@@ -5181,10 +5217,8 @@ class ModelShape:
         return (self.vocabulary * self.hidden + self.hidden) * self.has_head
 
     @property
-    def layer_parameters(self) -> int:
-        """q, k, v, o; gate, up, down; two norms."""
-        h, q, k, f = self.hidden, self.query_size, self.kv_size, self.intermediate
-        return 2 * h * q + 2 * h * k + 3 * h * f + 2 * h
+    def active_layer_parameters(self) -> int:
+        return self.layer_parameters - self.idle_layer_parameters
 
     @property
     def embedding_parameters(self) -> int:
@@ -5193,7 +5227,7 @@ class ModelShape:
     @property
     def matmul_parameters(self) -> int:
         """Parameters a token is multiplied with: all but the input embedding, which is a look-up."""
-        return self.layers * self.layer_parameters + self.vocabulary * self.hidden * self.has_head
+        return self.layers * self.active_layer_parameters + self.vocabulary * self.hidden * self.has_head
 
 
 @functools.cache
@@ -5205,7 +5239,10 @@ def shapes_of_stages(shape: ModelShape, stages: int, tensor: int = 1) -> tuple[M
     if stages * tensor == 1:
         return (shape,)
     split_sizes = ("intermediate", "heads", "query_size", "kv_size", "vocabulary")
-    split = dataclasses.replace(shape, **{name: getattr(shape, name) // tensor for name in split_sizes})
+    norms = 2 * shape.hidden  # of a layer, which every rank holds
+    layer_parameters = (shape.layer_parameters - norms) // tensor + norms
+    sizes = {name: getattr(shape, name) // tensor for name in split_sizes}
+    split = dataclasses.replace(shape, layer_parameters=layer_parameters, **sizes)
     parts = []
     for stage, layers in enumerate(layers_of_stages(shape, stages)):
         embedding = shape.embedding_parameters // tensor if stage == 0 else 0
@@ -5219,11 +5256,17 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
     """Returns the shape of the model that `model_config` describes; builds it on the meta device to count exactly."""
     model, attention = model_without_weights(model_config)
     text_config = model_config.get_text_config()
-    heads = text_config.num_attention_heads
+    heads, layers = text_config.num_attention_heads, text_config.num_hidden_layers
+    in_layers = [pair for layer in decoder_layers(model) for pair in layer.named_parameters()]
+    in_experts = sum(parameter.numel() for name, parameter in in_layers if ".experts." in f".{name}")
+    experts = getattr(text_config, "num_local_experts", None) or getattr(text_config, "num_experts", None) or 1
+    idle_share = 1 - getattr(text_config, "num_experts_per_tok", experts) / experts
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=text_config.num_hidden_layers,
+        layers=layers,
+        layer_parameters=sum(parameter.numel() for _, parameter in in_layers) // layers,
+        idle_layer_parameters=round(idle_share * in_experts / layers),
         hidden=text_config.hidden_size,
         intermediate=getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
         heads=heads,
@@ -5293,7 +5336,9 @@ def why_uncuttable(model: PreTrainedModel) -> str:
         base.embed_tokens, base.norm, model.lm_head = (PipelineIdentityLayer() for _ in range(3))
         base.layers = nn.ModuleList(PipelineIdentityLayer() for _ in base.layers)
         hidden = torch.empty(1, PAD_MULTIPLE, text_config.hidden_size, device="meta")
-        mask = torch.empty(1, 1, PAD_MULTIPLE, PAD_MULTIPLE, device="meta")  # or a mask would be made of meta tensors
+        mask = torch.empty(
+            1, 1, PAD_MULTIPLE, PAD_MULTIPLE, device="meta"
+        )  # given, as making one of meta tensors fails
         passed = base(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
         if passed is hidden and not list(model.parameters()):
             return ""
@@ -5325,7 +5370,7 @@ def predict_memory(
     It is that of a rank of `stage`, or of the pipeline stage that takes most.
     """
     parts = shapes_of_stages(shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
-    # Of stages that hold the same, the first has the most micro-batches under way.
+    # Of stages that hold the same, the first has the most micro-batches under way. Reversed, so that its index is kept.
     first_alike = {part.parameters: index for index, part in reversed(list(enumerate(parts)))}
     stages = first_alike.values() if stage is None else [stage]
     of_stages = [memory_of_stage(parts[index], plan, tokens, has_gpu, index) for index in stages]
@@ -5359,8 +5404,9 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
     plan, shape = step.plan, step.shape
     if not plan.uses_fsdp:
         return max(sum(terms.values()) for terms in phases.values())
-    reduced = 0 if plan.holds_gradients_back else 1  # what is held back lies in the main stream's pool
-    main = max(sum(terms.values()) - reduced * terms.get("gradients", 0.0) for terms in phases.values())
+    # reduced gradients lie in another stream's pool than gradients that are held back
+    left_out = () if plan.holds_gradients_back else ("gradients",)
+    main = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
     gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     return main + step.gradients(shape.parameters) + (gathering if plan.dp_shard_size > 1 else 0)
 
@@ -5403,7 +5449,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             all_saved + step.norm_backward, gathered=gathered, finished=head
         )
     else:
-        last_gathered = (kept or width * layer) + 2 * width_ahead * layer  # into one buffer, by way of another
+        last_gathered = (kept or width * layer) + 2 * width_ahead * layer  # the all-gather's buffer, and the layer
         phases["gathering the last layer"] = step.phase(saved_before[-2] + rotary, gathered=last_gathered)
     if plan.holds_gradients_back:
         # The backward pass ends in layer 0: its input and four tensors as wide as the stream; its weights, their
@@ -5412,12 +5458,12 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
         ahead = layer if i else embedding  # gathered before its turn
-        reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of what came before
+        reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of layer i + 1, or of the head
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
         gathered += reducing
         finished = head + (layers - 1 - i) * layer
         ways = [dict(gathered=gathered, finished=finished)]
-        if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:  # of one between the first and the last
+        if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:  # a micro-batch between first and last
             ways.append(dict(gathered=gathered - reducing))
         phases[f"backward of layer {i}"] = largest(
             step.phase(saved_before[i] + in_layer + rotary, width * computed, **way)
@@ -5501,7 +5547,7 @@ class StepMemory:
         split = plan.tensor_parallel_size > 1
         in_fp32 = plan.compute_bytes == 4
         # Bytes per token, except `layers_kept_whole` (a count) and `other_copies`, `chunk` and `head_buffers` (bytes).
-        self.rotary = 4 * q // a  # cosines and sines of a position, shared by all layers
+        self.rotary = 4 * shape.head_dim  # cosines and sines of a position, shared by all layers
         self.stream = 2 * h  # the residual stream, a selection of it for the head, or its gradient, in bf16
         self.norm = 8 * h  # what a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h
         # A norm's backward pass: what it saved, and in fp32 the gradients of the normalised input, of the input by way
@@ -5644,8 +5690,8 @@ def predict_seconds(
     """Returns the seconds of one optimizer step by term, for micro-batches of `tokens` tokens on each rank.
 
     `attended` is the mean length of the document a token is in. FLOPs per token: matmuls 2 per parameter forward, 4
-    backward, 2 more where a layer is recomputed; causal flash attention 2 * layers * hidden * attended forward, 2.5
-    times that backward (Dao 2023). FSDP gathers bf16 weights once or twice a micro-batch and reduces fp32 gradients
+    backward, 2 more where a layer is recomputed; causal flash attention 2 * layers * query size * attended forward,
+    2.5 times that backward (Dao 2023). FSDP gathers bf16 weights once or twice a micro-batch and reduces fp32 gradients
     (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
     twice that (Patarasu and Yuan 2009). The slowest pipeline stage sets the pace. In its bubble it waits for as many
     micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch and its gradient
@@ -5706,7 +5752,7 @@ def work_per_token(shape: ModelShape, plan: Plan, attended: float, ramp: float, 
     Small matmuls and attention run at a lower efficiency, so they count for more.
     """
     recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
-    matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.layer_parameters
+    matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.active_layer_parameters
     attention = 2 * shape.layers * shape.query_size * attended * (3.5 + recomputed)
     return matmul * (1 + ramp) + attention / attention_efficiency
 
@@ -5720,11 +5766,11 @@ def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
         return "no link"
     if name == "host_link":
         return f"host link {HOST_LINK_GB_PER_SECOND} GB/s"
-    split = plan.tensor_parallel_size
-    spans = dict(gather_reduce=plan.dp_shard_size * split, all_reduce=plan.data_parallel_size * split)  # in ranks
-    spans["tensor_parallel"] = split
-    if spans.get(name, cluster.world_size) <= cluster.ranks_per_node:
-        return f"node link {cluster.gpu.link_gb_per_second:g} GB/s"
+    shards, split, link = plan.dp_shard_size, plan.tensor_parallel_size, cluster.gpu.link_gb_per_second
+    rings = dict(gather_reduce=(shards, split), all_reduce=(plan.dp_replicate_size, shards * split))
+    rings["tensor_parallel"] = (split,)
+    if cluster.bus_gb_per_second(*rings[name]) == link if name in rings else cluster.nodes == 1:
+        return f"node link {link:g} GB/s"
     return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
 
 
@@ -5939,6 +5985,7 @@ class Cluster:
     has_gpu: bool
     gpu: Gpu
     has_flash_attention: bool = True  # an NVIDIA GPU from Ampere on
+    host_memory_gib: float | None = None  # free on the node that has least; None where that is not known
 
     @property
     def world_size(self) -> int:
@@ -5977,22 +6024,24 @@ def find_cluster() -> Cluster:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
     of_each_rank = on_all_ranks(
-        lambda: (*find_device(ranks_per_node), has_flash_attention(), ranks_per_node), gathered=True
+        lambda: (*find_device(ranks_per_node), has_flash_attention(), ranks_per_node, free_host_memory() / GIB),
+        gathered=True,
     )
-    names, gpus, flash, sizes = zip(*of_each_rank, strict=True)
+    names, gpus, flash, sizes, host = zip(*of_each_rank, strict=True)
     if len(sizes := set(sizes)) > 1:
         raise UserError(f"nodes run {' and '.join(map(str, sorted(sizes)))} ranks; give all the same --nproc_per_node")
     # Every rank plans alone, so all must plan with the same figures: the slowest device's, and the smallest memory.
     slowest = min(range(world_size), key=lambda rank: gpus[rank].peak_tflops)
     gpu = dataclasses.replace(gpus[slowest], memory_gib=min(gpu.memory_gib for gpu in gpus))
     nodes, has_gpu = world_size // ranks_per_node, torch.cuda.is_available()
-    return Cluster(nodes, ranks_per_node, names[slowest], has_gpu, gpu, all(flash))
+    return Cluster(nodes, ranks_per_node, names[slowest], has_gpu, gpu, all(flash), min(host))
 
 
 def this_machine() -> Cluster:
     """Returns the cluster that torchrun with all of this machine's GPUs would make; one process where it has none."""
     name, gpu = find_device(ranks_per_node=1)
-    return Cluster(1, max(1, torch.cuda.device_count()), name, torch.cuda.is_available(), gpu, has_flash_attention())
+    gpus, has_gpu, host_gib = max(1, torch.cuda.device_count()), torch.cuda.is_available(), free_host_memory() / GIB
+    return Cluster(1, gpus, name, has_gpu, gpu, has_flash_attention(), host_gib)
 
 
 def has_flash_attention() -> bool:
@@ -6027,7 +6076,7 @@ def known_gpu(device_name: str, memory_gib: float) -> str | None:
 
 def gpus_named(name: str) -> list[str]:
     """Returns the keys in GPUS that a name may mean, whether CUDA or a person wrote it."""
-    words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200)[ -](?=PCIE|NVL))", r"\1\2", name.upper())
+    words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200)(?:[ -]\d+ ?GB)?[ -](?=PCIE|NVL))", r"\1\2", name.upper())
     return [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9])", words)]
 
 

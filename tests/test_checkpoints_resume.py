@@ -746,7 +746,30 @@ def test_nodes_with_other_data_are_refused(tmp_path, monkeypatch, capsys):
     assert start(tmp_path) == 2
     said = capsys.readouterr().err
     assert "error: --dataset-name-or-path is 34 training documents with fingerprint" in said
-    assert "and other documents on different nodes; give all nodes the same files" in said
+    assert "and other documents on different nodes; give all the same files" in said
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(stopped, copy_of, monkeypatch, capsys):
+    """Or the next save would delete the newest checkpoint, which is whole."""
+    folder = copy_of(stopped)
+
+    def failing(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(train_llama2, "file_checksum", failing)
+    assert start(folder) == 2
+    assert "cannot be read (" in error_of(capsys)
+    assert saved(folder) == saved(stopped)
+
+
+def test_other_files_of_a_folder_are_no_part_of_a_run_begun_there(stopped, tmp_path):
+    """A run that was killed before its first checkpoint has left lines. They are moved away, not continued."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"loss": 9.0}\n')
+    assert start(folder, resume=stopped / "checkpoints" / "step-000005") == 0
+    assert [line["step"] for line in conftest.read_metrics(folder)[0]] == [6, 7, 8, 9]
+    assert (folder / "metrics.previous-1.jsonl").read_text().count("9.0") == 2
 
 
 def test_a_terminal_that_is_gone_does_not_break_the_stop(monkeypatch):

@@ -74,6 +74,10 @@ BROKEN_CSV = {
         "row 2 is no row of a csv file (',' expected after '\"'); put texts that hold quotes",
     ),
     "a stray quote in the header": ('article,"high"lights\nA story,a summary\n', "row 1 is no row of a csv file"),
+    "a column named twice": (
+        "article,highlights,article\nOne,a summary,two\n",
+        "names the column article twice; rename one",
+    ),
     "a line break without quotes": (
         "article,highlights\nOne,a summary\nTwo\rlines,a summary\n",
         "row 3 is no row of a csv file (new-line character seen in unquoted field",
@@ -224,6 +228,30 @@ def test_a_byte_order_mark_is_no_part_of_the_data(data, capsys):
         (data / name).write_text("\ufeff" + text)
         assert start(data) == 0, name
         (data / name).unlink()
+
+
+def test_a_file_beside_its_compressed_self_is_refused(data, capsys):
+    write_jsonl(data / "train.jsonl")
+    (data / "train.jsonl.gz").write_bytes(gzip.compress((data / "train.jsonl").read_bytes()))
+    assert start(data) == 2
+    assert "holds a train file both compressed and not; leave out one of them" in said(capsys)[1]
+
+
+def test_of_a_clone_of_the_hubs_dataset_one_configuration_is_read(data, capsys):
+    """abisee/cnn_dailymail holds the same documents three times, in 1.0.0, 2.0.0 and 3.0.0."""
+    for number, version in enumerate(("1.0.0", "2.0.0", "3.0.0"), 4):
+        for split in ("train", "validation"):
+            write_jsonl(data / version / f"{split}-00000-of-00001.jsonl", STORIES[:number])
+    assert start(data) == 0
+    lines, _ = said(capsys)
+    assert any(line.startswith("train: 6 documents") for line in lines), lines
+
+
+def test_nothing_is_written_beside_the_data(data):
+    saved_rows(data)
+    before = sorted(data.rglob("*"))
+    assert start(data) == 0
+    assert sorted(data.rglob("*")) == before
 
 
 def test_splits_may_come_in_different_formats(data, capsys):

@@ -278,6 +278,7 @@ def write_card(
     cluster = SimpleNamespace(nodes=nodes, ranks_per_node=ranks, world_size=nodes * ranks, device_name="NVIDIA H100")
     plan, said = SimpleNamespace(describe=lambda: "fsdp, micro-batch 8 x 1"), []
     parallel = SimpleNamespace(config=config, is_main=is_main, cluster=cluster, plan=plan, say=said.append)
+    parallel.model_config = SimpleNamespace(model_type="qwen2" if "Qwen" in config.model_name_or_path else "llama")
     check = train_llama2.PlanCheck(parallel)
     check.quantities = dict(step_seconds=dict(predicted=2.0, measured=2.5, band=[1.8, 2.2]))
     log = SimpleNamespace(steps_of_this_run=steps_of_this_run, last_scores={}, tested=True, plan_check=check)
@@ -294,6 +295,9 @@ def test_a_card_names_model_data_and_licence_of_the_hub(tmp_path):
     assert card.data.license == "llama2"
     assert card.text.strip().startswith("# Llama-2-13b-hf fine-tuned for summarisation")
     assert "All weights of `meta-llama/Llama-2-13b-hf` were trained on `abisee/cnn_dailymail`" in card.text
+    assert "The prompt is `[SUMMARIZE] ` + article + ` [/SUMMARIZE]` + newline" in card.text
+    write_card(tmp_path, model_name_or_path=str(tmp_path / "llama2_summarization" / "Qwen"))
+    assert ModelCard.load(tmp_path / "README.md").data.license is None, "a folder's name is no licence"
     write_card(tmp_path, model_name_or_path="Qwen/Qwen2.5-0.5B")
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.license) == ("Qwen/Qwen2.5-0.5B", None)
@@ -429,6 +433,21 @@ def model_in(folder: Path) -> float | str | None:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+def test_another_models_card_is_not_kept_beside_the_new_weights(tmp_path):
+    """As after a kill between the model and its card: the next start finds no card, and writes one."""
+    config = Config(model_name_or_path=str(TINY_LLAMA), save_model_dir=str(tmp_path), block_size=64)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    fresh_accelerate()
+    with enable_advanced_parallelization(config) as parallel:
+        train_llama2.save_model(llama_of(FORMER), tokenizer, parallel, weights_hash="former")
+        (tmp_path / "README.md").write_text("the former model")
+        parallel.config = dataclasses.replace(config, save_dtype="bf16")
+        train_llama2.save_model(llama_of(FORMER), tokenizer, parallel, weights_hash="former")
+        assert (tmp_path / "README.md").exists(), "the same weights in another precision"
+        train_llama2.save_model(llama_of(NEW), tokenizer, parallel, weights_hash="new")
+    assert model_in(tmp_path) == NEW and not (tmp_path / "README.md").exists()
 
 
 def crashes(act, k: int) -> str:

@@ -46,6 +46,33 @@ def test_on_moai_the_platforms_hook_comes_first_and_only_once(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_nodes_with_other_flags_are_refused(monkeypatch):
+    """Paths may differ between nodes, and the number of processes that tokenise."""
+    mine = Config(model_name_or_path=str(TINY_LLAMA), block_size=64)
+    changes = iter([dict(num_train_epochs=2, lr=2e-5), dict(dataset_name_or_path="there", num_proc=1)])
+
+    def with_another_node(act, **how):
+        result = on_all_ranks(act, **how)
+        is_flags = how.get("gathered") and isinstance(result[0], dict) and "num_train_epochs" in result[0]
+        return [*result, {**result[0], **next(changes)}] if is_flags else result
+
+    on_all_ranks = train_llama2.on_all_ranks
+    monkeypatch.setattr(train_llama2, "on_all_ranks", with_another_node)
+    with pytest.raises(UserError, match="--num-train-epochs is 1 and 2 on different nodes; give all the same flags"):
+        enable_advanced_parallelization(mine)
+    with enable_advanced_parallelization(mine):
+        pass
+
+
+def test_the_environment_does_not_set_the_precision(monkeypatch):
+    """`accelerate launch` leaves its own there, and would wrap a model under DDP in autocast."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with enable_advanced_parallelization(Config(model_name_or_path=str(TINY_LLAMA), block_size=64)) as parallel:
+        model = parallel.accelerator.prepare_model(torch.nn.Linear(2, 2))
+        assert model(torch.ones(1, 2)).dtype == torch.float32
+        assert not hasattr(model.forward, "__wrapped__")
+
+
 @pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}], ids=str)
 def test_the_allocators_settings_are_kept_where_they_are_given(monkeypatch, given):
     """Under their former name too, which torch does not read where there is something under the new one."""
@@ -87,12 +114,13 @@ def test_ranks_with_unlike_gpus_plan_with_the_same_figures(monkeypatch, kinds):
     """The slower GPU and the smaller memory count. None: an older GPU, without flash attention."""
     old = train_llama2.Gpu(14.6, 60, 300, 0.7, 0.75, 10, 12.5)
     gpus = [train_llama2.GPUS[kind] if kind else old for kind in kinds]
-    everyones = [(f"GPU of rank {rank}", gpu, gpu is not old, 1) for rank, gpu in enumerate(gpus)]
+    everyones = [(f"GPU of rank {rank}", gpu, gpu is not old, 1, 100.0 + rank) for rank, gpu in enumerate(gpus)]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(train_llama2, "on_all_ranks", lambda act, gathered: everyones)
     first = train_llama2.find_cluster()
     assert first.memory_gib == min(gpu.memory_gib for gpu in gpus)
+    assert first.host_memory_gib == 100.0
     slower = min(gpus, key=lambda gpu: gpu.peak_tflops)
     assert dataclasses.replace(first.gpu, memory_gib=0) == dataclasses.replace(slower, memory_gib=0)
     assert first.has_flash_attention == (old not in gpus)

@@ -523,7 +523,8 @@ def test_many_lengths_are_compiled_for_once(counting, monkeypatch, packing, reco
     draw, graphs = torch.Generator().manual_seed(0), []
     with enable_advanced_parallelization(config) as parallel:
         model = train_llama2.load_model(parallel)
-        assert train_llama2.compile_layers(model, parallel, 10).plan.compiled
+        train_llama2.compile_layers(model, parallel, 10)
+        assert parallel.plan.compiled
         for _ in range(15):
             lengths = torch.randint(2, 200, (int(torch.randint(1, 6, (), generator=draw)),), generator=draw).tolist()
             rows = [torch.randint(10, 1000, (length,), generator=draw).tolist() for length in lengths]
@@ -596,12 +597,15 @@ def test_compiling_is_decided_by_what_the_predicted_steps_gain(
         train_llama2.candidate_plans(shape, cluster, config)[0],
         SimpleNamespace(chosen=SimpleNamespace(step_seconds={"compute": step_seconds})),
     )
-    assert train_llama2.compile_layers(model, parallel, steps).plan.compiled is expected
+    train_llama2.compile_layers(model, parallel, steps)
+    assert parallel.plan.compiled is expected
     assert compiled == [True] * 3 * expected
     if asked == "auto" and device == "cuda":  # a plan that fits only so is compiled for any number of steps
         monkeypatch.setattr(train_llama2, "predict", lambda *what: SimpleNamespace(fits=False))
+        parallel = parallel.with_plan(compiled=True)
         if triton:
-            assert train_llama2.compile_layers(model, parallel, 1).plan.compiled is True
+            train_llama2.compile_layers(model, parallel, 1)
+            assert parallel.plan.compiled
         else:
             with pytest.raises(train_llama2.UserError, match="Triton is not installed, and without that the plan"):
                 train_llama2.compile_layers(model, parallel, steps)

@@ -28,7 +28,7 @@ from conftest import (
     small_run,
     warm,
 )
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Starcoder2Config
 
 import train_llama2
 from train_llama2 import GPUS, Cluster, Config, Plan, UserError, choose_plan, parse_cluster, parse_config
@@ -242,6 +242,7 @@ def test_a_run_too_large_is_refused_before_anything_is_loaded(tmp_path, monkeypa
         ("1xH100-SXM5-80GB", 1, 1, 79.1, 989, 400),
         ("8xNVIDIA H100 80GB HBM3", 1, 8, 79.1, 989, 400),
         ("4xA100-PCIE-40GB", 1, 4, 39.5, 312, 50),
+        ("8xH100-80GB-PCIe", 1, 8, 79.1, 756, 100),
     ],
 )
 def test_a_cluster_is_read(text, nodes, ranks, memory, peak, network):
@@ -276,6 +277,34 @@ def test_nonsense_is_refused_with_how_a_cluster_is_written(text):
 )
 def test_every_figure_says_where_it_is_from(text, sources):
     assert sources.items() <= parse_cluster(text).gpu.sources.items()
+
+
+def test_parameters_of_other_layers_than_llamas_are_counted():
+    """Mixtral 8x7B has 46.7B, of which a token is multiplied with two experts of eight: 12.7B and the embedding."""
+    mixtral = train_llama2.model_shape(MixtralConfig())
+    assert mixtral.embedding_parameters == 32000 * 4096
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert mixtral.matmul_parameters == pytest.approx(mixtral.parameters - 32000 * 4096 - experts * 6 / 8, rel=1e-4)
+    assert choose_plan(mixtral, parse_cluster("16x8xH100-80GB"), Config(batch_size=256)).chosen is not None
+    starcoder = train_llama2.model_shape(Starcoder2Config(bos_token_id=1, eos_token_id=2))
+    assert starcoder.matmul_parameters == pytest.approx(starcoder.parameters, rel=1e-4), "its embedding is its head"
+
+
+def test_offload_is_chosen_only_where_host_memory_holds_it():
+    config, cluster = Config(parallelism="fsdp", tensor_parallel_size=1), parse_cluster("8xRTX3090-24GB")
+    assert choose_plan(LLAMA_7B, cluster, config).chosen.plan.cpu_offload
+    little = dataclasses.replace(cluster, host_memory_gib=100.0)
+    choice = choose_plan(LLAMA_7B, little, config)
+    assert not choice.chosen.plan.cpu_offload
+    [reason] = {each.reason for each in choice.candidates if each.plan.cpu_offload and "own memory" in each.reason}
+    assert re.fullmatch(r"needs 1\d\d.\d GiB of a node's own memory, and 100.0 are free", reason)
+
+
+def test_the_link_that_limits_is_the_one_whose_bandwidth_counts():
+    for text, words in (("2x8xH100PCIE-80GB", "node link 20 GB/s"), ("2x8xH100-80GB,ib=100", "network 100 Gbit/s")):
+        cluster = parse_cluster(text)
+        chosen = choose_plan(LLAMA_13B, cluster, Config(parallelism="fsdp", pipeline_parallel_size=1)).chosen
+        assert train_llama2.limiting_link(cluster, chosen).startswith(words)
 
 
 def test_no_flag_of_the_table_is_broken_in_two():

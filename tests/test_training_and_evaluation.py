@@ -25,9 +25,10 @@ from conftest import (
     read_metrics,
     run_script_several_times,
     small_run,
+    tiny_model,
     torchrun,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import train_llama2
 from train_llama2 import rouge_scores
@@ -415,6 +416,21 @@ def start_counting_prompts(folder: Path, **flags: object) -> list[int]:
         train_llama2.main(small_run(folder, **flags))
     (folder / ".lock").open().close()
     return lengths
+
+
+def test_a_models_own_penalties_do_not_change_its_summaries(tmp_path):
+    """They would come from its generation_config.json, and the folder that is saved does not have them."""
+    summaries = []
+    for name, penalties in (("plain", {}), ("penalised", dict(repetition_penalty=9.0, no_repeat_ngram_size=1))):
+        model = tiny_model(tmp_path / name)
+        GenerationConfig(eos_token_id=2, **penalties).save_pretrained(model)
+        flags = dict(model_name_or_path=model, max_steps=1, test_samples=3, block_size=64, max_summary_tokens=6)
+        folder = tmp_path / f"run of {name}"
+        shutil.copytree(NEWS, tmp_path / "news", dirs_exist_ok=True)
+        shutil.copy(NEWS / "validation.jsonl", tmp_path / "news" / "test.jsonl")
+        start_counting_prompts(folder, **flags, dataset_name_or_path=tmp_path / "news", max_eval_samples=1)
+        summaries.append([sample["summary"] for sample in test_samples(folder)])
+    assert len(summaries[0]) == 3 and summaries[0] == summaries[1]
 
 
 def test_a_stopped_test_goes_on_with_other_ranks(tested):
