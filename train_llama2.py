@@ -230,9 +230,9 @@ class Config:
     article_column: str = flag("article", "column with the text to summarise")
     summary_column: str = flag("highlights", "column with the summary")
     max_train_samples: int | None = flag(
-        None, "use at most this many training documents, the first ones", number(int, minimum=1, unset="all"))
+        None, "use at most this many training documents", number(int, minimum=1, unset="all"))
     max_eval_samples: int | None = flag(
-        None, "use at most this many validation documents, the first ones", number(int, minimum=1, unset="all"))
+        None, "use at most this many validation documents", number(int, minimum=1, unset="all"))
     block_size: int = flag(2048, "longest document in tokens; a longer article loses its end", POSITIVE)
     loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", one_of("all", "summary"))
     num_train_epochs: int = flag(1, "passes over the training documents", POSITIVE)
@@ -312,6 +312,19 @@ class Config:
         60.0, "longest wait for another rank before all give up", number(float, above=0, below=1e6))
     random_init: bool = flag(False, "random weights from the model's config alone: for benchmarks")
 
+    def __post_init__(self) -> None:
+        """Raises UserError for what the flag of that name would refuse, which another script may give here."""
+        for name, field in FLAGS.items():
+            value, read = getattr(self, name), field.metadata["read"]
+            for each in value if isinstance(value, tuple) else [value]:
+                try:
+                    if each is not None and not isinstance(each, bool):
+                        read(str(each))
+                except ValueError as broken_rule:
+                    raise UserError(f"{flag_name(name)} {each} {broken_rule}") from None
+        if self.hsdp_shard_size and self.parallelism != "hsdp":
+            raise UserError(f"--hsdp-shard-size {self.hsdp_shard_size} needs --parallelism hsdp; add it")
+
     @property
     def columns(self) -> tuple[str, str]:
         return self.article_column, self.summary_column
@@ -356,8 +369,6 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
                 values[name] = read[0] if len(read) == 1 else tuple(read)
             except ValueError as broken_rule:
                 problems.append(f"{flag_name(name)} {words[0]} {broken_rule}; {leave_out}")
-    if values.get("hsdp_shard_size") and values.get("parallelism") != "hsdp":
-        problems.append(f"--hsdp-shard-size {values['hsdp_shard_size']} needs --parallelism hsdp; add it")
     if problems:
         raise UserError(*problems)
     return Config(**values)
@@ -439,7 +450,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with log.clock_stopped():
                         log.evaluation(state, evaluate(model, eval_set, parallel, stop))
                 stopping = stop.agreed()  # asked again, so that a signal during the evaluation leads to a save
-                finished = state.step == total_steps and not log.evaluation_due(state)  # due still where a stop came
+                # an evaluation that a stop interrupted is still due
+                finished = state.step == total_steps and not log.evaluation_due(state)
                 saving = finished or stopping or state.step % config.save_interval == 0
                 stop_if_broken(state, saving)
                 if saving and state.step > checkpoints.saved_step:
@@ -453,9 +465,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 log.step(state, training_step(model, optimizer, next(batches), lr, state, parallel, stop))
 
         if not stopping:
-            save_model(model, tokenizer, parallel, checkpoints.weights_of(state))
+            save_model(model, tokenizer, parallel, checkpoints.weights_hash_of(state))
             write_model_card(parallel, state, log)
-            if test_set and evaluate_test(model, test_set, checkpoints.weights_of(state), state, log, stop):
+            if test_set and evaluate_test(model, test_set, checkpoints.weights_hash_of(state), state, log, stop):
                 write_model_card(parallel, state, log)
         if stop.stopping:  # in the loop, or while test documents were summarised
             return log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
@@ -487,7 +499,7 @@ def command_line(argv: Sequence[str] | None = None) -> int:
             print(words + "; end what else runs on it", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped   by Ctrl-C while nothing was trained; what had been saved is kept", file=sys.stderr, flush=True)
+        print("stopped   by Ctrl-C outside of training; what was saved is kept", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
     except RuntimeError as error:
         if not lost_contact(error):
@@ -847,7 +859,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     parts = shapes_of_stages(parallel.shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
     step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
-    # more than FSDP gathers at a time, which is two layers and the head; set aside under every plan
+    # FSDP gathers two layers and the head at a time; the second head is a margin, and all of it is for every plan
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
@@ -933,7 +945,8 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
 
     `calls_training_step` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages
     need it, because a stage alone has no loss, and tensor parallelism, because its ranks share out rows of a multiple
-    of 8 tokens. Without it no plan with either is chosen or accepted.
+    of 8 tokens. Without it no plan with either is chosen or accepted, rows are padded and layers not compiled unless
+    the flags ask for it, and memory is planned for a loop that computes all logits.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -941,11 +954,12 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     if on_moai:
         torch.moreh.option.enable_advanced_parallelization()
     else:
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the former name of the next, which would override it
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the old name; where it is set, the new one would override it
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
         start_process_group(config)
     own_of_each_node = [name for name, field in FLAGS.items() if field.metadata["read"] is PATH or name == "num_proc"]
     shared = {name: value for name, value in vars(config).items() if name not in own_of_each_node}
+    shared["resume"] = "auto" if config.resume == "auto" else "a path"
     check_that_nodes_agree(shared, "the same flags")
     on_all_ranks(lambda: check_optional_packages(config))
     accelerator = Accelerator(
@@ -960,7 +974,9 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
     if not calls_training_step:
         own_loop = "the caller of enable_advanced_parallelization does not set calls_training_step"
-        shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop)
+        shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop, computes_all_logits=True)
+        settled = {name: "no" for name in ("packing", "compile") if getattr(config, name) == "auto"}
+        config = dataclasses.replace(config, **settled)
     if on_moai:
         choice, plan, words = None, moai_plan(shape, config), MOAI_WORDS
     else:
@@ -1116,7 +1132,8 @@ class Parallel:
         """
         line = " ".join(map(str, words))
         if self.is_main and (always or not self.config.quiet or line.startswith("WARNING")):
-            with contextlib.suppress(OSError):  # the disk that holds the log is full, or its reader is gone
+            # the disk that holds the log is full, its reader is gone, or the terminal cannot show a letter
+            with contextlib.suppress(OSError, UnicodeError):
                 tqdm.write(line, file=sys.stdout)  # Accelerator.print speaks once per node
                 sys.stdout.flush()
 
@@ -1303,9 +1320,9 @@ def local_part(tensor: Tensor) -> Tensor:
 # 6. Data
 # ----------------------------------------------------------------------------------------------------------------
 # A document is an opening mark, the article and a closing mark (together the prompt), then the summary and the
-# end-of-sequence token. One that is too long for the block loses the end of its article, never its summary. Padding is
-# never trained on. The order of the documents follows from the seed and the epoch alone, so any number of ranks, under
-# any plan, sees the same global batches.
+# end-of-sequence token. One that is too long for the block loses the end of its article, and of its summary only where
+# that does not fit by itself. Padding is never trained on. The order of the documents follows from the seed and the
+# epoch alone, so any number of ranks, under any plan, sees the same global batches.
 
 PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
 PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the tensor cores
@@ -1386,7 +1403,7 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
         if documents.label_counts.sum() == 0:
             raise UserError(
                 f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
-                + without_test(name)
+                + or_leave_out_test(name)
             )
         if parallel.is_main:  # the audit deals every document, which takes time
             is_train = name == "train"
@@ -1451,8 +1468,8 @@ def has_text(article: str | None, summary: str | None) -> bool:
     return bool(article and summary and article.strip() and summary.strip())
 
 
-def without_test(split: str) -> str:
-    """Returns the end of an error line on a split, which for the test split names the flag that asked for it."""
+def or_leave_out_test(split: str) -> str:
+    """Returns the end of an error line on a split; for the test split it names the flag that asked for it."""
     return ", or leave out --test-samples" if split == "test" else ""
 
 
@@ -1490,15 +1507,21 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     if "train" not in splits:
         found = ", ".join(splits) or "none"
         raise UserError(f"{shown} has no train split, only {found}; name a file or split train")
+    lines += [f"not read: the split {name}" for name in splits if name not in ("train", "validation", "test")]
     if config.test_samples == 0:
+        lines += ["not read: the split test, without --test-samples"] * ("test" in splits)
         splits.pop("test", None)
     elif "test" not in splits:
         found = ", ".join(splits)
-        raise UserError(f"{shown} has no test split, only {found}; name a file or split test{without_test('test')}")
+        raise UserError(
+            f"{shown} has no test split, only {found}; name a file or split test{or_leave_out_test('test')}"
+        )
     splits = {name: split for name, split in splits.items() if name in ("train", "validation", "test")}
     for name, split in splits.items():
         if not len(split):
-            raise UserError(f"{shown} has no {name} documents; fill that split or leave it out{without_test(name)}")
+            raise UserError(
+                f"{shown} has no {name} documents; fill that split or leave it out{or_leave_out_test(name)}"
+            )
         check_columns(split, name, config)
     return splits, lines
 
@@ -1547,7 +1570,7 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
     """Returns the files by split, and lines that say what is read and what is not.
 
     A file's split is told by its name, or else by the innermost folder below the given one whose name tells one. The
-    name of the given folder, or of the folder of a given file, counts only if the given paths lie in several folders.
+    name of a given folder, or of the folder that a given file lies in, counts only if these are not all the same one.
     Otherwise it is train. Hidden files in a folder are skipped, and test files unless --test-samples asks for them.
     """
     shown, files, lines = shown_data(config), {}, []
@@ -1566,16 +1589,18 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
                 lines.append(f"not read: {file}, a link {leads}")
             elif file.is_file() and format_of(file) in ROW_READERS:
                 own = (path if path.is_dir() else path.parent).name if folders_differ else ""
-                files.setdefault(file.resolve(), (file, Path(own, name)))  # a file that is named twice counts once
+                split = split_of(str(Path(own, name)))
+                files.setdefault((file.resolve(), split), file)  # what is named twice for a split counts once
             elif file.is_file() and format_of(file) in UNREAD_FORMATS:
                 lines.append(f"not read: {file}; save it as one of {', '.join(ROW_READERS)}")
     by_split: dict[str, list[Path]] = {}
-    for file, name in files.values():
-        by_split.setdefault(split_of(str(name)), []).append(file)
+    for (_, split), file in files.items():
+        by_split.setdefault(split, []).append(file)
     if config.test_samples == 0 and (unread := by_split.pop("test", [])):
         lines.append(f"not read: {len(unread)} file{'s' * (len(unread) > 1)} of a test split, without --test-samples")
     if not by_split:
-        raise UserError(f"{shown} holds no file to train on; give files of one format: {', '.join(ROW_READERS)}")
+        found = "".join(f" ({line})" for line in lines[:3])
+        raise UserError(f"{shown} holds no file to train on{found}; give files in one of {', '.join(ROW_READERS)}")
     for split, those in by_split.items():
         formats = sorted({format_of(file) for file in those})
         if len(formats) > 1:  # probably the same documents twice
@@ -1607,7 +1632,7 @@ def read_files(files: list[Path], config: Config) -> Dataset:
     from datasets.fingerprint import Hasher
 
     states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    code = [inspect.getsource(function) for function in (rows_of, text_lines, *ROW_READERS.values())]
+    code = [inspect.getsource(function) for function in (rows_of, is_text, text_lines, *ROW_READERS.values())]
 
     def rows() -> Iterator[dict[str, str | None]]:
         is_empty = True
@@ -1635,7 +1660,7 @@ def rows_of(file: Path, config: Config) -> Iterator[dict[str, str | None]]:
         for number, row in ROW_READERS[format_of(file)](file, config):
             texts = {column: row.get(column) for column in config.columns}
             for column, text in texts.items():
-                if not isinstance(text, str | None):
+                if not is_text(text):
                     shown = textwrap.shorten(json.dumps(text, default=str), 60)
                     problem = f"{column} is {shown}, which is not text; repair it or leave it out"
                     raise UserError(f"{file}, row {number}: {problem}")
@@ -1644,6 +1669,14 @@ def rows_of(file: Path, config: Config) -> Iterator[dict[str, str | None]]:
         raise
     except Exception as error:  # each format and each compression has errors of its own
         raise UserError(f"{file} cannot be read ({first_line(error)}); repair it or leave it out") from error
+
+
+def is_text(value: Any) -> bool:
+    """Returns whether a value is None or text in UTF-8. Half of an emoji, where a text was cut in JSON, is not."""
+    try:
+        return value is None or isinstance(value.encode(), bytes)
+    except (AttributeError, UnicodeEncodeError):
+        return False
 
 
 def json_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -1726,7 +1759,7 @@ def text_lines(file: Path) -> Iterator[str]:
 
 def check_columns(split: Dataset, name: str, config: Config) -> None:
     """Raises UserError where a split lacks a column that was asked for, or holds no text in it."""
-    check_names(f"the {name} split", split.column_names, config, without_test(name))
+    check_names(f"the {name} split", split.column_names, config, or_leave_out_test(name))
     for flag_field in ("article_column", "summary_column"):
         column = getattr(config, flag_field)
         is_text = getattr(split.features[column], "dtype", None) in ("string", "large_string", "string_view")
@@ -1734,7 +1767,8 @@ def check_columns(split: Dataset, name: str, config: Config) -> None:
         if not is_text or (values and all(re.fullmatch(r"\s*[-+\d.,]+\s*", value) for value in values)):
             raise UserError(
                 f"{flag_name(flag_field)} {column} of the {name} split holds no text, but "
-                f"{textwrap.shorten(values[0] if values else 'nothing', 60)}; name a text column{without_test(name)}"
+                f"{textwrap.shorten(values[0] if values else 'nothing', 60)}; name a text column"
+                + or_leave_out_test(name)
             )
 
 
@@ -2001,7 +2035,9 @@ def padded_width(longest: int, block_size: int) -> int:
 
 
 def pack_rows(rows: list[list[int]], label_starts: list[int], documents: Documents) -> dict[str, Tensor]:
-    """Returns rows end to end. Before its `label_starts` a row has no label, nor at its first token in any case."""
+    """Returns the documents `rows` end to end, as one row. None has a label before its `label_starts`, nor at its
+    first token in any case.
+    """
     position_ids = torch.cat([torch.arange(len(row)) for row in rows])
     input_ids = torch.cat([torch.as_tensor(row) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
@@ -2051,7 +2087,10 @@ def with_targets(micro_batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def deal(lengths: np.ndarray, data_parallel_size: int, plan: Plan, block_size: int) -> list[list[np.ndarray]]:
-    """Returns `dealt[micro_step][data_rank]` for the plan. A packed row holds at most a full micro-batch's tokens."""
+    """Returns `dealt[micro_step][data_rank]` for the plan, as indices into `lengths`.
+
+    A packed row holds at most a full micro-batch's tokens.
+    """
     if plan.packing:
         return pack_documents(lengths, data_parallel_size, plan.micro_batch_size * block_size)
     return deal_documents(lengths, data_parallel_size, plan.micro_batch_size)
@@ -2157,7 +2196,7 @@ def load_model(parallel: Parallel) -> nn.Module:
             fsdp_cpu_offload=plan.cpu_offload,
             fsdp_mixed_precision=plan.precision != "fp32",
         )
-        # set afterwards, because the constructor refuses FSDP beside stages, which works
+        # set afterwards, because the constructor refuses FSDP together with stages, although the two work together
         distributed_config.fsdp_size = plan.dp_shard_size
         distributed_config.dp_replicate_size = plan.dp_replicate_size
     if config.random_init:
@@ -2357,7 +2396,7 @@ def attention_implementation(model_config: PretrainedConfig) -> str | None:
 
     Rows are padded at their end, so no real token can see a pad under a causal mask anyway. An attention that is
     registered without a mask function gets no mask: no B x T x T tensor, SDPA takes its flash kernel, and
-    transformers does not ask the device whether there is padding, a host sync in every forward. Models with sliding
+    transformers need not ask the device whether there is padding, a host sync in every forward. Models with sliding
     windows need their masks and keep transformers' own choice (None), as do those that take no registered attention.
     """
     return model_without_weights(model_config)[1]
@@ -2488,7 +2527,7 @@ def is_plain_projection(model: PreTrainedModel) -> bool:
 def head_loss_sum(
     hidden: Tensor, weight: Tensor, targets: Tensor, tensor_parallel: TensorParallel | None = None
 ) -> Tensor:
-    """Returns the sum of cross-entropies in fp32 of hidden (N, h) times weight (V, h) against targets (N,).
+    """Returns the sum, in fp32, of the cross-entropies of hidden (N, h) times weight (V, h) against targets (N,).
 
     Uses torch's linear_cross_entropy if this torch has it: it computes logits and their gradient a chunk at a time. Its
     own reduction is inaccurate in bf16 (torch 2.13), so the losses are summed here. Without it, and where tensor-
@@ -2566,7 +2605,7 @@ def check_attention(model: nn.Module, parallel: Parallel) -> None:
                 f"--model-name-or-path {parallel.config.model_name_or_path}: tokens of this model see later ones, so "
                 "it would train on what it is to predict; use a causal language model"
             )
-        parallel.say("attention the model's own, with a mask: without one its tokens would see later ones")
+        parallel.say("attention the model's own, with a mask and padded rows, or its tokens would see later ones")
         parallel.plan = with_padding.plan
     if loss_differs_from_logits(model, with_padding):
         raise UserError(
@@ -2789,10 +2828,11 @@ CUT_DIMENSIONS = dict(embedding=0, norm=None, column=0, row=1, head=0)  # of a w
 class TensorParallel:
     """The ranks that share each layer's matrices, and what each kind of module computes on one of them.
 
-    `column` modules hold a part of the outputs, `row` modules a part of the inputs, and what they return is added up
-    (Shoeybi et al. 2019, "Megatron-LM", section 3). In between, each rank holds its part of every row's tokens: a norm
-    gathers them, and a row module scatters its sums. That moves as much as an all-reduce of the sums would, and takes
-    less memory (sequence parallelism: Korthikanti et al. 2022, "Reducing Activation Recomputation", section 4.2.2).
+    `column` modules hold a part of the outputs and `row` modules a part of the inputs, so what these return is added up
+    (Shoeybi et al. 2019, "Megatron-LM", section 3). From a row module to the next norm each rank holds its part of the
+    tokens alone: the row module scatters its sums, and the norm gathers the tokens again. That moves as much as an
+    all-reduce of the sums would, and takes less memory (sequence parallelism: Korthikanti et al. 2022, "Reducing
+    Activation Recomputation", section 4.2.2).
 
     Parameters are DTensors on one mesh, norms too, so that clipping, AdamW and checkpoints see whole matrices. The
     forward pass computes with their local parts, because DTensors do not compile for lengths of any size.
@@ -2887,7 +2927,7 @@ def local_parameter(module: nn.Module, name: str) -> Tensor | None:
 def cache_local_parameters(layer: nn.Module, inputs: tuple) -> None:
     """Caches the local parts of a layer's parameters before its compiled code runs, which then sees no DTensor.
 
-    torch 2.13 fails to compile recomputed ones.
+    torch 2.13 fails to compile DTensors in a layer that is recomputed.
     """
     for module in layer.modules():
         if isinstance(getattr(module, "weight", None), Tensor):
@@ -3004,7 +3044,7 @@ class Pipeline:
     def forward(self, model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
         """Takes a micro-batch through this stage. Returns the sum of its token losses; 0 before the last stage."""
         stage_input, (rows, width) = None, micro_batch["input_ids"].shape
-        if parallel.tensor_parallel.size > 1:  # a model would count a rank's part of the tokens
+        if parallel.tensor_parallel.size > 1:  # or a model would number this rank's tokens from 0
             micro_batch = {"position_ids": torch.arange(width, device=parallel.device)[None], **micro_batch}
         if self.previous_rank is not None:
             shape = (rows, width // parallel.tensor_parallel.size, self.hidden)
@@ -3196,6 +3236,8 @@ def make_save_folder(folder: Path, parallel: Parallel) -> str:
         is_source = folder.resolve() == Path(config.model_name_or_path).resolve()
         if is_source and not complete_checkpoints(folder / "checkpoints"):
             raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
+        if (folder / "README.md").exists() and not (folder / "train_config.json").exists():
+            raise UserError(f"--save-model-dir {folder} holds a README.md that is of no run; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -3305,10 +3347,13 @@ class StopSignals:
 
         A rank whose torchrun has died stops too: nothing else would end it, and it would block the next start.
         """
-        if not self.stopping or (self.may_abandon_step and not self.abandons_step):  # SIGTERM may follow SIGUSR1
+        # asked again after a stop, because a SIGTERM that follows SIGUSR1 may abandon the step after all
+        if not self.stopping or (self.may_abandon_step and not self.abandons_step):
             if self.torchrun not in (None, os.getppid()) and not self.signal_name:
                 self.signal_name = "the end of its torchrun"
-            killed_soon = self.may_abandon_step and self.signal_name in ("SIGTERM", "SIGINT", "SIGHUP")  # by torchrun
+            # torchrun kills its ranks soon after it has passed one of these on
+            passed_on = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP").split(",")
+            killed_soon = self.may_abandon_step and self.signal_name in passed_on
             too_long = killed_soon and self.seconds_to_finish_and_save > 0.8 * torchrun_grace_seconds()
             mine = torch.tensor([bool(self.signal_name), bool(too_long)]).int()
             if self.group is not None:
@@ -3391,7 +3436,7 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # the write just waited for was of this step, and a stop abandoned the next
+        if self.saved_step == state.step:  # the write just waited for was of this step; a stop abandoned the step after
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -3480,7 +3525,7 @@ class Checkpoints:
             except OSError as error:  # the new one is whole all the same
                 self.parallel.say(f"WARNING   {other} could not be deleted ({first_line(error)})")
 
-    def weights_of(self, state: TrainingState) -> str:
+    def weights_hash_of(self, state: TrainingState) -> str:
         """Returns a hash that tells the weights of this step from all others, on rank 0; "" if they were not saved."""
         return self.sha256 if self.saved_step == state.step else ""
 
@@ -3492,7 +3537,8 @@ class Checkpoints:
         state, named = TrainingState.fresh(self.parallel.device), self.config.resume
         # rank 0's list, because network filesystems may show files late
         own = self.on_all_ranks(self.tidy_folder, main_only=True)
-        if named != "auto":
+        is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, of the same command
+        if named != "auto" and not (is_restart and own):
             self.on_all_ranks(lambda: self.check_path(Path(named), own))
         names_another = named != "auto" and Path(named).resolve().parent != self.folder.resolve()
         begins_elsewhere = named != "auto" and not own
@@ -3551,23 +3597,27 @@ class Checkpoints:
         Raises RunError, naming the file. Any rank may call it alone.
         """
         try:
+            return self.verify_files(folder)
+        except OSError as error:  # the disk's fault: were it taken for damage, this checkpoint would be deleted
+            raise UserError(f"{folder} cannot be read ({first_line(error)}); mend that and start again") from error
+
+    def verify_files(self, folder: Path) -> dict[str, Any]:
+        try:
             manifest = json.loads((folder / "manifest.json").read_text())
             signature = manifest.pop("sha256")
-        except (OSError, ValueError, KeyError) as error:
+        except (FileNotFoundError, ValueError, KeyError) as error:
             raise RunError(f"manifest.json is missing or unreadable ({first_line(error)})") from None
         if signature != json_checksum(manifest):
             raise RunError("manifest.json was changed after it was written")
         for name in sorted(manifest["files"])[self.parallel.rank :: self.parallel.cluster.world_size]:
             path, expected = folder / name, manifest["files"][name]
-            if not path.is_file():
-                raise RunError(f"{name} is missing")
-            if path.stat().st_size != expected["bytes"]:
-                raise RunError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
             try:
-                found = file_checksum(path)
-            except OSError as error:  # the disk's fault: were it taken for damage, this checkpoint would be deleted
-                raise UserError(f"{path} cannot be read ({first_line(error)}); mend that and start again") from error
-            if found != expected:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                raise RunError(f"{name} is missing") from None
+            if size != expected["bytes"]:
+                raise RunError(f"{name} has {size} bytes instead of {expected['bytes']}")
+            if file_checksum(path) != expected:
                 raise RunError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
         self.sha256 = signature
         return manifest["facts"]
@@ -3669,7 +3719,7 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     parts = plan.model_parallel_size * plan.dp_shard_size
     copy_gib = checkpoint_bytes / GIB / parts * parallel.cluster.ranks_per_node
     on_host = parallel.device.type == "cpu" or plan.cpu_offload
-    resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # what is copied, and the gradients: not allocated yet
+    resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
     usable_share = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted]
     usable_here_gib = usable_share * max(0.0, free_host_memory() / GIB - resident_gib)
     usable_gib = min(on_all_ranks(lambda: usable_here_gib, gathered=True))  # of the node that has least
@@ -4094,7 +4144,7 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
 
 
 def published_name(word: str) -> str:
-    """Returns a word of the command line without private paths: of a local one, also after `--flag=`, its last name.
+    """Returns a word of the command line without private paths: a local path, also after `--flag=`, is cut to its name.
 
     A snapshot in the cache of the Hub goes by its Hub id, not by its commit.
     """
@@ -4175,6 +4225,9 @@ class RunLog:
                         "tensorboard": {"purge_step": state.step + 1},
                     },
                 )
+                if self.config.report_to == "wandb" and self.parallel.is_main:
+                    run = self.parallel.accelerator.get_tracker("wandb", unwrap=True)
+                    run.define_metric("*", step_metric="step")  # its own count of steps accepts none twice
         except Exception as error:  # each tracker has errors of its own
             raise UserError(
                 f"--report-to {self.config.report_to} cannot be started ({first_line(error)}); set it up, or use none"
@@ -4210,7 +4263,7 @@ class RunLog:
             yield batch
 
     def seconds_per_step(self) -> float:
-        """Returns the mean seconds of a step in the last interval, or until there is one, since the first step."""
+        """Returns the mean seconds of a step in the last interval reported; before that, of those since the first."""
         return self.step_seconds or (self.clock() - self.interval_began) / max(1, self.interval_steps)
 
     def step(self, state: TrainingState, result: StepResult | None) -> None:
@@ -4223,7 +4276,7 @@ class RunLog:
         self.interval_tokens += result.tokens
         self.interval_squares += result.squared_lengths
         if self.steps_of_this_run == 1 and self.parallel.is_main:
-            self.write_config()  # not before: what ran last may have been another machine's training
+            self.write_config()  # only now: a run that trains nothing leaves what the one that trained has written
         if self.steps_of_this_run <= 2 and self.parallel.is_main:
             with keep_going("the plan could not be checked", self.parallel):
                 self.check_the_plan(result)
@@ -4332,7 +4385,7 @@ class RunLog:
         for tracker in self.parallel.accelerator.trackers if samples else []:
             if tracker.name == "wandb":
                 rows = [[sample["reference"], sample["summary"]] for sample in samples]
-                tracker.log_table(name, columns=["reference", "summary"], data=rows, step=step)
+                tracker.log_table(name, columns=["reference", "summary"], data=rows)
             elif tracker.name == "tensorboard":
                 texts = [
                     f"**reference** {sample['reference']}\n\n**summary** {sample['summary']}" for sample in samples
@@ -4347,6 +4400,8 @@ class RunLog:
         self.track({name: value for name, value in line.items() if name != "step" and value is not None}, line["step"])
 
     def track(self, values: dict[str, Any], step: int | None = None) -> None:
+        if self.config.report_to == "wandb" and step is not None:
+            values, step = dict(values, step=step), None
         if self.config.report_to != "none":
             with keep_going(f"{self.config.report_to} could not be reached", self.parallel):
                 self.parallel.accelerator.log(values, step=step)
@@ -4402,6 +4457,8 @@ def keep_going(problem: str, parallel: Parallel) -> Iterator[None]:
     """Turns an error of the body into a warning: a failed report must not end the run. Any rank may call it alone."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):  # no report's fault
+        raise
     except Exception as error:
         parallel.say(f"WARNING   {problem} ({first_line(error)})")
 
@@ -4646,7 +4703,7 @@ USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved mem
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
 TIME_BAND = 0.07  # times nearer than this are too close to call: between like published runs predictions err by 6.6%
-CUT_TIME_BAND = 0.15  # as much slower may a plan of fewer parts be: Hagemann's medians with and without differ by 12%
+CUT_TIME_BAND = 0.15  # the same between plans of more and of fewer parts, where Hagemann's medians differ by 12%
 PLAN_FLAGS = (  # restrict the plan; what would help is tried by setting them back to their defaults
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism", "pipeline_parallel_size",
@@ -4866,7 +4923,7 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
     if chosen is not fastest:
         mine, others = preferences(chosen, cluster), preferences(fastest, cluster)
         why = next(words for words in mine if mine[words] != others[words])
-        reason = f"too close to call with {fastest.plan.describe()}; {why}"
+        reason = f"too close to call with {fastest.plan.describe()}; chosen because {why}"
     candidates, close = [dataclasses.replace(chosen, reason=reason)], too_close_to_call(fitting)
     for each in fitting:
         if each is not chosen:
@@ -4919,7 +4976,8 @@ def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     plan = candidate.plan
     return {
         "it cuts the model into fewer parts": plan.model_parallel_size,
-        "its reserved memory surely fits": candidate.memory_gib.reserved_high > cluster.memory_gib,  # False is lower
+        "its reserved memory surely fits": candidate.memory_gib.reserved_high
+        > cluster.memory_gib,  # True, the worse, where it may not
         "it recomputes less": 1 / plan.recompute_every if plan.recompute_every else 0.0,
         "it is the simpler": (
             ("none", "ddp", "fsdp", "hsdp").index(plan.strategy),
@@ -4979,8 +5037,8 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         rank_documents = math.ceil(config.batch_size / (replicas * shards))
         given_size = config.micro_batch_size
         sizes = [min(given_size, rank_documents)] if given_size else micro_batch_sizes(rank_documents, stages)
-        # Beside stages, offload would copy a stage's weights anew for each of many micro-batches; beside tensor
-        # parallelism it does not work.
+        # Not tried by itself beside stages, where it would copy a stage's weights anew for each of many micro-batches,
+        # nor beside tensor parallelism, where it does not work.
         may_offload = shards > 1 and stages * tensor == 1 and cluster.has_gpu
         open_axes = dict(
             micro_batch_size=sizes,
@@ -5210,6 +5268,7 @@ class ModelShape:
     unsplittable: str = ""  # why tensor parallelism cannot be had, where it cannot
     has_head: bool = True  # a pipeline stage before the last has none
     idle_layer_parameters: int = 0  # those of the experts that a token is not sent to
+    computes_all_logits: bool = False  # in the loss; else a chunk of positions at a time
 
     @property
     def head_and_norm_parameters(self) -> int:
@@ -5256,25 +5315,31 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
     """Returns the shape of the model that `model_config` describes; builds it on the meta device to count exactly."""
     model, attention = model_without_weights(model_config)
     text_config = model_config.get_text_config()
+    sizes = text_config.to_dict()
     heads, layers = text_config.num_attention_heads, text_config.num_hidden_layers
     in_layers = [pair for layer in decoder_layers(model) for pair in layer.named_parameters()]
     in_experts = sum(parameter.numel() for name, parameter in in_layers if ".experts." in f".{name}")
-    experts = getattr(text_config, "num_local_experts", None) or getattr(text_config, "num_experts", None) or 1
-    idle_share = 1 - getattr(text_config, "num_experts_per_tok", experts) / experts
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    experts = sizes.get("num_local_experts") or sizes.get("num_experts") or 1
+    active_experts = (sizes.get("num_experts_per_tok") or experts) if experts > 1 else 1
+    intermediate = sizes.get("intermediate_size") or 4 * text_config.hidden_size
+    intermediate = max(intermediate) if isinstance(intermediate, list) else intermediate  # by layer, in some models
+    if experts > 1:  # an estimate: of their copies of the token and of shared experts nothing is known
+        intermediate = active_experts * (sizes.get("moe_intermediate_size") or intermediate)
+    head_dim = sizes.get("head_dim") or text_config.hidden_size // heads
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=layers,
         layer_parameters=sum(parameter.numel() for _, parameter in in_layers) // layers,
-        idle_layer_parameters=round(idle_share * in_experts / layers),
+        idle_layer_parameters=round((1 - active_experts / experts) * in_experts / layers),
         hidden=text_config.hidden_size,
-        intermediate=getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
+        intermediate=intermediate,
         heads=heads,
         query_size=heads * head_dim,
-        kv_size=(getattr(text_config, "num_key_value_heads", None) or heads) * head_dim,
+        kv_size=(sizes.get("num_key_value_heads") or heads) * head_dim,
         vocabulary=text_config.vocab_size,
-        positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
+        positions=sizes.get("max_position_embeddings") or sys.maxsize,
         head_dim=head_dim,
+        computes_all_logits=not is_plain_projection(model),
         unpackable=why_unpackable(model_config, attention),
         unsplittable=why_unsplittable(model, attention),
         uncuttable=why_uncuttable(model),  # last, because it takes the model apart
@@ -5286,7 +5351,8 @@ def why_unpackable(model_config: PretrainedConfig, attention: str | None) -> str
     text_config = model_config.get_text_config()
     if attends_partially(model_config):
         return "some of its layers do not attend to the whole document"
-    if any(getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop", "attn_dropout")):
+    dropouts = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+    if any(getattr(text_config, name, None) for name in dropouts):
         return "it drops out attention, which the kernel for packed rows cannot do"
     return "" if attention else "it takes no attention but its own"
 
@@ -5398,8 +5464,8 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
     """Returns what the allocator's pools hold, one per stream, after each has been at its peak.
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
-    All reduced gradients are there at the end. Gathering takes the buffers of two layers and of the head; the phases
-    count one of the two layers already.
+    All reduced gradients are there at the end. Gathering has a pool of its own, with the buffers of two layers and of
+    the head. One layer is in the phases already, so one layer and the head are added.
     """
     plan, shape = step.plan, step.shape
     if not plan.uses_fsdp:
@@ -5439,7 +5505,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     all_saved, beside_head = saved_before[-1] + rotary, kept or width_ahead * layer  # the last layer is gathered ahead
     phases = {}
     if shape.has_head:
-        # In the forward pass a layer's gathered buffer is freed once the next one's has been copied out of its own.
+        # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
+        # weights are freed after that.
         gathering = kept + width * (layer + 2 * head)
         phases["gathering the head"] = step.phase(all_saved + step.stream, gathered=gathering)
         in_loss = all_saved + step.norm + step.stream + step.scalars
@@ -5585,12 +5652,12 @@ class StepMemory:
             streams_kept = min(micro_batches, 2 * stages) + 1
             self.other_micro_batches += streams_kept * self.layer_input
         # Logits and inputs of the head for one chunk of positions, in fp32.
-        rows = min(tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy, beside tensor parallelism: the logits in bf16 and fp32, their exponentials, and
-        # the gradients of both.
-        self.chunk = rows * ((16 if split else 4) * shape.vocabulary + 4 * h)
+        rows = tokens if shape.computes_all_logits else min(tokens, HEAD_CHUNK_TOKENS)
+        # Without linear_cross_entropy: the logits in bf16 and fp32, their exponentials, and the gradients of both.
+        with_cross_entropy = split or shape.computes_all_logits
+        self.chunk = rows * ((16 if with_cross_entropy else 4) * shape.vocabulary + 4 * h)
         # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
-        logits = 0 if in_fp32 or split else 2 * 2 * rows * shape.vocabulary
+        logits = 0 if in_fp32 or with_cross_entropy else 2 * 2 * rows * shape.vocabulary
         self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
 
     def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
@@ -5844,22 +5911,26 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
 
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
-    """Returns the flags for a run that ran out of memory: those of a plan predicted to reserve at most 0.9 of its own.
+    """Returns the flags for a run that ran out of memory: of a plan predicted to reserve a tenth less than the run's.
 
-    Where there is none, the block is halved, up to three times, and failing that, they are those of the plan with the
-    least active memory at the shortest block. All flags of the plan are given, because the planner would otherwise use
-    the freed memory elsewhere.
+    Where there is none, the block is halved, up to three times. Failing that, they are those of the plan that reserves
+    least, and of these, of the one with the longest block and the smallest micro-batch. All flags of the plan are
+    given, because the planner would otherwise use the freed memory elsewhere.
     """
     too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
     fixed = dict(batch_size=config.batch_size, precision=plan.precision)
     fixed |= dict(packing="yes" if plan.packing else "no", compile="yes" if plan.compiled else "no")
-    for block in (config.block_size // divisor for divisor in (1, 2, 4, 8)):
-        shorter = Config(block_size=block, **fixed)
-        if found := best_of(shape, smaller_cluster, shorter):
+    shorter = [Config(block_size=config.block_size // divisor, **fixed) for divisor in (1, 2, 4, 8)]
+    for each in shorter:
+        if found := best_of(shape, smaller_cluster, each):
+            block = each.block_size
             break
     else:
-        found = min(weigh(shape, cluster, shorter), key=lambda each: each.memory_gib.active)
+        tried = [(each.block_size, candidate) for each in shorter for candidate in weigh(shape, cluster, each)]
+        block, found = min(
+            tried, key=lambda pair: (pair[1].memory_gib.reserved, -pair[0], pair[1].plan.micro_batch_size)
+        )
     flags = flags_of(found.plan, cluster)
     if config.hsdp_shard_size and found.plan.strategy != "hsdp":  # which would be refused
         flags += " --hsdp-shard-size auto"
@@ -6006,7 +6077,7 @@ class Cluster:
 
         Inside a node it is the link's. Across nodes, `stride` such rings run at once and share each node's network.
         """
-        if ranks * stride <= self.ranks_per_node:
+        if self.nodes == 1 or self.ranks_per_node % (ranks * stride) == 0:  # else some ring lies on two nodes
             return self.gpu.link_gb_per_second
         ranks_of_node = max(1, self.ranks_per_node // stride)
         return min(self.gpu.link_gb_per_second, ranks_of_node * self.network_gb_per_second)

@@ -585,7 +585,7 @@ def test_ctrl_c_before_training_ends_the_run_at_once(tmp_path, monkeypatch, capf
     monkeypatch.setattr(train_llama2, when, signalled)
     assert start(tmp_path, async_save="no") == 130
     said = capfd.readouterr()
-    assert "stopped   by Ctrl-C while nothing was trained; what had been saved is kept" in said.err
+    assert "stopped   by Ctrl-C outside of training; what was saved is kept" in said.err
     assert "Traceback" not in said.err
     assert not (tmp_path / "checkpoints").exists()
 
@@ -749,14 +749,17 @@ def test_nodes_with_other_data_are_refused(tmp_path, monkeypatch, capsys):
     assert "and other documents on different nodes; give all the same files" in said
 
 
-def test_a_disk_that_cannot_be_read_is_no_damage(stopped, copy_of, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [".json", ".safetensors"])
+def test_a_disk_that_cannot_be_read_is_no_damage(stopped, copy_of, monkeypatch, capsys, kind):
     """Or the next save would delete the newest checkpoint, which is whole."""
-    folder = copy_of(stopped)
+    folder, opened = copy_of(stopped), Path.open
 
-    def failing(file):
-        raise OSError(errno.EIO, "Input/output error")
+    def failing(path, *how, **settings):
+        if path.parent.name == "step-000005" and path.suffix == kind:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *how, **settings)
 
-    monkeypatch.setattr(train_llama2, "file_checksum", failing)
+    monkeypatch.setattr(Path, "open", failing)
     assert start(folder) == 2
     assert "cannot be read (" in error_of(capsys)
     assert saved(folder) == saved(stopped)
@@ -796,6 +799,29 @@ def test_a_run_begun_from_anothers_checkpoint_has_an_identity_of_its_own(stopped
         for folder in (stopped, tmp_path / "other")
     )
     assert len(began) == len(other) == 1 and began != other
+
+
+def test_a_restart_by_torchrun_goes_on_whatever_path_it_began_from(
+    copy_of, stopped, uninterrupted, monkeypatch, capsys
+):
+    """The newest checkpoint of the folder when the command was first given; there have been others since."""
+    folder = copy_of(stopped)
+    path = folder / "checkpoints" / "step-000004"
+    assert start(folder, resume=path) == 2
+    assert "is not the newest checkpoint" in error_of(capsys)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert start(folder, resume=path) == 0
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_sigusr1_that_torchrun_passes_on_is_followed_by_its_kill(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGUSR1")
+    plan = SimpleNamespace(pipeline_parallel_size=1)
+    stop = train_llama2.StopSignals(SimpleNamespace(cpu_group=lambda: None, plan=plan, is_main=False, say=print))
+    stop.seconds_to_finish_and_save = 500.0
+    stop.receive(signal.SIGUSR1, None)
+    assert stop.agreed_to_abandon_step()
 
 
 def test_a_sigterm_after_sigusr1_still_abandons_a_step_that_takes_too_long(monkeypatch):

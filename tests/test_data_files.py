@@ -107,6 +107,7 @@ BROKEN_VALUES = {
     "a number": ({"highlights": 42}, "row 3: highlights is 42, which is not text; repair it or leave it out"),
     "a list": ({"highlights": ["a", "b"]}, 'row 3: highlights is ["a", "b"], which is not text'),
     "not a number": ({"highlights": float("nan")}, "row 3: highlights is NaN, which is not text"),
+    "half of an emoji": ({"article": "a \ud83d b"}, 'row 3: article is "a \\ud83d b", which is not text'),
     "an object": ({"article": {"en": "text"}}, 'row 3: article is {"en": "text"}, which is not text'),
 }
 
@@ -254,6 +255,21 @@ def test_nothing_is_written_beside_the_data(data):
     assert sorted(data.rglob("*")) == before
 
 
+def test_one_file_may_be_two_splits(data, capsys):
+    """To see a model learn its validation data by heart is a usual first test."""
+    write_jsonl(data / "train.jsonl")
+    (data / "validation.jsonl").symlink_to("train.jsonl")
+    assert start(data) == 0
+    lines, _ = said(capsys)
+    assert any("validation: 6 documents" in line for line in lines) and any("train: 6" in line for line in lines)
+
+
+def test_a_lone_test_file_is_not_called_unreadable(data, capsys):
+    write_jsonl(data / "ab_testing.jsonl")
+    assert start(data) == 2
+    assert "no file to train on (not read: 1 file of a test split, without --test-samples)" in said(capsys)[1]
+
+
 def test_splits_may_come_in_different_formats(data, capsys):
     write_jsonl(data / "train.ndjson")
     (data / "validation.tsv").write_text(csv_of(STORIES[:2], "\t"))
@@ -355,6 +371,14 @@ def test_the_test_split_of_save_to_disk_is_summarised(data):
         (0, "A town, number 4."),
         (1, "A town, number 2."),
     }
+
+
+def test_splits_that_are_not_read_are_said(data, capsys):
+    rows = datasets.Dataset.from_list(STORIES)
+    datasets.DatasetDict(train=rows, train_2=rows, test=rows).save_to_disk(data)
+    assert start(data) == 0
+    lines, _ = said(capsys)
+    assert "not read: the split train_2" in lines and "not read: the split test, without --test-samples" in lines
 
 
 def test_saved_splits_of_one_meaning_are_joined_and_no_others(data, capsys):

@@ -435,6 +435,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
 
 
+def test_a_folder_with_a_readme_of_no_run_is_refused(tmp_path, capsys):
+    """Such as the folder of this script: the model card would replace it."""
+    (tmp_path / "README.md").write_text("mine")
+    assert start(tmp_path) == 2
+    assert f"--save-model-dir {tmp_path} holds a README.md that is of no run" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_another_models_card_is_not_kept_beside_the_new_weights(tmp_path):
     """As after a kill between the model and its card: the next start finds no card, and writes one."""
     config = Config(model_name_or_path=str(TINY_LLAMA), save_model_dir=str(tmp_path), block_size=64)

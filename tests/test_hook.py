@@ -21,7 +21,7 @@ import pytest
 import torch
 import warm_python
 from conftest import RANKS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, run, small_run, torchrun
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 import train_llama2
 from train_llama2 import Config, UserError, enable_advanced_parallelization
@@ -46,10 +46,45 @@ def test_on_moai_the_platforms_hook_comes_first_and_only_once(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (dict(precision="fp16"), "--precision fp16 is not one of auto, bf16, fp32, bf16-states"),
+        (dict(batch_size=0), "--batch-size 0 must be at least 1"),
+        (dict(hsdp_shard_size=4), "--hsdp-shard-size 4 needs --parallelism hsdp"),
+    ],
+)
+def test_another_script_may_not_give_what_the_flags_refuse(flags, problem):
+    with pytest.raises(UserError, match=problem):
+        Config(**flags)
+
+
+def test_another_loop_is_planned_eager_padded_and_with_all_logits(monkeypatch):
+    """The loop of another script compiles and packs nothing, and `model(labels=...)` makes all logits."""
+    cluster = train_llama2.parse_cluster("8xH100-80GB")
+    monkeypatch.setattr(train_llama2, "find_cluster", lambda: cluster)
+    shape = train_llama2.model_shape(LlamaConfig(**train_llama2.LLAMA_2["13b"], max_position_embeddings=4096))
+    model_config = train_llama2.read_model_shape(Config(model_name_or_path=str(TINY_LLAMA)))[0]
+    monkeypatch.setattr(train_llama2, "read_model_shape", lambda config: (model_config, shape))
+    with enable_advanced_parallelization(Config(model_name_or_path=str(TINY_LLAMA))) as parallel:
+        plan, memory = parallel.plan, parallel.choice.chosen.memory_gib
+    assert not plan.compiled and not plan.packing and plan.model_parallel_size == 1
+    own = train_llama2.predict(shape, cluster, plan, Config()).memory_gib
+    assert memory.active > own.active or memory.peak_moment == own.peak_moment != "loss"
+    tokens = plan.micro_batch_size * 2048
+    [loss, own_loss] = (
+        sum(train_llama2.memory_phases(train_llama2.StepMemory(each, plan, tokens))["loss"].values())
+        for each in (dataclasses.replace(shape, computes_all_logits=True), shape)
+    )
+    assert loss - own_loss > (tokens - 1024) * 32000 * 12
+
+
 def test_nodes_with_other_flags_are_refused(monkeypatch):
     """Paths may differ between nodes, and the number of processes that tokenise."""
     mine = Config(model_name_or_path=str(TINY_LLAMA), block_size=64)
-    changes = iter([dict(num_train_epochs=2, lr=2e-5), dict(dataset_name_or_path="there", num_proc=1)])
+    changes = iter(
+        [dict(num_train_epochs=2, lr=2e-5), dict(dataset_name_or_path="there", num_proc=1), dict(resume="a path")]
+    )
 
     def with_another_node(act, **how):
         result = on_all_ranks(act, **how)
@@ -62,6 +97,8 @@ def test_nodes_with_other_flags_are_refused(monkeypatch):
         enable_advanced_parallelization(mine)
     with enable_advanced_parallelization(mine):
         pass
+    with pytest.raises(UserError, match="--resume is a path and auto on different nodes"):
+        enable_advanced_parallelization(mine)
 
 
 def test_the_environment_does_not_set_the_precision(monkeypatch):

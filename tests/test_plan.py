@@ -28,7 +28,7 @@ from conftest import (
     small_run,
     warm,
 )
-from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Starcoder2Config
+from transformers import LlamaConfig, MixtralConfig, OlmoeConfig, Qwen2Config, Starcoder2Config
 
 import train_llama2
 from train_llama2 import GPUS, Cluster, Config, Plan, UserError, choose_plan, parse_cluster, parse_config
@@ -305,6 +305,31 @@ def test_the_link_that_limits_is_the_one_whose_bandwidth_counts():
         cluster = parse_cluster(text)
         chosen = choose_plan(LLAMA_13B, cluster, Config(parallelism="fsdp", pipeline_parallel_size=1)).chosen
         assert train_llama2.limiting_link(cluster, chosen).startswith(words)
+
+
+def test_the_active_experts_of_a_layer_take_memory_together():
+    """OLMoE sends a token to 8 of 64 experts of 1,024: its MLP saves as much as one of 8,192."""
+    shape = train_llama2.model_shape(OlmoeConfig(num_hidden_layers=2, intermediate_size=1024))
+    assert shape.intermediate == 8 * 1024
+    assert shape.idle_layer_parameters == (64 - 8) * 3 * 1024 * shape.hidden
+
+
+def test_advice_after_running_out_of_memory_changes_no_more_than_helps():
+    """Where the least that any plan reserves is what loading takes, a shorter block would only change the losses."""
+    config = Config(activation_checkpointing="full", micro_batch_size=1)
+    cluster = parse_cluster("8xRTX4090-24GB")
+    chosen = choose_plan(LLAMA_13B, cluster, config).chosen
+    assert chosen.memory_gib.peak_moment == "loading"
+    advice = train_llama2.flags_for_less_memory(LLAMA_13B, cluster, chosen.plan, chosen.memory_gib, config)
+    assert "--micro-batch-size 1 " in advice and "--block-size" not in advice
+
+
+def test_a_ring_that_lies_on_two_nodes_has_the_networks_bandwidth():
+    """Stages of four ranks on nodes of six: the second one has two ranks on each node."""
+    cluster = parse_cluster("2x6xA100-80GB,ib=3.125")
+    assert cluster.bus_gb_per_second(4) == 6 * cluster.network_gb_per_second
+    assert cluster.bus_gb_per_second(6) == cluster.gpu.link_gb_per_second
+    assert parse_cluster("6xA100-80GB").bus_gb_per_second(4) == cluster.gpu.link_gb_per_second
 
 
 def test_no_flag_of_the_table_is_broken_in_two():

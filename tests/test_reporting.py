@@ -307,6 +307,9 @@ def test_wandb_gets_one_id_for_a_run_and_its_resumption(tmp_path, monkeypatch):
         def finish(self):
             calls.append(("finish",))
 
+        def define_metric(self, name, step_metric):
+            calls.append(("metric", name, step_metric))
+
     wandb = ModuleType("wandb")
     wandb.init = lambda **arguments: calls.append(("init", arguments)) or Run()
     wandb.config = SimpleNamespace(update=lambda values, **_: calls.append(("config", values)))
@@ -323,14 +326,15 @@ def test_wandb_gets_one_id_for_a_run_and_its_resumption(tmp_path, monkeypatch):
     assert {call[1]["plan"].split(",")[0] for call in calls if call[0] == "config"} == {"none"}
     steps, evaluations = read_metrics(tmp_path)
     logs = [call[1:] for call in calls if call[0] == "log"]
-    logged = [(step, name, value) for step, values in logs for name, value in values.items()]
+    assert ("metric", "*", "step") in calls and all(step is None for step, _ in logs), "it would refuse a former step"
+    logged = [(values.get("step"), name, value) for _, values in logs for name, value in values.items()]
     for line in steps + evaluations:
         for name in set(line) - {"step", "mfu"}:
             assert logged.count((line["step"], name, line[name])) == 1, name
     tables = [(step, value) for step, name, value in logged if name == "samples"]
     if with_rouge:
         rows = [[sample["reference"], sample["summary"]] for sample in samples_of(tmp_path)]
-        assert tables == [(2, ("table", ["reference", "summary"], rows))]
+        assert tables == [(None, ("table", ["reference", "summary"], rows))]
     assert calls[-1] == ("finish",)
 
 
