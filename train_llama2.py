@@ -5653,9 +5653,12 @@ class StepMemory:
             self.other_micro_batches += streams_kept * self.layer_input
         # Logits and inputs of the head for one chunk of positions, in fp32.
         rows = tokens if shape.computes_all_logits else min(tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy: the logits in bf16 and fp32, their exponentials, and the gradients of both.
+        # Without linear_cross_entropy there are more than the logits in fp32. Beside tensor parallelism: in bf16 too,
+        # their exponentials, and the gradients of both, 16. Where a loop computes all: in bf16 too, and their
+        # log-softmax, 10, which is 2 to 11% more than PyTorch's tracker counts for a whole step.
         with_cross_entropy = split or shape.computes_all_logits
-        self.chunk = rows * ((16 if with_cross_entropy else 4) * shape.vocabulary + 4 * h)
+        per_logit = (16 if split else 10) if with_cross_entropy else 4
+        self.chunk = rows * (per_logit * shape.vocabulary + 4 * h)
         # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
         logits = 0 if in_fp32 or with_cross_entropy else 2 * 2 * rows * shape.vocabulary
         self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
