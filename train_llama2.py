@@ -254,7 +254,7 @@ class Config:
     parallelism: str = flag(
         "auto", "what the data-parallel ranks do", one_of("auto", "none", "ddp", "fsdp", "hsdp"))
     pipeline_parallel_size: int | None = flag(
-        None, "pipeline stages that the layers are cut into; auto: 1, or the nodes or a divisor where that is faster",
+        None, "pipeline stages that the layers are cut into; auto: 1, or a divisor of the nodes where that is faster",
         number(int, minimum=1, unset="auto"))
     tensor_parallel_size: int | None = flag(
         None, "ranks of a node that share each layer's matrices; auto: 1, or 2, 4 or 8 where that is faster",
@@ -292,7 +292,7 @@ class Config:
     save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", POSITIVE)
     resume: str = flag(
-        "auto", "auto: go on from the newest checkpoint in the folder; a path: begin there if there is none", PATH)
+        "auto", "auto: go on from the newest checkpoint in the folder; a path: begin there if that has none", PATH)
     resume_anyway: bool = flag(False, "resume although flags or data that shape the losses have changed")
     async_save: str = flag(
         "auto", "write checkpoints while training goes on; auto: if host memory has room for a copy", AUTO_YES_NO)
@@ -313,7 +313,7 @@ class Config:
     random_init: bool = flag(False, "random weights from the model's config alone: for benchmarks")
 
     def __post_init__(self) -> None:
-        """Raises UserError for what the flag of that name would refuse, which another script may give here."""
+        """Raises UserError for a value that its flag would refuse: another script builds a `Config` without flags."""
         for name, field in FLAGS.items():
             value, read = getattr(self, name), field.metadata["read"]
             for each in value if isinstance(value, tuple) else [value]:
@@ -376,7 +376,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 
 def unknown_flag(word: str) -> str:
     known, name = list(map(flag_name, FLAGS)), word.split("=")[0]
-    initials = "--" + "".join(part[:1] for part in name.strip("-").replace("_", "-").split("-"))  # of --learning-rate
+    # --learning-rate: --lr
+    initials = "--" + "".join(part[:1] for part in name.strip("-").replace("_", "-").split("-"))
     close = [initials] if initials in known else difflib.get_close_matches(name, known, n=1)
     return f"{word} is not a flag of this script; " + (f"did you mean {close[0]}?" if close else "see --help")
 
@@ -517,8 +518,8 @@ def command_line(argv: Sequence[str] | None = None) -> int:
 def leave(code: int) -> NoReturn:
     """Ends this process as `sys.exit` does, except that a rank skips the end of the Python interpreter.
 
-    Modules and models keep gloo's threads alive beyond `destroy_process_group`. One that asks for the GIL while Python
-    ends, to release its last message, aborts the process: "terminate called without an active exception".
+    Modules and models keep gloo's threads alive beyond `destroy_process_group`. A thread that asks for the GIL while
+    Python ends, to release its last message, aborts the process: "terminate called without an active exception".
     """
     if "LOCAL_RANK" not in os.environ:
         sys.exit(code)
@@ -765,7 +766,7 @@ def evaluate_test(
     drawn = np.random.default_rng(config.seed).permutation(len(test_set))[: config.test_samples]
     drawn = drawn[np.argsort(-test_set.lengths[drawn], kind="stable")]  # similar lengths share a call
     settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
-    weights = weights_hash or uuid.uuid4().hex  # they differ between ranks, and rank 0 alone writes and reads the mark
+    weights = weights_hash or uuid.uuid4().hex  # each rank draws its own, but rank 0 alone writes and reads the mark
     made_by = json_checksum(dict(settings, weights=weights, documents=fingerprint(test_set)))[:12]
     found = on_all_ranks(lambda: log.metrics.test_summaries(made_by), main_only=True)
     done = {row: found[row] for row in row_numbers[drawn].tolist() if row in found}
@@ -859,7 +860,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     parts = shapes_of_stages(parallel.shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
     step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
-    # FSDP gathers two layers and the head at a time; the second head is a margin, and all of it is for every plan
+    # FSDP gathers two layers and the head at a time; the second head is a margin. Subtracted under every plan.
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
@@ -944,9 +945,10 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     cannot be read, or the plan that was asked for cannot work.
 
     `calls_training_step` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages
-    need it, because a stage alone has no loss, and tensor parallelism, because its ranks share out rows of a multiple
-    of 8 tokens. Without it no plan with either is chosen or accepted, rows are padded and layers not compiled unless
-    the flags ask for it, and memory is planned for a loop that computes all logits.
+    need it, because a stage alone has no loss, and tensor parallelism, because each of its ranks takes a part of the
+    tokens of every row, which must be a multiple of 8 tokens wide. Without it no plan with either is chosen or
+    accepted, rows are padded and layers not compiled unless the flags ask for it, and memory is planned for a loop that
+    computes all logits.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -973,6 +975,7 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     cluster = find_cluster()
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
     if not calls_training_step:
+        # why it can have neither pipeline stages (uncuttable) nor tensor parallelism (unsplittable)
         own_loop = "the caller of enable_advanced_parallelization does not set calls_training_step"
         shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop, computes_all_logits=True)
         settled = {name: "no" for name in ("packing", "compile") if getattr(config, name) == "auto"}
@@ -1040,7 +1043,7 @@ def quieten_libraries(is_first_on_node: bool, quiet: bool) -> None:
 
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    # it warns that matrices sharded by FSDP and split are gathered in two steps, and that one would be faster
+    # it warns that matrices cut by FSDP and by tensor parallelism are gathered in two steps, not in one
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if not is_first_on_node or quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -1570,8 +1573,9 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
     """Returns the files by split, and lines that say what is read and what is not.
 
     A file's split is told by its name, or else by the innermost folder below the given one whose name tells one. The
-    name of a given folder, or of the folder that a given file lies in, counts only if these are not all the same one.
-    Otherwise it is train. Hidden files in a folder are skipped, and test files unless --test-samples asks for them.
+    name of a given folder, or of the folder that a given file lies in, counts only if there are several such folders. A
+    file for which none of these tells a split is train. Hidden files in a folder are skipped, and test files unless
+    --test-samples asks for them.
     """
     shown, files, lines = shown_data(config), {}, []
     # a clone of a Hub dataset has a folder for each of its configurations, with the same documents
@@ -1897,9 +1901,9 @@ def fit_block(ids: list[int], starts: list[int], eos_token_id: int, block_size: 
 def create_mask(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Returns the attention mask of `input_ids` (..., T): 1 for a real token, 0 for padding, same shape, int64.
 
-    Padding is what trails the document, in `pad_token_id`, else `eos_token_id`. Inside the document these ids are
-    real tokens. Where both are the same id, the first of the trailing ones is the document's own end-of-sequence
-    token; a row of nothing else is all padding.
+    Padding is the run of `padding_id` tokens that trails the document; inside the document the same id is a real token.
+    Where it is the end-of-sequence id too, the first of the run is the document's own; a row of nothing else is all
+    padding.
     """
     pad_id = padding_id(tokenizer)
     from_the_end = (input_ids == pad_id).flip(-1)
@@ -2410,7 +2414,7 @@ def model_without_weights(model_config: PretrainedConfig) -> tuple[PreTrainedMod
     transformers.AttentionInterface.register("causal_attention", attend)
     build = transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        if not attends_partially(model_config):
+        if not attends_partially(model_config):  # no sliding window, and full attention in every layer
             with contextlib.suppress(KeyError, ValueError):  # Falcon, for one, looks its attention up by name
                 # a copy, as the config keeps the name even where the model refuses it
                 return build(copy.deepcopy(model_config), attn_implementation="causal_attention"), "causal_attention"
@@ -2543,7 +2547,7 @@ def head_loss_sum(
         options = nn.LinearCrossEntropyOptions(
             batch_chunk_size=HEAD_CHUNK_TOKENS,
             chunking_method=None,
-            # "balanced" would make the weight's gradient an fp32 matmul on CUDA: by its FLOPs, 5% more for a 13B step
+            # "balanced" would make the weight's gradient an fp32 matmul on CUDA: an estimated 5% more time for 13B
             acc_policy="compact",
             acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
         )
@@ -2589,7 +2593,7 @@ def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> No
 def check_attention(model: nn.Module, parallel: Parallel) -> None:
     """Corrects the plan, if need be, so that no token of the model sees what it must not.
 
-    Raises UserError if no plan does, or if the loss is not that of the model's own logits.
+    Raises UserError if no plan ensures that, or if the loss is not that of the model's own logits.
     """
     with_padding = parallel.with_plan(packing=False)
     if parallel.plan.packing and attention_leaks(model, parallel):
@@ -2620,7 +2624,8 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
 
     Compares the loss of the same labels alone and beside different neighbours. Rounding alone changes it a little, by
     about the larger of two amounts: the change when the document is one of two separate rows, where nothing can leak,
-    and the loss times the relative error of the precision. More than ten times that is a leak. One host sync.
+    and the loss times a small fraction, 5e-4 in bf16 and 1e-6 in fp32. More than ten times that is a leak. One host
+    sync.
     """
     model.eval()
     tokens = np.random.default_rng(0).integers(parallel.shape.vocabulary, size=57)
@@ -3436,7 +3441,7 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # the write just waited for was of this step; a stop abandoned the step after
+        if self.saved_step == state.step:  # the write just waited for was of this very step: a stop abandoned the next
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -3845,7 +3850,7 @@ def restore_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, T
 def save_tensors(
     tensors: dict[str, Tensor], numbers: dict[str, int], folder: Path, group: dist.ProcessGroup | None, copied: bool
 ) -> None:
-    """Writes every rank's tensors into the files of these numbers. Raises RunError, the same on every rank."""
+    """Writes every rank's tensors, each into the file that `numbers` gives. Raises RunError, the same on every rank."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -3860,7 +3865,7 @@ def save_tensors(
 
 
 def file_of_each(sizes_of_ranks: list[dict[str, int]]) -> dict[str, int]:
-    """Returns the number of the file each tensor of any rank goes to, so that files stay near CHECKPOINT_FILE_BYTES.
+    """Returns, by tensor name, the number of the file a rank writes it to, so that files stay near the size aimed at.
 
     It is given the bytes of each rank's share by name, because pipeline stages hold different tensors.
     """
@@ -4129,7 +4134,9 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
             max_summary_tokens=config.max_summary_tokens,
             num_beams=config.num_beams,
             test=test,
-            test_scores={who: [shown_interval(test, kind + name) for name in ROUGE] for who, kind in systems.items()},
+            test_scores={
+                who: [shown_interval(test, prefix + name) for name in ROUGE] for who, prefix in systems.items()
+            },
             results={n: f"{value:.4f}" if isinstance(value, float) else value for n, value in results.items()},
             has_curves=(folder / "curves.png").exists(),
             command=typed_command(cluster),
@@ -4227,7 +4234,7 @@ class RunLog:
                 )
                 if self.config.report_to == "wandb" and self.parallel.is_main:
                     run = self.parallel.accelerator.get_tracker("wandb", unwrap=True)
-                    run.define_metric("*", step_metric="step")  # its own count of steps accepts none twice
+                    run.define_metric("*", step_metric="step")  # wandb's own counter takes no step twice
         except Exception as error:  # each tracker has errors of its own
             raise UserError(
                 f"--report-to {self.config.report_to} cannot be started ({first_line(error)}); set it up, or use none"
@@ -4329,7 +4336,7 @@ class RunLog:
             self.track({n: value for n, value in values.items() if isinstance(value, float)})
 
     def evaluation_due(self, state: TrainingState) -> bool:
-        """Returns whether this step is one to evaluate at and has not been yet, the same on every rank."""
+        """Returns whether an evaluation is due after this step and not made yet, the same on every rank."""
         due = state.step == self.total_steps or state.step % self.config.eval_interval == 0
         return due and state.step > state.evaluated_step
 
@@ -4702,8 +4709,10 @@ class PlanCheck:
 USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
-TIME_BAND = 0.07  # times nearer than this are too close to call: between like published runs predictions err by 6.6%
-CUT_TIME_BAND = 0.15  # the same between plans of more and of fewer parts, where Hagemann's medians differ by 12%
+TIME_BAND = 0.07  # times nearer than this are too close to call: ratios of similar published runs are 6.6% off
+# The same between plans of more and of fewer parts. Of the layouts that Hagemann et al. 2023 (arXiv 2311.05610) measured,
+# those with and those without such cuts are predicted with medians that differ by 12%.
+CUT_TIME_BAND = 0.15
 PLAN_FLAGS = (  # restrict the plan; what would help is tried by setting them back to their defaults
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
     "precision", "compile", "hsdp_shard_size", "parallelism", "pipeline_parallel_size",
@@ -5037,8 +5046,8 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
         rank_documents = math.ceil(config.batch_size / (replicas * shards))
         given_size = config.micro_batch_size
         sizes = [min(given_size, rank_documents)] if given_size else micro_batch_sizes(rank_documents, stages)
-        # Not tried by itself beside stages, where it would copy a stage's weights anew for each of many micro-batches,
-        # nor beside tensor parallelism, where it does not work.
+        # Unasked, offload is tried neither beside stages, where it would copy a stage's weights anew for each of many
+        # micro-batches, nor beside tensor parallelism, where it does not work.
         may_offload = shards > 1 and stages * tensor == 1 and cluster.has_gpu
         open_axes = dict(
             micro_batch_size=sizes,
@@ -5071,12 +5080,12 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     the network between nodes is slow. Where --tensor-parallel-size is not given, 1, 2, 4 and 8 are tried.
     """
     stage_counts, tensor_sizes = [given_stages(shape, config)], [given_tensor_size(shape, cluster, config)]
-    cuts_by_itself = config.parallelism not in ("none", "ddp")  # with these, each process holds the whole model
-    if cuts_by_itself and config.pipeline_parallel_size is None and not shape.uncuttable:
+    may_cut = config.parallelism not in ("none", "ddp")  # under none and ddp each process holds the whole model
+    if may_cut and config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
         stage_counts += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
     may_split = config.tensor_parallel_size is None and config.cpu_offload != "yes"
-    if cuts_by_itself and may_split:
+    if may_cut and may_split:
         tensor_sizes += [size for size in (2, 4, 8) if not why_not_split(shape, cluster, size)]
     layouts, problems = [], []
     for stages, tensor in itertools.product(stage_counts, tensor_sizes):
@@ -5323,7 +5332,7 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
     active_experts = (sizes.get("num_experts_per_tok") or experts) if experts > 1 else 1
     intermediate = sizes.get("intermediate_size") or 4 * text_config.hidden_size
     intermediate = max(intermediate) if isinstance(intermediate, list) else intermediate  # by layer, in some models
-    if experts > 1:  # an estimate: of their copies of the token and of shared experts nothing is known
+    if experts > 1:  # an estimate, without shared experts and the copies of a token that its experts get
         intermediate = active_experts * (sizes.get("moe_intermediate_size") or intermediate)
     head_dim = sizes.get("head_dim") or text_config.hidden_size // heads
     return ModelShape(
@@ -5511,7 +5520,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["gathering the head"] = step.phase(all_saved + step.stream, gathered=gathering)
         in_loss = all_saved + step.norm + step.stream + step.scalars
         phases["loss"] = step.phase(in_loss, step.head_buffers, gathered=beside_head + width * head)
-        gathered = beside_head + (width + 4) * head
+        gathered = beside_head + (width + 4) * head  # 4: the head's gradient in fp32, about to be reduced
         phases["backward of the last norm"] = step.phase(
             all_saved + step.norm_backward, gathered=gathered, finished=head
         )
@@ -5558,7 +5567,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     phases = {}
     if shape.has_head:
         norm = step.norm if split else (3 * 4 if plan.autocasts else 8) * h  # autocast's are in fp32 throughout
-        norm_backward = step.norm_backward + step.stream if split else 24 * h
+        norm_backward = step.norm_backward + step.stream * split
         at_end = all_saved + norm + step.stream
         phases["end of forward"] = step.phase(at_end, step.chunk, gathered=cache + head_copy)
         in_loss = all_saved + norm + step.scalars
@@ -5626,18 +5635,18 @@ class StepMemory:
         # What a recomputed layer keeps: the stream, of which a tensor-parallel rank holds the part of its tokens. Under
         # autocast (one process, and DDP) it is fp32.
         self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h / plan.tensor_parallel_size
-        if split:  # torch's fused norms save their input; their output is gathered. Then the gradients of both.
+        if split:  # torch's fused norms save their input, their output is gathered, and backward adds their gradients
             self.norm = self.layer_input + plan.compute_bytes * h
             self.norm_backward = 2 * self.norm
-        # What an eager layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4h, key
+        # What an eager layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4q, key
         # and value 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Under autocast the norms save fp32 alone,
         # 16h, and the inputs of five projections are copied to bf16, 10h.
         norms = 2 * self.norm if split else (24 if in_fp32 else 26 if plan.autocasts else 16) * h
         self.whole_layer = norms + plan.compute_bytes * (2 * q + 2 * k + 4 * f) + 4 * a + 8
         if plan.compiled:
-            # Its input, and what matmuls and attention read or write: two norms' outputs 2h, query and attention output
-            # 2q, its projection (scattered where layers are split), key and value 2k, gate, up and their product 3f.
-            # The rest is computed again from them.
+            # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, query and
+            # attention output 2q, its projection (scattered where layers are split), key and value 2k, gate, up and
+            # their product 3f. The rest is computed again from them.
             read = 2 * h + h / plan.tensor_parallel_size + 2 * q + 2 * k + 3 * f
             self.whole_layer = self.layer_input + plan.compute_bytes * read + 4 * a + 8
         recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
@@ -5654,13 +5663,13 @@ class StepMemory:
         # Logits and inputs of the head for one chunk of positions, in fp32.
         rows = tokens if shape.computes_all_logits else min(tokens, HEAD_CHUNK_TOKENS)
         # Without linear_cross_entropy there are more than the logits in fp32. Beside tensor parallelism: in bf16 too,
-        # their exponentials, and the gradients of both, 16. Where a loop computes all: in bf16 too, and their
-        # log-softmax, 10, which is 2 to 11% more than PyTorch's tracker counts for a whole step.
-        with_cross_entropy = split or shape.computes_all_logits
-        per_logit = (16 if split else 10) if with_cross_entropy else 4
+        # their exponentials, and the gradients in fp32 and bf16, 16. Where all logits are computed at once: in bf16
+        # too, and their log-softmax, 10, which is 2 to 11% more than PyTorch's tracker counts for a whole step.
+        without_fused_loss = split or shape.computes_all_logits
+        per_logit = (16 if split else 10) if without_fused_loss else 4
         self.chunk = rows * (per_logit * shape.vocabulary + 4 * h)
         # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
-        logits = 0 if in_fp32 or with_cross_entropy else 2 * 2 * rows * shape.vocabulary
+        logits = 0 if in_fp32 or without_fused_loss else 2 * 2 * rows * shape.vocabulary
         self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
 
     def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
@@ -5681,9 +5690,9 @@ class StepMemory:
         # gathered.
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
-        # Input and output gradient. The first norm's output and attention's projection, query and attention's output
-        # 2q, key and value 2k; gradients of the MLP's inputs 2h, of attention's output and query 2q, of key and value
-        # 2k. Flash attention adds up the query's in fp32, 4q.
+        # Input and output gradient. In elements: the first norm's output and attention's projection, query and
+        # attention's output 2q, key and value 2k; gradients of the MLP's inputs 2h, of attention's output and query 2q,
+        # of key and value 2k. Flash attention adds up the query's in fp32, 4q bytes.
         attention = (2 * self.layer_input + width * (4 * h + 4 * q + 4 * k) + 4 * q, 3 * h * f)
         # Input and gradient. The first norm's output, the gradients of the three that read it, and their sum: 5h.
         return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
@@ -5916,9 +5925,9 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
     """Returns the flags for a run that ran out of memory: of a plan predicted to reserve a tenth less than the run's.
 
-    Where there is none, the block is halved, up to three times. Failing that, they are those of the plan that reserves
-    least, and of these, of the one with the longest block and the smallest micro-batch. All flags of the plan are
-    given, because the planner would otherwise use the freed memory elsewhere.
+    Where there is none, the block is halved, up to three times. Failing that, the plan that reserves least is taken;
+    among equals, the one with the longest block, then the smallest micro-batch. All flags of the plan are given,
+    because the planner would otherwise use the freed memory elsewhere.
     """
     too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
@@ -5982,7 +5991,9 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
     best = choice.chosen or choice.candidates[0]
     host = host_memory_gib(shape, cluster, best.plan) if best.plan.cpu_offload else 0.0
     lines += describe_best(best, cluster, choice.lever, host)
-    wrap = functools.partial(textwrap.fill, width=100, subsequent_indent=" " * 12, break_on_hyphens=False)  # of flags
+    wrap = functools.partial(
+        textwrap.fill, width=100, subsequent_indent=" " * 12, break_on_hyphens=False
+    )  # a flag stays whole
     return "\n".join(map(wrap, lines))
 
 
@@ -6082,8 +6093,8 @@ class Cluster:
         """
         if self.nodes == 1 or self.ranks_per_node % (ranks * stride) == 0:  # else some ring lies on two nodes
             return self.gpu.link_gb_per_second
-        ranks_of_node = max(1, self.ranks_per_node // stride)
-        return min(self.gpu.link_gb_per_second, ranks_of_node * self.network_gb_per_second)
+        ring_ranks_of_node = max(1, self.ranks_per_node // stride)  # of one ring: its share of the node's network
+        return min(self.gpu.link_gb_per_second, ring_ranks_of_node * self.network_gb_per_second)
 
     @property
     def network_gb_per_second(self) -> float:
@@ -6150,6 +6161,7 @@ def known_gpu(device_name: str, memory_gib: float) -> str | None:
 
 def gpus_named(name: str) -> list[str]:
     """Returns the keys in GPUS that a name may mean, whether CUDA or a person wrote it."""
+    # as the keys are written: "RTX 4090" becomes RTX4090, and "H100 80GB PCIe" H100PCIE
     words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200)(?:[ -]\d+ ?GB)?[ -](?=PCIE|NVL))", r"\1\2", name.upper())
     return [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9])", words)]
 
@@ -6251,7 +6263,8 @@ GPUS = {  # memory GiB, bf16 TFLOP/s, HBM GB/s, efficiencies of matmuls and atte
     "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5, 31.2, DATA_SHEET),
 }
 # Guesses: what pinned copies reach of a PCIe 4 x16 link's 32 GB/s, one rank's share of a host's memory bandwidth for an
-# offloaded optimizer, and the memory bandwidth of a GPU that is not in the table. Among GPUs over PCIe 4: nccl-tests.
+# offloaded optimizer, and the memory bandwidth of a GPU that is not in the table. PCIE_GB_PER_SECOND, among GPUs
+# linked by PCIe 4, is from nccl-tests.
 HOST_LINK_GB_PER_SECOND = 20
 HOST_MEMORY_GB_PER_SECOND = 20
 UNKNOWN_HBM_GB_PER_SECOND = 1000
