@@ -4710,8 +4710,8 @@ USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved mem
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
 TIME_BAND = 0.07  # times nearer than this are too close to call: ratios of similar published runs are 6.6% off
-# The same between plans of more and of fewer parts. Of the layouts that Hagemann et al. 2023 (arXiv 2311.05610) measured,
-# those with and those without such cuts are predicted with medians that differ by 12%.
+# The same between plans of more and of fewer parts. Of the layouts of Hagemann et al. 2023 (arXiv 2311.05610), those
+# with and those without such cuts are predicted with medians that differ by 12%.
 CUT_TIME_BAND = 0.15
 PLAN_FLAGS = (  # restrict the plan; what would help is tried by setting them back to their defaults
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
