@@ -225,7 +225,7 @@ class Config:
 
     model_name_or_path: str = flag("meta-llama/Llama-2-13b-hf", "causal LM to fine-tune: Hub id or local folder", PATH)
     dataset_name_or_path: str | tuple[str, ...] = flag(
-        "abisee/cnn_dailymail", "Hub id, a local folder, or local files in jsonl, json, csv or parquet", PATH)
+        "abisee/cnn_dailymail", "Hub id, a local folder, or local files in jsonl, json, csv, tsv or parquet", PATH)
     dataset_config: str = flag("3.0.0", "configuration of a Hub dataset, or of a clone of one")
     article_column: str = flag("article", "column with the text to summarise")
     summary_column: str = flag("highlights", "column with the summary")
@@ -236,7 +236,8 @@ class Config:
     block_size: int = flag(2048, "longest document in tokens; a longer article loses its end", POSITIVE)
     loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", one_of("all", "summary"))
     num_train_epochs: int = flag(1, "passes over the training documents", POSITIVE)
-    max_steps: int | None = flag(None, "stop after this many optimizer steps", number(int, minimum=1, unset="none"))
+    max_steps: int | None = flag(
+        None, "stop after this many optimizer steps, if the epochs have as many", number(int, minimum=1, unset="none"))
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
         None, "most documents per forward pass of a data rank; packed: a row of that many times --block-size tokens",
@@ -322,6 +323,8 @@ class Config:
                         read(str(each))
                 except ValueError as broken_rule:
                     raise UserError(f"{flag_name(name)} {each} {broken_rule}") from None
+        if self.plan_format != "table" and self.plan is None:
+            raise UserError(f"--plan-format {self.plan_format} goes with --plan; add it")
         if self.hsdp_shard_size and self.parallelism != "hsdp":
             raise UserError(f"--hsdp-shard-size {self.hsdp_shard_size} needs --parallelism hsdp; add it")
 
@@ -369,9 +372,13 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
                 values[name] = read[0] if len(read) == 1 else tuple(read)
             except ValueError as broken_rule:
                 problems.append(f"{flag_name(name)} {words[0]} {broken_rule}; {leave_out}")
+    try:
+        config = Config(**values)
+    except UserError as error:
+        problems += error.problems
     if problems:
         raise UserError(*problems)
-    return Config(**values)
+    return config
 
 
 def unknown_flag(word: str) -> str:
@@ -976,7 +983,7 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
     if not calls_training_step:
         # why it can have neither pipeline stages (uncuttable) nor tensor parallelism (unsplittable)
-        own_loop = "the caller of enable_advanced_parallelization does not set calls_training_step"
+        own_loop = "another script's loop has to take its steps with training_step, and then set calls_training_step"
         shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop, computes_all_logits=True)
         settled = {name: "no" for name in ("packing", "compile") if getattr(config, name) == "auto"}
         config = dataclasses.replace(config, **settled)
@@ -1415,6 +1422,8 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
             )
             parallel.say(audit(name, len(split) + dropped, documents, batches, parallel))
         encoded.append(documents)
+    found = f"data with fingerprints {', '.join(map(fingerprint, encoded))}"
+    check_that_nodes_agree({"dataset_name_or_path": found}, "the same files")
     return encoded[0], encoded[1], (encoded[2] if len(encoded) > 2 else None)
 
 
@@ -1431,6 +1440,8 @@ def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
     splits, lines = parallel.node_main_first(lambda: read_splits(config))
     for line in lines:
         parallel.say(f"data      {line}")
+    found = ", ".join(f"{len(split)} {name}" for name, split in sorted(splits.items()))
+    check_that_nodes_agree({"dataset_name_or_path": f"{found} documents"}, "the same files")
     train, dropped = splits["train"], 0
     if "validation" in splits:
         validation = splits["validation"]
@@ -1532,11 +1543,17 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
 def saved_splits(paths: list[str], config: Config) -> dict[str, Dataset]:
     """Returns the splits of a folder written by `save_to_disk`."""
     import datasets
+    from datasets.fingerprint import Hasher
 
     if len(paths) > 1:
         raise UserError(f"{shown_data(config)}: {paths[0]} is a folder of save_to_disk; name it alone")
     saved = datasets.load_from_disk(paths[0])
-    return by_meaning(saved if isinstance(saved, dict) else {"train": saved})
+    saved = saved if isinstance(saved, dict) else {"train": saved}
+    for split in saved.values():  # by itself the fingerprint is one of how the dataset was made, not of its files
+        files = [(Path(each["filename"]), os.stat(each["filename"])) for each in split.cache_files]
+        states = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in files]
+        split._fingerprint = Hasher.hash((split._fingerprint, states))
+    return by_meaning(saved)
 
 
 def by_meaning(splits: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -1606,12 +1623,13 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
         found = "".join(f" ({line})" for line in lines[:3])
         raise UserError(f"{shown} holds no file to train on{found}; give files in one of {', '.join(ROW_READERS)}")
     for split, those in by_split.items():
-        formats = sorted({format_of(file) for file in those})
+        formats = {ROW_READERS[format_of(file)]: f"{format_of(file)} ({file.name})" for file in those}
         if len(formats) > 1:  # probably the same documents twice
-            raise UserError(f"{shown} holds {split} files in {' and '.join(formats)}; leave out all but one format")
-        plain = {file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file for file in those}
-        if len(plain) < len(those):
-            raise UserError(f"{shown} holds a {split} file both compressed and not; leave out one of them")
+            found = " and ".join(sorted(formats.values()))
+            raise UserError(f"{shown} holds {split} files in {found}; leave out all but one format")
+        stems = [str(file)[: str(file).lower().rindex(format_of(file))] for file in those]
+        if twice := [file for place, file in enumerate(those) if stems[place] in stems[:place]]:
+            raise UserError(f"{shown} holds {twice[0]} in two forms; leave out one of them")
         names = ", ".join(file.name for file in those[:3]) + (", ..." if len(those) > 3 else "")
         lines.append(f"{split}: {len(those)} file{'s' * (len(those) > 1)} ({names})")
     return by_split, lines
@@ -1644,7 +1662,7 @@ def read_files(files: list[Path], config: Config) -> Dataset:
             is_empty = False
             yield row
         if is_empty:
-            raise UserError(f"{' and '.join(map(str, files[:3]))} hold no rows; fill or leave them out")
+            raise UserError(f"no rows are in {' and '.join(map(str, files[:3]))}; fill or leave out what is empty")
 
     try:
         return datasets.Dataset.from_generator(
@@ -1684,25 +1702,34 @@ def is_text(value: Any) -> bool:
 
 
 def json_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the number and the value of each row: an object a line, or the objects of one list."""
-    lines, names = text_lines(file), {}
-    first = next(lines, "")
-    is_list = first.lstrip().startswith("[")
-    rows = json.loads(first + "".join(lines)) if is_list else itertools.chain([first], lines)
-    for number, row in enumerate(rows, 1):
-        if not is_list and not row.strip():
-            continue
+    """Yields the number and the value of each row: an object a line, or else the values of the whole file."""
+    numbered, names = enumerate(text_lines(file), 1), {}
+    first = next((pair for pair in numbered if pair[1].strip()), (1, ""))
+    if first[1].lstrip().startswith("[") or first[1].strip() == "{":
+        rows = enumerate(json_values(first[1] + "".join(line for _, line in numbered)), 1)
+    else:
+        rows = (pair for pair in itertools.chain([first], numbered) if pair[1].strip())
+    for number, row in rows:
         try:
-            value = row if is_list else json.loads(row)
+            value = json.loads(row) if isinstance(row, str) else row
             names |= dict.fromkeys(value.keys())
         except (ValueError, AttributeError) as error:
-            reason = first_line(error) if isinstance(error, ValueError) else f"but {textwrap.shorten(str(row), 60)}"
+            reason = getattr(error, "msg", f"but {textwrap.shorten(str(row), 60)}")
             raise UserError(
                 f"{file}, row {number} is not a JSON object ({reason}); repair it or leave it out"
             ) from error
         yield number, value
     if names:
         check_names(str(file), names, config)
+
+
+def json_values(text: str) -> list[Any]:
+    """Returns the JSON values that follow each other in a text, of lists their elements."""
+    values, place, decoder = [], 0, json.JSONDecoder()
+    while nonspace := re.compile(r"\S").search(text, place):
+        value, place = decoder.raw_decode(text, nonspace.start())
+        values += value if isinstance(value, list) else [value]
+    return values
 
 
 def csv_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -2213,6 +2240,11 @@ def load_model(parallel: Parallel) -> nn.Module:
     if not plan.reshard_after_forward:
         model.set_reshard_after_forward(False)
     use_token_loss(model, parallel.pipeline.is_last, parallel.tensor_parallel)
+    drops = [getattr(each, "p" if isinstance(each, nn.Dropout) else "attention_dropout", 0) for each in model.modules()]
+    if any(isinstance(share, float) and share > 0 for share in drops):
+        parallel.say(
+            "WARNING   the model has dropout, so its losses depend on the plan; set it to 0 in its config.json"
+        )
     if plan.autocasts:  # in the model itself, so that it is trained in bf16 in another script's loop too
         model.forward = torch.autocast(parallel.device.type, torch.bfloat16)(model.forward)
     if plan.pipeline_parallel_size > 1:
@@ -3241,7 +3273,9 @@ def make_save_folder(folder: Path, parallel: Parallel) -> str:
         is_source = folder.resolve() == Path(config.model_name_or_path).resolve()
         if is_source and not complete_checkpoints(folder / "checkpoints"):
             raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
-        if (folder / "README.md").exists() and not (folder / "train_config.json").exists():
+        if (folder / "README.md").exists() and not (
+            (folder / "train_config.json").exists() or complete_checkpoints(folder / "checkpoints")
+        ):
             raise UserError(f"--save-model-dir {folder} holds a README.md that is of no run; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -3542,7 +3576,8 @@ class Checkpoints:
         state, named = TrainingState.fresh(self.parallel.device), self.config.resume
         # rank 0's list, because network filesystems may show files late
         own = self.on_all_ranks(self.tidy_folder, main_only=True)
-        is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, of the same command
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # the agents of several nodes count differently
+        is_restart = max(self.on_all_ranks(lambda: restarts, gathered=True)) > 0
         if named != "auto" and not (is_restart and own):
             self.on_all_ranks(lambda: self.check_path(Path(named), own))
         names_another = named != "auto" and Path(named).resolve().parent != self.folder.resolve()
@@ -5134,7 +5169,7 @@ def why_not_split(shape: ModelShape, cluster: Cluster, size: int) -> str:
     if shape.unsplittable:
         return f"{shape.unsplittable}; leave it out"
     if PAD_MULTIPLE % size:
-        return f"rows of a multiple of {PAD_MULTIPLE} tokens are shared out; use 2, 4 or 8"
+        return f"rows of a multiple of {PAD_MULTIPLE} tokens are shared out; use a divisor of {PAD_MULTIPLE}"
     if (ranks := cluster.ranks_per_node) % size:
         return f"it does not divide the {ranks} rank(s) of a node; use a divisor, or another --nproc_per_node"
     sizes = dict(heads=shape.heads, intermediate_size=shape.intermediate, vocab_size=shape.vocabulary)
@@ -5324,7 +5359,8 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
     """Returns the shape of the model that `model_config` describes; builds it on the meta device to count exactly."""
     model, attention = model_without_weights(model_config)
     text_config = model_config.get_text_config()
-    sizes = text_config.to_dict()
+    sizes = text_config.to_dict()  # under the model's own names; then under those of most models, too
+    sizes |= {name: sizes[own] for name, own in (text_config.attribute_map or {}).items() if own in sizes}
     heads, layers = text_config.num_attention_heads, text_config.num_hidden_layers
     in_layers = [pair for layer in decoder_layers(model) for pair in layer.named_parameters()]
     in_experts = sum(parameter.numel() for name, parameter in in_layers if ".experts." in f".{name}")
@@ -5371,7 +5407,7 @@ def why_unsplittable(model: PreTrainedModel, attention: str | None) -> str:
     if attention != "causal_attention":
         return "its attention needs a mask"
     if model.config.get_text_config().tie_word_embeddings:
-        return "its embedding and its head are one matrix"
+        return "the model's embedding and head are one matrix"
     modules, norm = dict(model.named_modules()), getattr(model.base_model, "norm", None)
     names = {re.sub(r"\.\d+\.", ".*.", name) for name in modules}
     if missing := next((name for name in SPLIT_MODULES if name not in names), None):
@@ -5401,7 +5437,7 @@ def why_uncuttable(model: PreTrainedModel) -> str:
 
     text_config = model.config.get_text_config()
     if text_config.tie_word_embeddings:
-        return "its embedding and its head are one matrix, which would lie on two stages"
+        return "the model's embedding and head are one matrix, which would lie on two stages"
     if getattr(text_config, "output_router_logits", False):
         return "its routers' loss is one of all layers together"
     if len(set(getattr(text_config, "layer_types", None) or [])) > 1:
@@ -5891,6 +5927,8 @@ def changes_that_may_help(cluster: Cluster, config: Config, to_fit: bool) -> Ite
             freed[name] = words
             yield words, words, dataclasses.replace(config, **changes), cluster
     if not to_fit:
+        if 2 * config.batch_size >= LARGEST_INTEGER:
+            return
         larger = dataclasses.replace(config, batch_size=2 * config.batch_size)
         yield "batch", f"--batch-size {larger.batch_size} (changes the loss curve)", larger, cluster
         return
@@ -5933,7 +5971,7 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
     smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
     fixed = dict(batch_size=config.batch_size, precision=plan.precision)
     fixed |= dict(packing="yes" if plan.packing else "no", compile="yes" if plan.compiled else "no")
-    shorter = [Config(block_size=config.block_size // divisor, **fixed) for divisor in (1, 2, 4, 8)]
+    shorter = [Config(block_size=max(1, config.block_size // divisor), **fixed) for divisor in (1, 2, 4, 8)]
     for each in shorter:
         if found := best_of(shape, smaller_cluster, each):
             block = each.block_size
@@ -6123,10 +6161,12 @@ def find_cluster() -> Cluster:
 
 
 def this_machine() -> Cluster:
-    """Returns the cluster that torchrun with all of this machine's GPUs would make; one process where it has none."""
-    name, gpu = find_device(ranks_per_node=1)
-    gpus, has_gpu, host_gib = max(1, torch.cuda.device_count()), torch.cuda.is_available(), free_host_memory() / GIB
-    return Cluster(1, gpus, name, has_gpu, gpu, has_flash_attention(), host_gib)
+    """Returns the cluster that torchrun has made, or else would make with all GPUs of this machine or one process."""
+    ranks_of_node = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, torch.cuda.device_count()))
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE") or 1)
+    name, gpu = find_device(ranks_of_node)
+    has_gpu, host_gib = torch.cuda.is_available(), free_host_memory() / GIB
+    return Cluster(nodes, ranks_of_node, name, has_gpu, gpu, has_flash_attention(), host_gib)
 
 
 def has_flash_attention() -> bool:

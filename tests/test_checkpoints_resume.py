@@ -733,19 +733,23 @@ def test_a_later_second_signal_leaves_at_once(tmp_path, monkeypatch, uninterrupt
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_nodes_with_other_data_are_refused(tmp_path, monkeypatch, capsys):
-    """As if another node had found other files under the same name."""
+@pytest.mark.parametrize(
+    "found", ["34 train, 8 validation documents", "data with fingerprints", "34 training documents"]
+)
+def test_nodes_with_other_data_are_refused(tmp_path, monkeypatch, capsys, found):
+    """As if another node had found other files under the same name: other splits, other texts, or another model."""
     on_all_ranks = train_llama2.on_all_ranks
 
     def with_another_node(act, **how):
         result = on_all_ranks(act, **how)
-        is_compared = how.get("gathered") and isinstance(result[0], dict) and "dataset_name_or_path" in result[0]
+        is_compared = how.get("gathered") and isinstance(result[0], dict)
+        is_compared = is_compared and result[0].get("dataset_name_or_path", "").startswith(found)
         return [*result, {**result[0], "dataset_name_or_path": "other documents"}] if is_compared else result
 
     monkeypatch.setattr(train_llama2, "on_all_ranks", with_another_node)
     assert start(tmp_path) == 2
     said = capsys.readouterr().err
-    assert "error: --dataset-name-or-path is 34 training documents with fingerprint" in said
+    assert f"error: --dataset-name-or-path is {found}" in said
     assert "and other documents on different nodes; give all the same files" in said
 
 

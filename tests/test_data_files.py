@@ -235,7 +235,9 @@ def test_a_file_beside_its_compressed_self_is_refused(data, capsys):
     write_jsonl(data / "train.jsonl")
     (data / "train.jsonl.gz").write_bytes(gzip.compress((data / "train.jsonl").read_bytes()))
     assert start(data) == 2
-    assert "holds a train file both compressed and not; leave out one of them" in said(capsys)[1]
+    assert f"holds {data / 'train.jsonl.gz'} in two forms; leave out one of them" in said(capsys)[1]
+    (data / "train.jsonl.gz").rename(data / "train-2.json.gz")
+    assert start(data) == 0, "files of two suffixes that are read alike"
 
 
 def test_of_a_clone_of_the_hubs_dataset_one_configuration_is_read(data, capsys):
@@ -268,6 +270,26 @@ def test_a_lone_test_file_is_not_called_unreadable(data, capsys):
     write_jsonl(data / "ab_testing.jsonl")
     assert start(data) == 2
     assert "no file to train on (not read: 1 file of a test split, without --test-samples)" in said(capsys)[1]
+
+
+@pytest.mark.parametrize("text", ["\n\n[{0},\n{1}]", "{0}\n{1}", "{0}{1}\n"], ids=["list", "indented", "run together"])
+def test_json_may_be_laid_out_as_people_do(data, capsys, text):
+    rows = [json.dumps(row, indent=2) for row in STORIES[:2]]
+    (data / "train.json").write_text(text.replace("{0}", rows[0]).replace("{1}", rows[1]))
+    assert start(data, max_eval_samples=1) == 0, said(capsys)
+    assert any(line.startswith("train: 1 documents") for line in said(capsys)[0])
+
+
+def test_a_saved_folder_with_other_rows_is_encoded_anew(data, capsys, tmp_path):
+    """What `datasets` calls a fingerprint tells how a dataset was made; its source may have changed in between."""
+    tokens = []
+    for number, rows in enumerate((STORIES[:3], STORIES[3:])):
+        made = datasets.Dataset.from_list(rows)
+        made._fingerprint = "the same"
+        made.save_to_disk(data / str(number))
+        split = train_llama2.saved_splits([str(data / str(number))], train_llama2.Config())["train"]
+        tokens.append(split._fingerprint)
+    assert tokens[0] != tokens[1]
 
 
 def test_splits_may_come_in_different_formats(data, capsys):

@@ -326,7 +326,7 @@ STRANGE = {"text": "a b c", "title": "d"}
     [
         pytest.param({}, ["no file to train on", ".jsonl"], id="empty folder"),
         pytest.param({"train.txt": "a"}, ["no file to train on", ".jsonl"], id="unknown format"),
-        pytest.param({"train.jsonl": ""}, ["train.jsonl hold no rows"], id="empty file"),
+        pytest.param({"train.jsonl": ""}, ["no rows are in", "train.jsonl"], id="empty file"),
         pytest.param(
             {"train.jsonl": lines_of(PAIR) + '{"article'}, ["row 2 is not a JSON object"], id="malformed jsonl"
         ),
@@ -341,7 +341,7 @@ STRANGE = {"text": "a b c", "title": "d"}
             id="[null",
         ),
         pytest.param({"train.json": "null"}, ["train.json, row 1 is not a JSON object"], id="null alone"),
-        pytest.param({"train.json": "[]"}, ["train.json hold no rows"], id="no rows"),
+        pytest.param({"train.json": "[]"}, ["no rows are in", "train.json"], id="no rows"),
         pytest.param(
             {"train.jsonl": lines_of(PAIR) * 2 + '{"article": "\udcff", "highlights": "d"}'}, ["UTF-8"], id="no UTF-8"
         ),
@@ -350,7 +350,9 @@ STRANGE = {"text": "a b c", "title": "d"}
             ["train.csv is not UTF-8 (line 2:", "convert it"],
             id="csv in Latin-1",
         ),
-        pytest.param({"train.csv": "article,highlights\n"}, ["train.csv hold no rows"], id="csv of a header alone"),
+        pytest.param(
+            {"train.csv": "article,highlights\n"}, ["no rows are in", "train.csv"], id="csv of a header alone"
+        ),
         pytest.param(
             {"train.csv": "a b c,d\ne f g,h\n"},
             ["--article-column article", "the first row of", "a b c, d"],
@@ -386,7 +388,7 @@ STRANGE = {"text": "a b c", "title": "d"}
         ),
         pytest.param(
             {"train.jsonl": lines_of(PAIR), "train.csv": "article,highlights\na,b\n"},
-            ["holds train files in .csv and .jsonl", "one format"],
+            ["holds train files in .csv (train.csv) and .jsonl (train.jsonl)", "one format"],
             id="mixed formats",
         ),
     ],

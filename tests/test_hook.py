@@ -51,6 +51,7 @@ def test_on_moai_the_platforms_hook_comes_first_and_only_once(tmp_path):
     [
         (dict(precision="fp16"), "--precision fp16 is not one of auto, bf16, fp32, bf16-states"),
         (dict(batch_size=0), "--batch-size 0 must be at least 1"),
+        (dict(plan_format="json"), "--plan-format json goes with --plan"),
         (dict(hsdp_shard_size=4), "--hsdp-shard-size 4 needs --parallelism hsdp"),
     ],
 )
@@ -77,6 +78,13 @@ def test_another_loop_is_planned_eager_padded_and_with_all_logits(monkeypatch):
         for each in (dataclasses.replace(shape, computes_all_logits=True), shape)
     )
     assert loss - own_loss > (tokens - 1024) * 32000 * 8
+
+
+def test_a_plan_under_torchrun_is_for_its_processes(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    cluster = train_llama2.this_machine()
+    assert (cluster.nodes, cluster.ranks_per_node) == (2, 4)
 
 
 def test_nodes_with_other_flags_are_refused(monkeypatch):

@@ -257,7 +257,7 @@ def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
     run = run_script(*small_run(tmp_path / "run", **PP2, model_name_or_path=tmp_path / "tied"), processes=2)
     [line] = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert line == (
-        "error: --pipeline-parallel-size 2 cannot be had here: its embedding and its head are one matrix, "
+        "error: --pipeline-parallel-size 2 cannot be had here: the model's embedding and head are one matrix, "
         "which would lie on two stages; leave it out"
     )
     assert "exitcode  : 2" in run.stderr

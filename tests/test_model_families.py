@@ -130,6 +130,13 @@ def test_packed_rows_train_as_padded_ones(families, tmp_path, name):
     assert packed[1] == pytest.approx(padded[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama with dropout", "llama"])
+def test_dropout_is_warned_of(families, tmp_path, capsys, name):
+    """Which tokens are dropped depends on how they are batched."""
+    train(tmp_path, families[name])
+    assert ("WARNING   the model has dropout" in capsys.readouterr().out) == ("dropout" in name)
+
+
 def test_attention_dropout_rules_packing_out(families, tmp_path, capsys):
     flags = small_run(tmp_path, model_name_or_path=families["llama with dropout"], packing="yes", **SHORT)
     assert train_llama2.command_line(flags) == 2

@@ -28,7 +28,7 @@ from conftest import (
     small_run,
     warm,
 )
-from transformers import LlamaConfig, MixtralConfig, OlmoeConfig, Qwen2Config, Starcoder2Config
+from transformers import GPT2Config, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen2Config, Starcoder2Config
 
 import train_llama2
 from train_llama2 import GPUS, Cluster, Config, Plan, UserError, choose_plan, parse_cluster, parse_config
@@ -305,6 +305,14 @@ def test_the_link_that_limits_is_the_one_whose_bandwidth_counts():
         cluster = parse_cluster(text)
         chosen = choose_plan(LLAMA_13B, cluster, Config(parallelism="fsdp", pipeline_parallel_size=1)).chosen
         assert train_llama2.limiting_link(cluster, chosen).startswith(words)
+
+
+def test_sizes_go_by_the_names_that_a_model_gives_them():
+    """GPT-2 has `n_positions`."""
+    shape = train_llama2.model_shape(GPT2Config(n_positions=128))
+    assert (shape.positions, shape.hidden, shape.layers) == (128, 768, 12)
+    with pytest.raises(UserError, match="is longer than the 128 positions"):
+        choose_plan(shape, parse_cluster("1xH100"), Config(block_size=512))
 
 
 def test_the_active_experts_of_a_layer_take_memory_together():
@@ -1018,7 +1026,9 @@ def test_only_loops_that_train_stages_are_given_them(monkeypatch, calls_training
     assert plans[0].pipeline_parallel_size == (2 if calls_training_step else 1)
     if not calls_training_step:
         given = dataclasses.replace(config, pipeline_parallel_size=2)
-        with pytest.raises(UserError, match=r"--pipeline-parallel-size 2 cannot be had here: .* calls_training_step"):
+        with pytest.raises(
+            UserError, match=r"--pipeline-parallel-size 2 cannot be had here: .* set calls_training_step"
+        ):
             train_llama2.enable_advanced_parallelization(given)
 
 
