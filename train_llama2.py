@@ -458,8 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with log.clock_stopped():
                         log.evaluation(state, evaluate(model, eval_set, parallel, stop))
                 stopping = stop.agreed()  # asked again, so that a signal during the evaluation leads to a save
-                # an evaluation that a stop interrupted is still due
-                finished = state.step == total_steps and not log.evaluation_due(state)
+                finished = state.step == total_steps and not log.evaluation_due(state)  # one that was cut off is due
                 saving = finished or stopping or state.step % config.save_interval == 0
                 stop_if_broken(state, saving)
                 if saving and state.step > checkpoints.saved_step:
@@ -966,10 +965,7 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the old name; where it is set, the new one would override it
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first CUDA allocation
         start_process_group(config)
-    own_of_each_node = [name for name, field in FLAGS.items() if field.metadata["read"] is PATH or name == "num_proc"]
-    shared = {name: value for name, value in vars(config).items() if name not in own_of_each_node}
-    shared["resume"] = "auto" if config.resume == "auto" else "a path"
-    check_that_nodes_agree(shared, "the same flags")
+    check_that_flags_agree(config)
     on_all_ranks(lambda: check_optional_packages(config))
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -1251,6 +1247,14 @@ def on_all_ranks(
     if gathered:
         return [result for result, _, _ in outcomes]
     return outcomes[0][0] if main_only else result
+
+
+def check_that_flags_agree(config: Config) -> None:
+    """Raises UserError where nodes were started with different flags. Paths may differ, and --num-proc."""
+    own_of_each_node = [name for name, field in FLAGS.items() if field.metadata["read"] is PATH or name == "num_proc"]
+    shared = {name: value for name, value in vars(config).items() if name not in own_of_each_node}
+    shared["resume"] = "auto" if config.resume == "auto" else "a path"
+    check_that_nodes_agree(shared, "the same flags")
 
 
 def check_that_nodes_agree(values: dict[str, Any], remedy: str) -> None:
