@@ -660,6 +660,7 @@ def measure(setting: Setting) -> dict:
     if parallel.plan.strategy == "ddp":
         model.register_comm_hook(None, lambda _, bucket: answered(bucket.buffer()))
     optimizer = script.build_optimizer(model, config)
+    script.compile_layers(model, parallel, steps=10**6)
     check = script.PlanCheck(parallel)
     batch, state = full_batch(parallel), script.TrainingState.fresh(parallel.device)
     counters = importlib.import_module(COUNTERS).counters if COUNTERS else dict
