@@ -670,6 +670,7 @@ def measure(setting: Setting) -> dict:
         after = counters()
         check.step_ended(number, result, time.perf_counter)
     plan, found = parallel.plan, check.quantities
+    assert not plan.compiled or torch._dynamo.utils.counters["stats"]["unique_graphs"], "no layer was compiled"
     kind = ("compiled" if plan.compiled else "eager", plan.precision, "" if plan.packing else "padded")
     found["plan"] = ", ".join(filter(None, (plan.describe(), *kind)))
     if COUNTERS:
