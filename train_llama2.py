@@ -372,13 +372,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
                 values[name] = read[0] if len(read) == 1 else tuple(read)
             except ValueError as broken_rule:
                 problems.append(f"{flag_name(name)} {words[0]} {broken_rule}; {leave_out}")
-    try:
-        config = Config(**values)
-    except UserError as error:
-        problems += error.problems
     if problems:
         raise UserError(*problems)
-    return config
+    return Config(**values)  # it also checks the rules between flags
 
 
 def unknown_flag(word: str) -> str:
@@ -1414,7 +1410,8 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
     encoded = []
     for name, (split, dropped) in load_documents(parallel).items():
         documents = encode_documents(split, tokenizer, parallel)
-        if documents.label_counts.sum() == 0:
+        label_tokens = int(documents.label_counts.sum())
+        if 0 in on_all_ranks(lambda label_tokens=label_tokens: label_tokens, gathered=True):  # on some node
             raise UserError(
                 f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
                 + or_leave_out_test(name)
@@ -1631,9 +1628,11 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
         if len(formats) > 1:  # probably the same documents twice
             found = " and ".join(sorted(formats.values()))
             raise UserError(f"{shown} holds {split} files in {found}; leave out all but one format")
-        stems = [str(file)[: str(file).lower().rindex(format_of(file))] for file in those]
-        if twice := [file for place, file in enumerate(those) if stems[place] in stems[:place]]:
-            raise UserError(f"{shown} holds {twice[0]} in two forms; leave out one of them")
+        by_stem: dict[str, Path] = {}
+        for file in those:
+            stem = str(file)[: str(file).lower().rindex(format_of(file))]
+            if by_stem.setdefault(stem, file) is not file:
+                raise UserError(f"{shown} holds {file} and {by_stem[stem].name}; leave out one of them")
         names = ", ".join(file.name for file in those[:3]) + (", ..." if len(those) > 3 else "")
         lines.append(f"{split}: {len(those)} file{'s' * (len(those) > 1)} ({names})")
     return by_split, lines
@@ -1658,7 +1657,9 @@ def read_files(files: list[Path], config: Config) -> Dataset:
     from datasets.fingerprint import Hasher
 
     states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    code = [inspect.getsource(function) for function in (rows_of, is_text, text_lines, *ROW_READERS.values())]
+    code = [
+        inspect.getsource(function) for function in (rows_of, is_text, text_lines, json_values, *ROW_READERS.values())
+    ]
 
     def rows() -> Iterator[dict[str, str | None]]:
         is_empty = True
@@ -1718,7 +1719,9 @@ def json_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]
             value = json.loads(row) if isinstance(row, str) else row
             names |= dict.fromkeys(value.keys())
         except (ValueError, AttributeError) as error:
-            reason = getattr(error, "msg", f"but {textwrap.shorten(str(row), 60)}")
+            reason = f"but {textwrap.shorten(str(row), 60)}"
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg}, at character {error.pos + 1}"
             raise UserError(
                 f"{file}, row {number} is not a JSON object ({reason}); repair it or leave it out"
             ) from error
@@ -2244,8 +2247,7 @@ def load_model(parallel: Parallel) -> nn.Module:
     if not plan.reshard_after_forward:
         model.set_reshard_after_forward(False)
     use_token_loss(model, parallel.pipeline.is_last, parallel.tensor_parallel)
-    drops = [getattr(each, "p" if isinstance(each, nn.Dropout) else "attention_dropout", 0) for each in model.modules()]
-    if any(isinstance(share, float) and share > 0 for share in drops):
+    if drops_out(model):
         parallel.say(
             "WARNING   the model has dropout, so its losses depend on the plan; set it to 0 in its config.json"
         )
@@ -2264,6 +2266,16 @@ def load_model(parallel: Parallel) -> nn.Module:
     for group in groups:  # torch makes them with its own default timeout: 10 minutes under NCCL
         set_timeout(parallel.timeout, group)
     return parallel.accelerator.prepare_model(model) if plan.strategy == "ddp" else model
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Returns whether a module of the model is set to drop out activations, as a module or as a share it keeps."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            is_share = "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
+            if is_share and isinstance(value, float) and value > 0:
+                return True
+    return False
 
 
 def check_weights(parallel: Parallel) -> None:
@@ -5364,7 +5376,9 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
     model, attention = model_without_weights(model_config)
     text_config = model_config.get_text_config()
     sizes = text_config.to_dict()  # under the model's own names; then under those of most models, too
-    sizes |= {name: sizes[own] for name, own in (text_config.attribute_map or {}).items() if own in sizes}
+    own_names = {name: own for name, own in (text_config.attribute_map or {}).items() if own in sizes}
+    # but the part of a head that is rotated is no head
+    sizes |= {name: sizes[own] for name, own in own_names.items() if own != "qk_rope_head_dim"}
     heads, layers = text_config.num_attention_heads, text_config.num_hidden_layers
     in_layers = [pair for layer in decoder_layers(model) for pair in layer.named_parameters()]
     in_experts = sum(parameter.numel() for name, parameter in in_layers if ".experts." in f".{name}")
@@ -6166,8 +6180,10 @@ def find_cluster() -> Cluster:
 
 def this_machine() -> Cluster:
     """Returns the cluster that torchrun has made, or else would make with all GPUs of this machine or one process."""
-    ranks_of_node = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, torch.cuda.device_count()))
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE") or 1)
+    check_launcher()
+    is_launched = "LOCAL_RANK" in os.environ
+    ranks_of_node = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched else max(1, torch.cuda.device_count())
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE") or 1) if is_launched else 1
     name, gpu = find_device(ranks_of_node)
     has_gpu, host_gib = torch.cuda.is_available(), free_host_memory() / GIB
     return Cluster(nodes, ranks_of_node, name, has_gpu, gpu, has_flash_attention(), host_gib)

@@ -235,7 +235,7 @@ def test_a_file_beside_its_compressed_self_is_refused(data, capsys):
     write_jsonl(data / "train.jsonl")
     (data / "train.jsonl.gz").write_bytes(gzip.compress((data / "train.jsonl").read_bytes()))
     assert start(data) == 2
-    assert f"holds {data / 'train.jsonl.gz'} in two forms; leave out one of them" in said(capsys)[1]
+    assert f"holds {data / 'train.jsonl.gz'} and train.jsonl; leave out one of them" in said(capsys)[1]
     (data / "train.jsonl.gz").rename(data / "train-2.json.gz")
     assert start(data) == 0, "files of two suffixes that are read alike"
 

@@ -82,7 +82,10 @@ def test_another_loop_is_planned_eager_padded_and_with_all_logits(monkeypatch):
 
 def test_a_plan_under_torchrun_is_for_its_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert train_llama2.this_machine().world_size == 1, "left over from something else"
+    numbers = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="8", GROUP_WORLD_SIZE="2", MASTER_ADDR="here", MASTER_PORT="1")
+    for name, value in numbers.items():
+        monkeypatch.setenv(name, value)
     cluster = train_llama2.this_machine()
     assert (cluster.nodes, cluster.ranks_per_node) == (2, 4)
 

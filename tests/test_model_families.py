@@ -130,11 +130,20 @@ def test_packed_rows_train_as_padded_ones(families, tmp_path, name):
     assert packed[1] == pytest.approx(padded[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama with dropout", "llama"])
-def test_dropout_is_warned_of(families, tmp_path, capsys, name):
+def test_dropout_is_warned_of(families, tmp_path, capsys):
     """Which tokens are dropped depends on how they are batched."""
-    train(tmp_path, families[name])
-    assert ("WARNING   the model has dropout" in capsys.readouterr().out) == ("dropout" in name)
+    train(tmp_path, families["llama with dropout"])
+    assert "WARNING   the model has dropout, so its losses depend on the plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "OPT", "Bloom", "GPTNeoX"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_dropout_is_found_where_a_model_has_it(kind, share):
+    """As a module, or as a share that is handed to a function."""
+    names = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "hidden_dropout")
+    config = getattr(transformers, f"{kind}Config")(**dict.fromkeys(names, share), activation_dropout=0.0)
+    with torch.device("meta"):
+        assert train_llama2.drops_out(AutoModelForCausalLM.from_config(config)) == (share > 0)
 
 
 def test_attention_dropout_rules_packing_out(families, tmp_path, capsys):
