@@ -293,7 +293,8 @@ class Config:
     save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
     keep_checkpoints: int = flag(2, "newest checkpoints that are kept; older ones are deleted", POSITIVE)
     resume: str = flag(
-        "auto", "auto: go on from the newest checkpoint in the folder; a path: begin there if that has none", PATH)
+        "auto", "auto: go on from the save folder's newest checkpoint; a path: begin there if the save folder has none",
+        PATH)
     resume_anyway: bool = flag(False, "resume although flags or data that shape the losses have changed")
     async_save: str = flag(
         "auto", "write checkpoints while training goes on; auto: if host memory has room for a copy", AUTO_YES_NO)
@@ -411,6 +412,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
     for name, field in FLAGS.items():
         read, bare = field.metadata["read"], field.metadata["bare"]
+        # argparse passes a `const` that is a string through `type` too, so a bare --plan comes as ["here"]
         words = dict(nargs="+") if name == "dataset_name_or_path" else dict(nargs="?", const=bare, type=lambda w: [w])
         kind = dict(action="store_true") if field.default is False else dict(metavar=read.metavar, **words)
         help = f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%")
@@ -454,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with log.clock_stopped():
                         log.evaluation(state, evaluate(model, eval_set, parallel, stop))
                 stopping = stop.agreed()  # asked again, so that a signal during the evaluation leads to a save
-                finished = state.step == total_steps and not log.evaluation_due(state)  # one that was cut off is due
+                finished = state.step == total_steps and not log.evaluation_due(state)  # due still, if it was cut off
                 saving = finished or stopping or state.step % config.save_interval == 0
                 stop_if_broken(state, saving)
                 if saving and state.step > checkpoints.saved_step:
@@ -818,7 +820,8 @@ def summarise(
     Each holds the document's `index`, which is its row in the split, its own summary as `reference`, the model's
     `summary`, and `ended`: whether that came to the end-of-sequence token. Every rank gets the same. Ends early if the
     run was asked to stop. Sharded forward passes need all ranks: a data rank without documents repeats one, and
-    `generate` keeps a sharded model running until all ranks have finished.
+    `generate` keeps a sharded model running until all ranks have finished. With pipeline stages, transformers' own
+    pipeline runs in `generate`, and every stage gets the answers.
     """
     config, size, tokenizer = parallel.config, parallel.data_parallel_size, documents.tokenizer
     module = parallel.accelerator.unwrap_model(model)
@@ -865,6 +868,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     # FSDP gathers two layers and the head at a time; the second head is a margin. Subtracted under every plan.
     gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
+    # under autocast keys leave the rotary embedding in fp32; the values, in bf16, are counted as much
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
     copies_to_reorder = 2 if config.num_beams > 1 else 1  # beam search copies the cache to reorder it
     document_tokens = (config.block_size + config.max_summary_tokens) * config.num_beams * copies_to_reorder
@@ -2991,8 +2995,8 @@ def cache_local_parameters(layer: nn.Module, inputs: tuple) -> None:
 class Exchange(torch.autograd.Function):
     """Applies `exchange` to a tensor, and `reverse` to its gradient: `gather_parts` and `scatter_sum`, or the reverse.
 
-    torch's own collectives with a gradient do the same, but from those torch 2.13 compiled wrong gradients for several
-    rows.
+    torch's own collectives with a gradient do the same, but torch 2.13, when it compiles them, gives wrong gradients
+    for several rows.
     """
 
     @staticmethod
@@ -3313,7 +3317,7 @@ def lock_folder(folder: Path, descriptor: int, parallel: Parallel) -> None:
 
     Waits for a previous run that is about to end; raises UserError if it does not. A POSIX record lock, unlike
     filelock's: no child process inherits it, it ends with the process in any case, and it works on network disks. It
-    also ends when this process closes any descriptor of the file, so nothing else here may open `.lock` for reading.
+    also ends when this process closes any descriptor of the file, so rank 0 must not open `.lock` a second time.
     """
     patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.timeout.total_seconds())  # the other ranks are waiting
     deadline, holder = time.monotonic() + patience, ""
@@ -3491,7 +3495,7 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # the write just waited for was of this very step: a stop abandoned the next
+        if self.saved_step == state.step:  # the write just waited for was of this step: a stop abandoned the step after
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -3594,6 +3598,7 @@ class Checkpoints:
         own = self.on_all_ranks(self.tidy_folder, main_only=True)
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # the agents of several nodes count differently
         is_restart = max(self.on_all_ranks(lambda: restarts, gathered=True)) > 0
+        # after a restart, a checkpoint of this folder that was named at first is rightly no longer its newest
         if named != "auto" and not (is_restart and own):
             self.on_all_ranks(lambda: self.check_path(Path(named), own))
         names_another = named != "auto" and Path(named).resolve().parent != self.folder.resolve()
@@ -4321,7 +4326,7 @@ class RunLog:
             yield batch
 
     def seconds_per_step(self) -> float:
-        """Returns the mean seconds of a step in the last interval reported; before that, of those since the first."""
+        """Returns the mean seconds of a step in the last interval; until one ends, of the steps after the first."""
         return self.step_seconds or (self.clock() - self.interval_began) / max(1, self.interval_steps)
 
     def step(self, state: TrainingState, result: StepResult | None) -> None:
@@ -4761,8 +4766,9 @@ USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved mem
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
 TIME_BAND = 0.07  # times nearer than this are too close to call: ratios of similar published runs are 6.6% off
-# The same between plans of more and of fewer parts. Of the layouts of Hagemann et al. 2023 (arXiv 2311.05610), those
-# with and those without such cuts are predicted with medians that differ by 12%.
+# The same between plans that cut the model into more and into fewer parts, as stages or by tensor parallelism. Of the
+# layouts of Hagemann et al. 2023 (arXiv 2311.05610), those with and those without such cuts are predicted with medians
+# that differ by 12%.
 CUT_TIME_BAND = 0.15
 PLAN_FLAGS = (  # restrict the plan; what would help is tried by setting them back to their defaults
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
@@ -5377,7 +5383,7 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
     text_config = model_config.get_text_config()
     sizes = text_config.to_dict()  # under the model's own names; then under those of most models, too
     own_names = {name: own for name, own in (text_config.attribute_map or {}).items() if own in sizes}
-    # but the part of a head that is rotated is no head
+    # except a head_dim that stands for qk_rope_head_dim: that is only the rotated part of a head
     sizes |= {name: sizes[own] for name, own in own_names.items() if own != "qk_rope_head_dim"}
     heads, layers = text_config.num_attention_heads, text_config.num_hidden_layers
     in_layers = [pair for layer in decoder_layers(model) for pair in layer.named_parameters()]
@@ -5565,7 +5571,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     width_ahead = width if plan.dp_shard_size > 1 else 0
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
     saved_before = list(itertools.accumulate(saved, initial=0))
-    all_saved, beside_head = saved_before[-1] + rotary, kept or width_ahead * layer  # the last layer is gathered ahead
+    # beside the head, the last layer is gathered again, ahead of its backward pass
+    all_saved, beside_head = saved_before[-1] + rotary, kept or width_ahead * layer
     phases = {}
     if shape.has_head:
         # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
@@ -5583,7 +5590,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["gathering the last layer"] = step.phase(saved_before[-2] + rotary, gathered=last_gathered)
     if plan.holds_gradients_back:
         # The backward pass ends in layer 0: its input and four tensors as wide as the stream; its weights, their
-        # gradients before they are added in fp32, and the layer gathered ahead.
+        # gradients before they are added in fp32, and as much as a layer gathered ahead.
         held = step.layer_input + 4 * width * shape.hidden + rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
@@ -5609,6 +5616,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     Under autocast there are bf16 copies of the weights, cached until the forward pass ends, and saved for the backward
     pass of layers that are not recomputed.
     """
+    # cosines and sines are in fp32 under autocast, twice what `StepMemory` counts
     shape, plan, saved, rotary = step.shape, step.plan, step.saved, 2 * step.rotary
     layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
     copy_bytes = 2 if plan.autocasts else 0  # per parameter
@@ -5716,13 +5724,14 @@ class StepMemory:
             self.other_micro_batches += streams_kept * self.layer_input
         # Logits and inputs of the head for one chunk of positions, in fp32.
         rows = tokens if shape.computes_all_logits else min(tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy there are more than the logits in fp32. Beside tensor parallelism: in bf16 too,
-        # their exponentials, and the gradients in fp32 and bf16, 16. Where all logits are computed at once: in bf16
-        # too, and their log-softmax, 10, which is 2 to 11% more than PyTorch's tracker counts for a whole step.
+        # Without linear_cross_entropy there is more than the logits in fp32. Bytes per logit: beside tensor parallelism
+        # 16, as there are bf16 logits, their exponentials, and the gradients in fp32 and bf16, too; where all logits
+        # are computed at once 10, with bf16 logits and their log-softmax. With the 10, the prediction for a whole step
+        # is 2 to 11% above what PyTorch's tracker counts.
         without_fused_loss = split or shape.computes_all_logits
         per_logit = (16 if split else 10) if without_fused_loss else 4
         self.chunk = rows * (per_logit * shape.vocabulary + 4 * h)
-        # The head's loss: a chunk, its logits' gradient and the last one's in bf16, and the gradient of the head.
+        # The head's loss: a chunk, the gradients of its logits and of the previous chunk's, in bf16, and the head's.
         logits = 0 if in_fp32 or without_fused_loss else 2 * 2 * rows * shape.vocabulary
         self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
 
