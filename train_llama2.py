@@ -2273,11 +2273,11 @@ def load_model(parallel: Parallel) -> nn.Module:
 
 
 def drops_out(model: nn.Module) -> bool:
-    """Returns whether a module of the model is set to drop out activations, as a module or as a share it keeps."""
+    """Returns whether a module of the model drops out activations, as nn.Dropout or by a probability of its own."""
     for module in model.modules():
         for name, value in vars(module).items():
-            is_share = "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
-            if is_share and isinstance(value, float) and value > 0:
+            is_probability = "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
+            if is_probability and isinstance(value, float) and value > 0:
                 return True
     return False
 
@@ -3495,7 +3495,8 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         began = time.perf_counter()
         self.wait()
-        if self.saved_step == state.step:  # the write just waited for was of this step: a stop abandoned the step after
+        # the write just waited for may have saved this very step: a stop may abandon the next step during that write
+        if self.saved_step == state.step:
             return
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
@@ -5724,7 +5725,7 @@ class StepMemory:
             self.other_micro_batches += streams_kept * self.layer_input
         # Logits and inputs of the head for one chunk of positions, in fp32.
         rows = tokens if shape.computes_all_logits else min(tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy there is more than the logits in fp32. Bytes per logit: beside tensor parallelism
+        # Without linear_cross_entropy there is more than the logits in fp32. Bytes per logit: under tensor parallelism
         # 16, as there are bf16 logits, their exponentials, and the gradients in fp32 and bf16, too; where all logits
         # are computed at once 10, with bf16 logits and their log-softmax. With the 10, the prediction for a whole step
         # is 2 to 11% above what PyTorch's tracker counts.
@@ -5911,7 +5912,10 @@ def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
     shards, split, link = plan.dp_shard_size, plan.tensor_parallel_size, cluster.gpu.link_gb_per_second
     rings = dict(gather_reduce=(shards, split), all_reduce=(plan.dp_replicate_size, shards * split))
     rings["tensor_parallel"] = (split,)
-    if cluster.bus_gb_per_second(*rings[name]) == link if name in rings else cluster.nodes == 1:
+    is_inside_node = cluster.nodes == 1
+    if name in rings:
+        is_inside_node = cluster.bus_gb_per_second(*rings[name]) == link
+    if is_inside_node:
         return f"node link {link:g} GB/s"
     return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
 
@@ -6015,7 +6019,7 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
 
 
 def flags_of(plan: Plan, cluster: Cluster) -> str:
-    """Returns the flags that ask for this plan, beside precision, packing and compiling."""
+    """Returns the flags that ask for this plan, except those for precision, packing and compiling."""
     flags = {"--micro-batch-size": plan.micro_batch_size, "--activation-checkpointing": plan.activation_checkpointing}
     if cluster.world_size > 1:
         sharding = {"--pipeline-parallel-size": plan.pipeline_parallel_size}
@@ -6188,7 +6192,7 @@ def find_cluster() -> Cluster:
 
 
 def this_machine() -> Cluster:
-    """Returns the cluster that torchrun has made, or else would make with all GPUs of this machine or one process."""
+    """Returns the cluster that torchrun has made; without it, one with a rank for each GPU of this machine, or one."""
     check_launcher()
     is_launched = "LOCAL_RANK" in os.environ
     ranks_of_node = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched else max(1, torch.cuda.device_count())
