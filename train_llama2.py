@@ -4767,9 +4767,9 @@ USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved mem
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
 TIME_BAND = 0.07  # times nearer than this are too close to call: ratios of similar published runs are 6.6% off
-# The same between plans that cut the model into more and into fewer parts, as stages or by tensor parallelism. Of the
-# layouts of Hagemann et al. 2023 (arXiv 2311.05610), those with and those without such cuts are predicted with medians
-# that differ by 12%.
+# The same between plans that cut the model into more and into fewer parts, as stages or by tensor parallelism. The
+# median ratio of predicted to measured time, over the layouts of Hagemann et al. 2023 (arXiv 2311.05610), differs by 12%
+# between those with such cuts and those without.
 CUT_TIME_BAND = 0.15
 PLAN_FLAGS = (  # restrict the plan; what would help is tried by setting them back to their defaults
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
@@ -5577,7 +5577,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     phases = {}
     if shape.has_head:
         # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
-        # weights are freed after that.
+        # buffer, which FSDP2 keeps until the next gathering, counts too.
         gathering = kept + width * (layer + 2 * head)
         phases["gathering the head"] = step.phase(all_saved + step.stream, gathered=gathering)
         in_loss = all_saved + step.norm + step.stream + step.scalars
@@ -5754,11 +5754,11 @@ class StepMemory:
         # gathered.
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
-        # Input and output gradient. In elements: the first norm's output and attention's projection, query and
-        # attention's output 2q, key and value 2k; gradients of the MLP's inputs 2h, of attention's output and query 2q,
-        # of key and value 2k. Flash attention adds up the query's in fp32, 4q bytes.
+        # The layer's input, and the gradient of its output. In elements: the first norm's output and attention's
+        # projection, query and attention's output 2q, key and value 2k; gradients of the MLP's inputs 2h, of
+        # attention's output and query 2q, of key and value 2k. Flash attention adds up the query's in fp32, 4q bytes.
         attention = (2 * self.layer_input + width * (4 * h + 4 * q + 4 * k) + 4 * q, 3 * h * f)
-        # Input and gradient. The first norm's output, the gradients of the three that read it, and their sum: 5h.
+        # Input and gradient of the output again. The first norm's output, the gradients of the three that read it, and their sum: 5h.
         return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
     def resident(self) -> dict[str, float]:
