@@ -4768,8 +4768,8 @@ ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to 
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
 TIME_BAND = 0.07  # times nearer than this are too close to call: ratios of similar published runs are 6.6% off
 # The same between plans that cut the model into more and into fewer parts, as stages or by tensor parallelism. The
-# median ratio of predicted to measured time, over the layouts of Hagemann et al. 2023 (arXiv 2311.05610), differs by 12%
-# between those with such cuts and those without.
+# median ratio of predicted to measured time, over the layouts of Hagemann et al. 2023 (arXiv 2311.05610), differs by
+# 12% between those with such cuts and those without.
 CUT_TIME_BAND = 0.15
 PLAN_FLAGS = (  # restrict the plan; what would help is tried by setting them back to their defaults
     "micro_batch_size", "activation_checkpointing", "gradient_sync", "reshard_after_forward", "cpu_offload",
@@ -5758,7 +5758,8 @@ class StepMemory:
         # projection, query and attention's output 2q, key and value 2k; gradients of the MLP's inputs 2h, of
         # attention's output and query 2q, of key and value 2k. Flash attention adds up the query's in fp32, 4q bytes.
         attention = (2 * self.layer_input + width * (4 * h + 4 * q + 4 * k) + 4 * q, 3 * h * f)
-        # Input and gradient of the output again. The first norm's output, the gradients of the three that read it, and their sum: 5h.
+        # Again its input and its output's gradient. The first norm's output, the gradients of the three that read it,
+        # and their sum: 5h.
         return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
     def resident(self) -> dict[str, float]:
