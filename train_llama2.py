@@ -354,7 +354,7 @@ def shown_default(field: dataclasses.Field) -> Any:
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """Returns the configuration that the flags describe. Raises UserError with every problem of the flags at once."""
+    """Returns the configuration that the flags describe. Raises UserError with all problems of values at once."""
     given, unknown = build_parser().parse_known_args(argv)
     # A word without a dash is reported only if it comes first: after an unknown flag it is that flag's value.
     problems = [unknown_flag(word) for place, word in enumerate(unknown) if word.startswith("-") or place == 0]
@@ -6061,9 +6061,8 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
     best = choice.chosen or choice.candidates[0]
     host = host_memory_gib(shape, cluster, best.plan) if best.plan.cpu_offload else 0.0
     lines += describe_best(best, cluster, choice.lever, host)
-    wrap = functools.partial(
-        textwrap.fill, width=100, subsequent_indent=" " * 12, break_on_hyphens=False
-    )  # a flag stays whole
+    # flags stay whole, to be copied
+    wrap = functools.partial(textwrap.fill, width=100, subsequent_indent=" " * 12, break_on_hyphens=False)
     return "\n".join(map(wrap, lines))
 
 
