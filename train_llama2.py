@@ -771,7 +771,7 @@ def evaluate_test(
     drawn = drawn[np.argsort(-test_set.lengths[drawn], kind="stable")]  # similar lengths share a call
     settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
     weights = weights_hash or uuid.uuid4().hex  # each rank draws its own, but rank 0 alone writes and reads the mark
-    made_by = json_checksum(dict(settings, weights=weights, documents=fingerprint(test_set)))[:12]
+    made_by = json_checksum(dict(settings, weights=weights, documents=test_set.fingerprint))[:12]
     found = on_all_ranks(lambda: log.metrics.test_summaries(made_by), main_only=True)
     done = {row: found[row] for row in row_numbers[drawn].tolist() if row in found}
     parallel.say(f"test      {len(drawn):,} documents to summarise, {len(done):,} of them done before")
@@ -1405,6 +1405,14 @@ class Documents:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short hash of the tokens, and of where their labels begin. Any rank may ask for it alone."""
+        tokens = hashlib.sha256(self.label_counts.tobytes() if self.loss_on == "summary" else b"")
+        for chunk in self.dataset.data.column("input_ids").chunks:
+            tokens.update(chunk.flatten().to_numpy())
+        return tokens.hexdigest()[:12]
+
 
 def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[Documents, Documents, Documents | None]:
     """Returns the encoded documents for training, validation and test, and reports what was cut, dropped and padded.
@@ -1427,7 +1435,7 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
             )
             parallel.say(audit(name, len(split) + dropped, documents, batches, parallel))
         encoded.append(documents)
-    found = f"data with fingerprints {', '.join(map(fingerprint, encoded))}"
+    found = f"data with fingerprints {', '.join(each.fingerprint for each in encoded)}"
     check_that_nodes_agree({"dataset_name_or_path": found}, "the same files")
     return encoded[0], encoded[1], (encoded[2] if len(encoded) > 2 else None)
 
@@ -1555,10 +1563,14 @@ def saved_splits(paths: list[str], config: Config) -> dict[str, Dataset]:
     saved = datasets.load_from_disk(paths[0])
     saved = saved if isinstance(saved, dict) else {"train": saved}
     for split in saved.values():  # by itself the fingerprint is one of how the dataset was made, not of its files
-        files = [(Path(each["filename"]), os.stat(each["filename"])) for each in split.cache_files]
-        states = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in files]
+        states = file_states(Path(each["filename"]) for each in split.cache_files)
         split._fingerprint = Hasher.hash((split._fingerprint, states))
     return by_meaning(saved)
+
+
+def file_states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Returns place, size and time of change of each file, on which a cache of what is read from it depends."""
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def by_meaning(splits: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -1660,7 +1672,6 @@ def read_files(files: list[Path], config: Config) -> Dataset:
     import datasets
     from datasets.fingerprint import Hasher
 
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     code = [
         inspect.getsource(function) for function in (rows_of, is_text, text_lines, json_values, *ROW_READERS.values())
     ]
@@ -1677,7 +1688,7 @@ def read_files(files: list[Path], config: Config) -> Dataset:
         return datasets.Dataset.from_generator(
             rows,
             features=datasets.Features({column: datasets.Value("large_string") for column in config.columns}),
-            fingerprint=Hasher.hash((states, config.columns, code)),
+            fingerprint=Hasher.hash((file_states(files), config.columns, code)),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -3753,20 +3764,12 @@ def loss_settings(documents: Documents, parallel: Parallel) -> dict[str, Any]:
     )  # fmt: skip
     settings = {name: getattr(config, name) for name in names}
     settings["precision"] = parallel.plan.precision
-    settings["dataset_name_or_path"] = f"{len(documents)} training documents with fingerprint {fingerprint(documents)}"
+    settings["dataset_name_or_path"] = f"{len(documents)} training documents with fingerprint {documents.fingerprint}"
     incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     model = {name: value for name, value in parallel.model_config.to_diff_dict().items() if name not in incidental}
     shape = f"a model of {parallel.shape.parameters} parameters"
     settings["model_name_or_path"] = f"{shape} with fingerprint {json_checksum(model)[:12]}"
     return settings
-
-
-def fingerprint(documents: Documents) -> str:
-    """Returns a short hash of the documents' tokens, and of where their labels begin. Any rank may call it alone."""
-    tokens = hashlib.sha256(documents.label_counts.tobytes() if documents.loss_on == "summary" else b"")
-    for chunk in documents.dataset.data.column("input_ids").chunks:
-        tokens.update(chunk.flatten().to_numpy())
-    return tokens.hexdigest()[:12]
 
 
 # ---- Checkpoints: disk and host memory -----------------------------------------------------------------------
@@ -5472,9 +5475,8 @@ def why_uncuttable(model: PreTrainedModel) -> str:
         base.embed_tokens, base.norm, model.lm_head = (PipelineIdentityLayer() for _ in range(3))
         base.layers = nn.ModuleList(PipelineIdentityLayer() for _ in base.layers)
         hidden = torch.empty(1, PAD_MULTIPLE, text_config.hidden_size, device="meta")
-        mask = torch.empty(
-            1, 1, PAD_MULTIPLE, PAD_MULTIPLE, device="meta"
-        )  # given, as making one of meta tensors fails
+        # a mask is given, because making one from meta tensors fails
+        mask = torch.empty(1, 1, PAD_MULTIPLE, PAD_MULTIPLE, device="meta")
         passed = base(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
         if passed is hidden and not list(model.parameters()):
             return ""

@@ -147,6 +147,20 @@ def at_steps(acts: dict[int, Callable[[], object]]) -> Iterator[None]:
         yield
 
 
+def add_a_node(patch: pytest.MonkeyPatch, answer: Callable[[dict], dict | None]) -> None:
+    """Lets ranks that compare values find another node's too: this one's, with the changes that `answer` returns."""
+    import train_llama2
+
+    on_all_ranks = train_llama2.on_all_ranks
+
+    def asked(act, **how):
+        result = on_all_ranks(act, **how)
+        changes = answer(result[0]) if how.get("gathered") and isinstance(result[0], dict) else None
+        return result if changes is None else [*result, {**result[0], **changes}]
+
+    patch.setattr(train_llama2, "on_all_ranks", asked)
+
+
 def signal_myself(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.01)  # the handler runs before the next line of Python

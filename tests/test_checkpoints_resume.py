@@ -27,6 +27,7 @@ from conftest import (
     NINE_STEPS,
     RANKS,
     TINY_LLAMA,
+    add_a_node,
     assert_same_run,
     at_steps,
     error_of,
@@ -738,15 +739,8 @@ def test_a_later_second_signal_leaves_at_once(tmp_path, monkeypatch, uninterrupt
 )
 def test_nodes_with_other_data_are_refused(tmp_path, monkeypatch, capsys, found):
     """As if another node had found other files under the same name: other splits, other texts, or another model."""
-    on_all_ranks = train_llama2.on_all_ranks
-
-    def with_another_node(act, **how):
-        result = on_all_ranks(act, **how)
-        is_compared = how.get("gathered") and isinstance(result[0], dict)
-        is_compared = is_compared and result[0].get("dataset_name_or_path", "").startswith(found)
-        return [*result, {**result[0], "dataset_name_or_path": "other documents"}] if is_compared else result
-
-    monkeypatch.setattr(train_llama2, "on_all_ranks", with_another_node)
+    other = dict(dataset_name_or_path="other documents")
+    add_a_node(monkeypatch, lambda own: other if own.get("dataset_name_or_path", "").startswith(found) else None)
     assert start(tmp_path) == 2
     said = capsys.readouterr().err
     assert f"error: --dataset-name-or-path is {found}" in said

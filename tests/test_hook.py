@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import warm_python
-from conftest import RANKS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, run, small_run, torchrun
+from conftest import RANKS, SCRIPT, TINY_LLAMA, add_a_node, fresh_accelerate, read_metrics, run, small_run, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 import train_llama2
@@ -97,13 +97,7 @@ def test_nodes_with_other_flags_are_refused(monkeypatch):
         [dict(num_train_epochs=2, lr=2e-5), dict(dataset_name_or_path="there", num_proc=1), dict(resume="a path")]
     )
 
-    def with_another_node(act, **how):
-        result = on_all_ranks(act, **how)
-        is_flags = how.get("gathered") and isinstance(result[0], dict) and "num_train_epochs" in result[0]
-        return [*result, {**result[0], **next(changes)}] if is_flags else result
-
-    on_all_ranks = train_llama2.on_all_ranks
-    monkeypatch.setattr(train_llama2, "on_all_ranks", with_another_node)
+    add_a_node(monkeypatch, lambda own: next(changes) if "num_train_epochs" in own else None)
     with pytest.raises(UserError, match="--num-train-epochs is 1 and 2 on different nodes; give all the same flags"):
         enable_advanced_parallelization(mine)
     with enable_advanced_parallelization(mine):
