@@ -4687,8 +4687,8 @@ class PlanCheck:
     """Predicted against measured for the second step of this run. The first one allocates and compiles.
 
     Once the second step has ended, `quantities` hold `predicted`, `measured` and the `band` that the prediction claims,
-    for active and reserved GiB of rank 0 and for the seconds of the step. Rank 0 alone; on MoAI there is nothing to
-    compare.
+    for active and reserved GiB of rank 0 and for the seconds of the step. Every rank has one, but only rank 0 compares;
+    on MoAI there is nothing to compare.
     """
 
     def __init__(self, parallel: Parallel):
@@ -4697,7 +4697,7 @@ class PlanCheck:
         self.first_step_ended, self.earlier_peak_gib = 0.0, 0.0
 
     def step_ended(self, number: int, result: StepResult, clock: Callable[[], float]) -> None:
-        """Takes note of the first and the second step of this run. Waits for the device twice."""
+        """Takes note of the first or the second step of this run, `number`. Each call waits for the device once."""
         if self.parallel.choice is None:
             return
         if self.parallel.device.type == "cuda":
@@ -5163,7 +5163,8 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
 def micro_batch_sizes(documents: int, stages: int) -> list[int]:
     """Returns the micro-batch sizes to try.
 
-    With stages these are the ones that give at least two micro-batches a stage, or the smallest where none does.
+    With stages these are the ones that give at least twice as many micro-batches as stages, or the smallest where none
+    does.
     """
     sizes = even_sizes(documents)
     return [size for size in sizes if stages == 1 or math.ceil(documents / size) >= 2 * stages] or sizes[-1:]
@@ -5698,7 +5699,7 @@ class StepMemory:
         # gradient.
         self.scalars = 4 * 8 + 3 * 4
         # What a recomputed layer keeps: the stream, of which a tensor-parallel rank holds the part of its tokens. Under
-        # autocast (one process, and DDP) it is fp32.
+        # autocast, which is wherever bf16 runs without FSDP, it is fp32.
         self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h / plan.tensor_parallel_size
         if split:  # torch's fused norms save their input, their output is gathered, and backward adds their gradients
             self.norm = self.layer_input + plan.compute_bytes * h
