@@ -3569,7 +3569,8 @@ class Checkpoints:
         seconds, size_gib = time.perf_counter() - began, sum(file["bytes"] for file in files.values()) / GIB
         held = f", training held for {pause_seconds:.1f} s" if pause_seconds is not None else ""
         self.parallel.say(f"saved     {final} ({size_gib:.2f} GiB) in {seconds:.1f} s{held}")
-        if seconds > 0.8 * torchrun_grace_seconds() >= self.last_save_seconds:
+        # warned about once, not after every slow save: only if the save before it was fast enough
+        if self.last_save_seconds <= 0.8 * torchrun_grace_seconds() < seconds:
             self.parallel.say(
                 f"WARNING   a save takes {seconds:.0f} s, and torchrun kills ranks {torchrun_grace_seconds():.0f} s "
                 "after a SIGTERM; with torch 2.13 or newer, "
@@ -5590,7 +5591,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             all_saved + step.norm_backward, gathered=gathered, finished=head
         )
     else:
-        last_gathered = (kept or width * layer) + 2 * width_ahead * layer  # the all-gather's buffer, and the layer
+        # what is gathered already, then the all-gather's buffer of the last layer and its weights
+        last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2] + rotary, gathered=last_gathered)
     if plan.holds_gradients_back:
         # The backward pass ends in layer 0: its input and four tensors as wide as the stream; its weights, their
