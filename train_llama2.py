@@ -4770,7 +4770,9 @@ class PlanCheck:
 USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
-TIME_BAND = 0.07  # times nearer than this are too close to call: ratios of similar published runs are 6.6% off
+# Times nearer than this are too close to call: the prediction of how much slower one published run is than a similar
+# one has an error of 6.6%.
+TIME_BAND = 0.07
 # The same between plans that cut the model into more and into fewer parts, as stages or by tensor parallelism. The
 # median ratio of predicted to measured time, over the layouts of Hagemann et al. 2023 (arXiv 2311.05610), differs by
 # 12% between those with such cuts and those without.
@@ -5046,6 +5048,7 @@ def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     """
     plan = candidate.plan
     return {
+        # equal for all that `too_close_to_call` returns; here for the reason, where the fastest of all has more parts
         "it cuts the model into fewer parts": plan.model_parallel_size,
         "its reserved memory surely fits": candidate.memory_gib.reserved_high
         > cluster.memory_gib,  # True, the worse, where it may not
@@ -5695,7 +5698,7 @@ class StepMemory:
         self.stream = 2 * h  # the residual stream, a selection of it for the head, or its gradient, in bf16
         self.norm = 8 * h  # what a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h
         # A norm's backward pass: what it saved, and in fp32 the gradients of the normalised input, of the input by way
-        # of the scale and of the variance, and their sum, 4h each.
+        # of the scale, of the input by way of the variance, and the sum of the last two, 4h each.
         self.norm_backward = self.norm + 16 * h
         # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
         # gradient.
