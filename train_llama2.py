@@ -157,17 +157,10 @@ LARGEST_INTEGER = 2**31  # integer flags stay below this unless they set a limit
 
 @dataclass(frozen=True)
 class Reader:
-    """Turns a flag's word into its value. Raises ValueError with the rule that the word breaks.
-
-    `metavar` stands for the value in --help. `unset` is the word for None, where the flag may be left open.
-    """
+    """Turns a flag's word into its value. `convert` raises ValueError with the rule that the word breaks."""
 
     convert: Callable[[str], Any]
-    metavar: str
-    unset: str | None = None
-
-    def __call__(self, word: str) -> Any:
-        return None if word == self.unset else self.convert(word)
+    metavar: str  # stands for the value in --help
 
 
 TEXT = Reader(str, "STR")
@@ -183,7 +176,7 @@ def one_of(*choices: str) -> Reader:
     return Reader(convert, "{" + ",".join(choices) + "}")
 
 
-def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset: str | None = None) -> Reader:
+def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf) -> Reader:
     below = LARGEST_INTEGER if kind is int and below == math.inf else below
 
     def convert(word: str) -> float:
@@ -201,12 +194,15 @@ def number(kind: type, minimum=-math.inf, above=-math.inf, below=math.inf, unset
             raise ValueError(f"must be below {below:,.0f}")
         return value
 
-    return Reader(convert, kind.__name__.upper(), unset)
+    return Reader(convert, kind.__name__.upper())
 
 
-def flag(default: Any, help: str, read: Reader = TEXT, bare: str | None = None) -> Any:
-    """Returns a field of `Config`. A default of False makes a switch. `bare` is the value of a flag without a word."""
-    return dataclasses.field(default=default, metadata=dict(help=help, read=read, bare=bare))
+def flag(default: Any, help: str, read: Reader = TEXT, unset: str | None = None, bare: str | None = None) -> Any:
+    """Returns a field of `Config`. A default of False makes a switch.
+
+    `unset` is the word for None, where the flag may be left open, and `bare` the value of a flag without a word.
+    """
+    return dataclasses.field(default=default, metadata=dict(help=help, read=read, unset=unset, bare=bare))
 
 
 def usable_cores() -> int:
@@ -229,19 +225,17 @@ class Config:
     dataset_config: str = flag("3.0.0", "configuration of a Hub dataset, or of a clone of one")
     article_column: str = flag("article", "column with the text to summarise")
     summary_column: str = flag("highlights", "column with the summary")
-    max_train_samples: int | None = flag(
-        None, "use at most this many training documents", number(int, minimum=1, unset="all"))
-    max_eval_samples: int | None = flag(
-        None, "use at most this many validation documents", number(int, minimum=1, unset="all"))
+    max_train_samples: int | None = flag(None, "use at most this many training documents", POSITIVE, unset="all")
+    max_eval_samples: int | None = flag(None, "use at most this many validation documents", POSITIVE, unset="all")
     block_size: int = flag(2048, "longest document in tokens; a longer article loses its end", POSITIVE)
     loss_on: str = flag("all", "tokens that are trained on: every one, or the summary's", one_of("all", "summary"))
     num_train_epochs: int = flag(1, "passes over the training documents", POSITIVE)
     max_steps: int | None = flag(
-        None, "stop after this many optimizer steps, if the epochs have as many", number(int, minimum=1, unset="none"))
+        None, "stop after this many optimizer steps, if the epochs have as many", POSITIVE, unset="none")
     batch_size: int = flag(64, "documents per optimizer step, over all devices together", POSITIVE)
     micro_batch_size: int | None = flag(
         None, "most documents per forward pass of a data rank; packed: a row of that many times --block-size tokens",
-        number(int, minimum=1, unset="auto"))
+        POSITIVE, unset="auto")
     lr: float = flag(1e-5, "peak learning rate of AdamW; 0 measures without training", number(float, minimum=0))
     lr_scheduler: str = flag("cosine", "learning rate after warm-up", one_of("cosine", "linear", "constant"))
     warmup_ratio: float = flag(0.03, "share of the steps that warm up linearly", number(float, minimum=0, below=1))
@@ -256,13 +250,13 @@ class Config:
         "auto", "what the data-parallel ranks do", one_of("auto", "none", "ddp", "fsdp", "hsdp"))
     pipeline_parallel_size: int | None = flag(
         None, "pipeline stages that the layers are cut into; auto: 1, or a divisor of the nodes where that is faster",
-        number(int, minimum=1, unset="auto"))
+        POSITIVE, unset="auto")
     tensor_parallel_size: int | None = flag(
         None, "ranks of a node that share each layer's matrices; auto: 1, or 2, 4 or 8 where that is faster",
-        number(int, minimum=1, unset="auto"))
+        POSITIVE, unset="auto")
     hsdp_shard_size: int | None = flag(
         None, "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
-        number(int, minimum=1, unset="auto"))
+        POSITIVE, unset="auto")
     gradient_sync: str = flag(
         "auto", "FSDP and HSDP: reduce gradients every micro-batch, or once a step, from an unsharded fp32 gradient",
         one_of("auto", "micro-batch", "step"))
@@ -283,7 +277,7 @@ class Config:
         "auto", "compile the decoder layers; auto: on a GPU, in a run long enough to pay for it", AUTO_YES_NO)
     plan: str | None = flag(
         None, "print the plan for this machine, or for a cluster such as 2x8xH100-80GB,ib=400, and exit",
-        dataclasses.replace(TEXT, unset="none"), bare="here")
+        unset="none", bare="here")
     plan_format: str = flag("table", "how --plan prints it", one_of("table", "json"))
     save_dtype: str = flag(
         "auto", "weights of the final model; auto: those of the compute precision", one_of("auto", "bf16", "fp32"))
@@ -303,7 +297,7 @@ class Config:
         number(int, minimum=0))
     test_samples: int | None = flag(
         0, "test documents to summarise and score after training, or all (package rouge-score)",
-        number(int, minimum=0, unset="all"))
+        number(int, minimum=0), unset="all")
     num_beams: int = flag(1, "beams for generating summaries, validation and test; 1 is greedy", POSITIVE)
     max_summary_tokens: int = flag(160, "longest generated summary in tokens, validation and test", POSITIVE)
     quiet: bool = flag(False, "print warnings, errors and the closing line only")
@@ -321,7 +315,7 @@ class Config:
             for each in value if isinstance(value, tuple) else [value]:
                 try:
                     if each is not None and not isinstance(each, bool):
-                        read(str(each))
+                        read.convert(str(each))
                 except ValueError as broken_rule:
                     raise UserError(f"{flag_name(name)} {each} {broken_rule}") from None
         if self.plan_format != "table" and self.plan is None:
@@ -349,7 +343,7 @@ def flag_name(field_name: str) -> str:
 
 def shown_default(field: dataclasses.Field) -> Any:
     if field.default is None:
-        return field.metadata["read"].unset
+        return field.metadata["unset"]
     return "off" if field.default is False else field.default
 
 
@@ -359,17 +353,18 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     # A word without a dash is reported only if it comes first: after an unknown flag it is that flag's value.
     problems = [unknown_flag(word) for place, word in enumerate(unknown) if word.startswith("-") or place == 0]
     values = {}
-    for name, words in vars(given).items():
+    for name, found in vars(given).items():
+        words, settings = found if isinstance(found, list) else [found], FLAGS[name].metadata
         leave_out = f"leave it out for the default, {shown_default(FLAGS[name])}"
-        if words is True:
-            values[name] = words
-        elif words is None:
+        if words == [True]:  # a switch
+            values[name] = True
+        elif words == [None]:
             problems.append(f"{flag_name(name)} needs a value; {leave_out}")
         elif "" in words:
             problems.append(f"{flag_name(name)} is empty; {leave_out}")
         else:
             try:
-                read = [FLAGS[name].metadata["read"](word) for word in words]
+                read = [None if word == settings["unset"] else settings["read"].convert(word) for word in words]
                 values[name] = read[0] if len(read) == 1 else tuple(read)
             except ValueError as broken_rule:
                 problems.append(f"{flag_name(name)} {words[0]} {broken_rule}; {leave_out}")
@@ -412,8 +407,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
     for name, field in FLAGS.items():
         read, bare = field.metadata["read"], field.metadata["bare"]
-        # argparse passes a `const` that is a string through `type` too, so a bare --plan comes as ["here"]
-        words = dict(nargs="+") if name == "dataset_name_or_path" else dict(nargs="?", const=bare, type=lambda w: [w])
+        words = dict(nargs="+") if name == "dataset_name_or_path" else dict(nargs="?", const=bare)
         kind = dict(action="store_true") if field.default is False else dict(metavar=read.metavar, **words)
         help = f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%")
         parser.add_argument(flag_name(name), default=argparse.SUPPRESS, help=help, **kind)
