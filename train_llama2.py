@@ -551,14 +551,13 @@ NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 class TrainingState:
     """Where the run stands. The tensors stay on the device, so counting costs no host sync.
 
-    `skipped` counts all updates skipped so far, `skipped_in_a_row` those since the last update that was made, and
-    `longest_skip` is the longest such streak. `stop_if_broken` reads that one, because a streak may begin and end
-    between two of its checks. `tokens` counts the documents' tokens so far, without padding.
+    `skipped` counts all updates skipped so far, `skipped_in_a_row` those since the last update that was made. Once it
+    has reached NONFINITE_LIMIT it stays there, because `stop_if_broken` may look only after the streak has ended.
+    `tokens` counts the documents' tokens so far, without padding.
     """
 
     skipped: Tensor
     skipped_in_a_row: Tensor
-    longest_skip: Tensor
     step: int = 0
     tokens: int = 0
     evaluated_step: int = 0
@@ -566,7 +565,7 @@ class TrainingState:
 
     @classmethod
     def fresh(cls, device: torch.device) -> TrainingState:
-        return cls(*(torch.zeros((), device=device) for _ in range(3)), run_id=uuid.uuid4().hex[:12])
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device), run_id=uuid.uuid4().hex[:12])
 
     def as_numbers(self) -> dict[str, Any]:
         """Returns the state for a checkpoint's manifest. Waits for the device."""
@@ -635,8 +634,8 @@ def training_step(
     state.step += 1
     state.tokens += batch.tokens
     state.skipped += skip
-    state.skipped_in_a_row = (state.skipped_in_a_row + skip) * skip
-    state.longest_skip = torch.maximum(state.longest_skip, state.skipped_in_a_row)
+    in_a_row = state.skipped_in_a_row
+    state.skipped_in_a_row = torch.where(in_a_row < NONFINITE_LIMIT, (in_a_row + skip) * skip, in_a_row)
     micro_batch_tokens = [micro_batch["input_ids"].numel() for micro_batch in micro_batches]
     return StepResult(loss, grad_norm, lr, batch.tokens, batch.squared_lengths, micro_batch_tokens)
 
@@ -687,7 +686,7 @@ def stop_if_broken(state: TrainingState, saving: bool) -> None:
     It looks every fifth step, because reading the count waits for the device, and before every save, because a
     checkpoint holds the count: one that was saved after five skips in a row would stop every run resumed from it.
     """
-    if (saving or state.step % NONFINITE_LIMIT == 0) and state.longest_skip.item() >= NONFINITE_LIMIT:
+    if (saving or state.step % NONFINITE_LIMIT == 0) and state.skipped_in_a_row.item() >= NONFINITE_LIMIT:
         raise RunError(
             f"loss or gradient norm was not finite in {NONFINITE_LIMIT} steps in a row, as found at step {state.step}; "
             "those updates were skipped. Lower --lr, lengthen --warmup-ratio, or look at the data of the steps before"
