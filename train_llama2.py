@@ -1215,30 +1215,27 @@ def on_all_ranks(
     one where it failed. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    result = problems = failure = cause = None
+    result = failure = None
     try:
         if rank == 0 or not main_only:
             result = act()
-    except UserError as error:
-        problems = error.problems
-    except RunError as error:
-        failure, cause = str(error), error.__cause__
+    except (UserError, RunError) as error:
+        failure = error
     except (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
         raise
     except Exception as error:
-        cause, failure = error, f"{first_line(error)}, on rank {rank}"
-    outcome = (result if main_only or gathered else None, problems, failure)
+        failure = RunError(f"{first_line(error)}, on rank {rank}")
+        failure.__cause__ = error
+    outcome = (result if main_only or gathered else None, failure)
     outcomes = [outcome]
     if dist.is_initialized():
         outcomes = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome, group=group)
-    for _, problems_of_rank, failure_of_rank in outcomes:
-        if problems_of_rank:
-            raise UserError(*problems_of_rank)
-        if failure_of_rank:
-            raise RunError(failure_of_rank) from cause
+    for _, failure_of_rank in outcomes:
+        if failure_of_rank is not None:  # it has travelled without its cause, so each rank adds its own, if any
+            raise failure_of_rank from getattr(failure, "__cause__", None)
     if gathered:
-        return [result for result, _, _ in outcomes]
+        return [result for result, _ in outcomes]
     return outcomes[0][0] if main_only else result
 
 
