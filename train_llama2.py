@@ -842,10 +842,9 @@ def summarise(
             dict(index=row, reference=r.strip(), summary=s.strip(), ended=tokenizer.eos_token_id in ids)
             for row, r, s, ids in zip(rows["row"], references, summaries, answers, strict=True)
         ]
-        written_by_rank = on_all_ranks(lambda written=written: written, gathered=True)  # each rank's list
-        yield [
-            written_by_rank[parallel.rank_of(place % size)][place // size] for place in range(len(positions_of_call))
-        ]
+        written_by_rank = on_all_ranks(lambda written=written: written, gathered=True)
+        by_data_rank = written_by_rank[:: parallel.plan.tensor_parallel_size]  # ranks of one data rank write the same
+        yield [by_data_rank[place % size][place // size] for place in range(len(positions_of_call))]
 
 
 def prompts_at_a_time(parallel: Parallel) -> int:
@@ -1091,10 +1090,6 @@ class Parallel:
     @property
     def data_parallel_size(self) -> int:
         return self.plan.data_parallel_size
-
-    def rank_of(self, data_rank: int) -> int:
-        """Returns the first rank that works on the documents of a data rank."""
-        return data_rank * self.plan.tensor_parallel_size
 
     def with_plan(self, **changes: Any) -> Parallel:
         """Returns the same with these fields of the plan changed."""
