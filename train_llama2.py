@@ -1156,8 +1156,7 @@ class Parallel:
         result = on_all_ranks(lambda: act() if is_first else None)  # the other ranks wait here, over gloo
         return on_all_ranks(lambda: result if is_first else act())
 
-    @contextlib.contextmanager
-    def syncing_gradients(self, model: nn.Module, is_last: bool) -> Iterator[None]:
+    def syncing_gradients(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
         """Wraps the forward or the backward pass of a micro-batch, and decides whether its gradients are reduced now.
 
         DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
@@ -1167,10 +1166,9 @@ class Parallel:
         if self.plan.uses_fsdp:
             model.set_requires_gradient_sync(is_last or self.plan.gradient_sync == "micro-batch")
             model.set_requires_all_reduce(is_last)
-            yield
-        else:
-            with self.accelerator.no_sync(model) if not is_last else contextlib.nullcontext():
-                yield
+        elif not is_last:
+            return self.accelerator.no_sync(model)
+        return contextlib.nullcontext()
 
 
 ORDERLY_EXITS = (None, UserError, RunError)  # raised on all ranks alike, so collectives still work on the way out
