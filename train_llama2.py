@@ -332,6 +332,10 @@ class Config:
         named = self.dataset_name_or_path
         return [named] if isinstance(named, str) else list(named)
 
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(minutes=self.dist_timeout_minutes)
+
 
 # fmt: on
 FLAGS = {field.name: field for field in dataclasses.fields(Config)}
@@ -981,7 +985,7 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
         choice = choose_plan(shape, cluster, config)
         refuse_what_does_not_fit(choice, cluster)
         plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
-    pipeline = Pipeline(plan, shape.hidden, accelerator.device, timedelta(minutes=config.dist_timeout_minutes))
+    pipeline = Pipeline(plan, shape.hidden, accelerator.device, config.timeout)
     tensor_parallel = TensorParallel(plan.tensor_parallel_size)
     parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline, tensor_parallel)
     parallel.say(words)
@@ -1096,10 +1100,6 @@ class Parallel:
         return dataclasses.replace(self, plan=dataclasses.replace(self.plan, **changes))
 
     @property
-    def timeout(self) -> timedelta:
-        return timedelta(minutes=self.config.dist_timeout_minutes)
-
-    @property
     def shows_bars(self) -> bool:
         return self.is_main and sys.stderr.isatty() and not self.config.quiet
 
@@ -1145,7 +1145,7 @@ class Parallel:
         if self.accelerator.num_processes == 1:
             return None
         # a shorter timeout than NCCL's, whose watchdog would abort the process before we could report anything
-        return dist.new_group(backend="gloo", timeout=0.8 * self.timeout)
+        return dist.new_group(backend="gloo", timeout=0.8 * self.config.timeout)
 
     def node_main_first(self, act: Callable[[], Any]) -> Any:
         """Runs `act` on each node's first process, then on the others, which then find its files in the cache.
@@ -1260,7 +1260,7 @@ def start_process_group(config: Config) -> None:
     check_launcher()
     if "LOCAL_RANK" not in os.environ:
         return
-    how: dict[str, Any] = dict(timeout=timedelta(minutes=config.dist_timeout_minutes))
+    how: dict[str, Any] = dict(timeout=config.timeout)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store, how["rank"], how["world_size"] = next(dist.rendezvous("env://", timeout=how["timeout"]))
         attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -2262,7 +2262,7 @@ def load_model(parallel: Parallel) -> nn.Module:
     # torch < 2.14 has only the private one
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in groups:  # torch makes them with its own default timeout: 10 minutes under NCCL
-        set_timeout(parallel.timeout, group)
+        set_timeout(parallel.config.timeout, group)
     return parallel.accelerator.prepare_model(model) if plan.strategy == "ddp" else model
 
 
@@ -3313,7 +3313,7 @@ def lock_folder(folder: Path, descriptor: int, parallel: Parallel) -> None:
     filelock's: no child process inherits it, it ends with the process in any case, and it works on network disks. It
     also ends when this process closes any descriptor of the file, so rank 0 must not open `.lock` a second time.
     """
-    patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.timeout.total_seconds())  # the other ranks are waiting
+    patience = min(LOCK_WAIT_SECONDS, 0.5 * parallel.config.timeout.total_seconds())  # the other ranks are waiting
     deadline, holder = time.monotonic() + patience, ""
     while True:
         try:
