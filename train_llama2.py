@@ -582,14 +582,12 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and gradient norm of one step over all ranks, as tensors on the device, and its token counts."""
+    """Loss and gradient norm of one step over all ranks, as tensors on the device, and what it was taken with."""
 
     loss: Tensor
     grad_norm: Tensor
     lr: float
-    tokens: int
-    squared_lengths: int
-    micro_batch_tokens: list[int]  # of this rank, padding included
+    batch: GlobalBatch
 
 
 def training_step(
@@ -640,8 +638,7 @@ def training_step(
     state.skipped += skip
     in_a_row = state.skipped_in_a_row
     state.skipped_in_a_row = torch.where(in_a_row < NONFINITE_LIMIT, (in_a_row + skip) * skip, in_a_row)
-    micro_batch_tokens = [micro_batch["input_ids"].numel() for micro_batch in micro_batches]
-    return StepResult(loss, grad_norm, lr, batch.tokens, batch.squared_lengths, micro_batch_tokens)
+    return StepResult(loss, grad_norm, lr, batch)
 
 
 def clip_gradients(model: nn.Module, parallel: Parallel) -> Tensor:
@@ -4324,8 +4321,8 @@ class RunLog:
         self.bar.update()
         self.steps_of_this_run += 1
         self.interval_steps += 1
-        self.interval_tokens += result.tokens
-        self.interval_squares += result.squared_lengths
+        self.interval_tokens += result.batch.tokens
+        self.interval_squares += result.batch.squared_lengths
         if self.steps_of_this_run == 1 and self.parallel.is_main:
             self.write_config()  # only now: a run that trains nothing leaves what the one that trained has written
         if self.steps_of_this_run <= 2 and self.parallel.is_main:
@@ -4703,11 +4700,12 @@ class PlanCheck:
 
         On a CPU memory is not measured, and the step's time is not judged, because cores are shared.
         """
-        parallel, tokens = self.parallel, result.micro_batch_tokens
+        parallel, batch = self.parallel, result.batch
+        tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
         plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens))
         # rank 0 is in the first stage
         memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu, stage=0)
-        attended = result.squared_lengths / result.tokens
+        attended = batch.squared_lengths / batch.tokens
         mean_tokens = sum(tokens) / len(tokens)
         predicted = predict_seconds(parallel.shape, parallel.cluster, plan, mean_tokens, attended)["total"]
         allocated_gib = in_use_gib = time_band = None

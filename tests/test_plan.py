@@ -1327,13 +1327,11 @@ def test_only_what_lies_outside_its_band_is_reported_missed():
 
 
 def checked_step(parallel: SimpleNamespace, micro_batch_tokens: list[int], compiled: bool) -> dict:
-    result = SimpleNamespace(
-        micro_batch_tokens=micro_batch_tokens,
-        squared_lengths=2048 * sum(micro_batch_tokens),
-        tokens=sum(micro_batch_tokens),
-    )
+    micro_batches = [{"input_ids": torch.empty(1, tokens, dtype=torch.int64)} for tokens in micro_batch_tokens]
+    tokens = sum(micro_batch_tokens)
+    batch = train_llama2.GlobalBatch(micro_batches, tokens, tokens, 2048 * tokens)
     parallel.plan = dataclasses.replace(parallel.plan, compiled=compiled)
-    return train_llama2.PlanCheck(parallel).compare(result, 1.0)
+    return train_llama2.PlanCheck(parallel).compare(SimpleNamespace(batch=batch), 1.0)
 
 
 def test_the_check_predicts_the_step_that_was_taken():
