@@ -544,9 +544,8 @@ def lost_contact(error: RuntimeError) -> bool:
 # 4. Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------
 # The loss of a step is the sum of the token losses of the whole global batch, divided by its number of label tokens, so
-# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. Except under CPU
-# offload, a step never waits for the device. The validation loss weighs every token the same and counts each document
-# once on any number of ranks.
+# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. The validation loss
+# weighs every token the same and counts each document once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 
@@ -1077,7 +1076,6 @@ class Parallel:
 
     @property
     def rank(self) -> int:
-        """The number of this process among all, from 0."""
         return self.accelerator.process_index
 
     @property
