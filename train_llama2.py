@@ -625,7 +625,7 @@ def training_step(
 
     skip = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
     weight = optimizer.param_groups[0]["params"][0]
-    optimizer.grad_scale, optimizer.found_inf = None, skip.to(weight.device)  # a host sync only under CPU offload
+    optimizer.found_inf = skip.to(weight.device)  # a host sync only under CPU offload
     optimizer.rounding_seed = state.step  # for StochasticAdamW
     for group in optimizer.param_groups:
         group["lr"] = lr
