@@ -2233,7 +2233,7 @@ def load_model(parallel: Parallel) -> nn.Module:
     if config.random_init:
         parallel.say("model     RANDOM WEIGHTS from the config alone (--random-init): good for benchmarks only")
     make_model = random_model if config.random_init else pretrained_model
-    with tied_weights_in_one_group(), stages_of_the_plan(parallel):
+    with patched_transformers(parallel):
         model = make_model(distributed_config, parallel)
     if plan.recompute_every:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=plan.recompute_every)
@@ -2331,14 +2331,25 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
 
 
 @contextlib.contextmanager
-def tied_weights_in_one_group() -> Iterator[None]:
-    """Inside, transformers ties embedding and head before it wraps them, as one parameter in FSDP's root group.
+def patched_transformers(parallel: Parallel) -> Iterator[None]:
+    """Patches transformers while it builds the model, in three places.
 
-    By itself it ties them after it has wrapped them. The matrix then belongs to two FSDP groups, which
-    pad it each for itself, and where the ranks do not divide the vocabulary it trains wrongly from the second step on
+    Embedding and head that are one matrix are tied before FSDP wraps them, as one parameter of its root group. By
+    itself transformers ties them afterwards. The matrix then belongs to two FSDP groups, which pad it each for itself,
+    and where the ranks do not divide the vocabulary it trains wrongly from the second step on
     (https://github.com/pytorch/pytorch/issues/176076).
+
+    The stages get the plan's layers, because transformers' own division ignores the work of the head. And only modules
+    that this stage holds are split, because transformers would look for the others too, and fail.
     """
-    resolve = transformers.PreTrainedModel._resolve_parallel_plans
+    from unittest import mock
+
+    from transformers.distributed import mixin
+    from transformers.distributed.pipeline_parallel import PipelineStage
+
+    resolve, split = transformers.PreTrainedModel._resolve_parallel_plans, mixin.apply_tensor_parallelism
+    stages = parallel.plan.pipeline_parallel_size
+    bounds = list(itertools.accumulate(layers_of_stages(parallel.shape, stages), initial=0))
 
     def tie_and_resolve(model: PreTrainedModel, distributed_config: DistributedConfig) -> tuple[dict, dict, dict]:
         tensor_plan, expert_plan, fsdp_plan = resolve(model, distributed_config)
@@ -2349,11 +2360,16 @@ def tied_weights_in_one_group() -> Iterator[None]:
             fsdp_plan = {name: style for name, style in fsdp_plan.items() if name not in names}
         return tensor_plan, expert_plan, fsdp_plan
 
-    transformers.PreTrainedModel._resolve_parallel_plans = tie_and_resolve
-    try:
+    def split_what_is_held(model: nn.Module, mesh: DeviceMesh, styles: dict[str, str]) -> nn.Module:
+        held = {name for name, _ in itertools.chain(model.named_modules(), model.named_parameters())}
+        return split(model, mesh, {name: style for name, style in styles.items() if name in held})
+
+    with (
+        mock.patch.object(transformers.PreTrainedModel, "_resolve_parallel_plans", tie_and_resolve),
+        mock.patch.object(PipelineStage, "layer_range_for_rank", lambda self, stage, layers: bounds[stage : stage + 2]),
+        mock.patch.object(mixin, "apply_tensor_parallelism", split_what_is_held),
+    ):
         yield
-    finally:
-        transformers.PreTrainedModel._resolve_parallel_plans = resolve
 
 
 def random_model(distributed_config: DistributedConfig | None, parallel: Parallel) -> PreTrainedModel:
@@ -3194,31 +3210,6 @@ class Pipeline:
         finally:
             done.set()
             self.is_watched = False
-
-
-@contextlib.contextmanager
-def stages_of_the_plan(parallel: Parallel) -> Iterator[None]:
-    """Patches transformers while it builds the model, in two places.
-
-    The stages get the plan's layers, because transformers' own division ignores the work of the head. And only modules
-    that this stage holds are split, because transformers would look for the others too, and fail.
-    """
-    from transformers.distributed import mixin
-    from transformers.distributed.pipeline_parallel import PipelineStage
-
-    def split_what_is_held(model: nn.Module, mesh: DeviceMesh, styles: dict[str, str]) -> nn.Module:
-        held = {name for name, _ in itertools.chain(model.named_modules(), model.named_parameters())}
-        return split(model, mesh, {name: style for name, style in styles.items() if name in held})
-
-    stages = parallel.plan.pipeline_parallel_size
-    bounds = list(itertools.accumulate(layers_of_stages(parallel.shape, stages), initial=0))
-    layer_range, split = PipelineStage.layer_range_for_rank, mixin.apply_tensor_parallelism
-    PipelineStage.layer_range_for_rank = lambda self, stage, layers: (bounds[stage], bounds[stage + 1])
-    mixin.apply_tensor_parallelism = split_what_is_held
-    try:
-        yield
-    finally:
-        PipelineStage.layer_range_for_rank, mixin.apply_tensor_parallelism = layer_range, split
 
 
 def number_layers_of_stage(model: PreTrainedModel) -> None:

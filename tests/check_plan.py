@@ -105,7 +105,7 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, s
             settings.fsdp_size, settings.dp_replicate_size = plan.dp_shard_size, plan.dp_replicate_size
             _, mesh = initialize_distributed_mesh(settings)
             model.config.distributed_config = settings
-            with script.stages_of_the_plan(parallel):
+            with script.patched_transformers(parallel):
                 model = type(model).maybe_distribute_model(model, settings, mesh)
         pipeline = TrackedPipeline(plan, model_config.hidden_size, parallel.device)
         with FakeTensorMode(allow_non_fake_inputs=True):
