@@ -2316,18 +2316,17 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
     leaving no fp32 master weights.
     """
     name = parallel.config.model_name_or_path
-    placement = {} if distributed_config else {"device_map": {"": parallel.device}}
-
-    def load() -> PreTrainedModel:  # waits for other ranks; `check_weights` has ruled out what is wrong with the files
-        return transformers.AutoModelForCausalLM.from_pretrained(
+    _, attention = model_without_weights(parallel.model_config)
+    # waits for other ranks; `check_weights` has ruled out what is wrong with the files
+    return on_all_ranks(
+        lambda: transformers.AutoModelForCausalLM.from_pretrained(
             model_folder(name, WEIGHT_FILES),
             dtype=parallel.plan.state_dtype,
-            attn_implementation=attention_implementation(parallel.model_config),
+            attn_implementation=attention,
             distributed_config=distributed_config,
-            **placement,
+            device_map=None if distributed_config else {"": parallel.device},
         )
-
-    return on_all_ranks(load)
+    )
 
 
 @contextlib.contextmanager
@@ -2376,12 +2375,7 @@ def random_model(distributed_config: DistributedConfig | None, parallel: Paralle
     """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere."""
     from transformers.distributed import initialize_distributed_mesh
 
-    model_config = parallel.model_config
-    with torch.device("meta"):
-        attention = attention_implementation(model_config)
-        model = transformers.AutoModelForCausalLM.from_config(
-            model_config, dtype=parallel.plan.state_dtype, attn_implementation=attention
-        )
+    model, _ = model_without_weights(parallel.model_config, parallel.plan.state_dtype)
     if distributed_config is not None:
         _, mesh = initialize_distributed_mesh(distributed_config)
         model = type(model).maybe_distribute_model(model, distributed_config, mesh)
@@ -2452,30 +2446,28 @@ def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
 # ---- Model: attention ----------------------------------------------------------------------------------------
 
 
-def attention_implementation(model_config: PretrainedConfig) -> str | None:
-    """Returns the name of the attention to train with: `causal_attention` wherever it gives what the model's own gives.
+def model_without_weights(
+    model_config: PretrainedConfig, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, str | None]:
+    """Returns the model on the meta device, and the name of the attention to train it with.
 
-    Rows are padded at their end, so no real token can see a pad under a causal mask anyway. An attention that is
-    registered without a mask function gets no mask: no B x T x T tensor, SDPA takes its flash kernel, and
-    transformers need not ask the device whether there is padding, a host sync in every forward. Models with sliding
-    windows need their masks and keep transformers' own choice (None), as do those that take no registered attention.
+    That is `causal_attention` wherever it gives what the model's own gives. Rows are padded at their end, so no real
+    token can see a pad under a causal mask anyway. An attention that is registered without a mask function gets no
+    mask: no B x T x T tensor, SDPA takes its flash kernel, and transformers need not ask the device whether there is
+    padding, a host sync in every forward. Models with sliding windows need their masks and keep transformers' own
+    choice (None), as do those that take no registered attention.
     """
-    return model_without_weights(model_config)[1]
-
-
-def model_without_weights(model_config: PretrainedConfig) -> tuple[PreTrainedModel, str | None]:
-    """Registers `causal_attention`. Returns the model on the meta device, and the attention to train it with."""
     # disabled here, not by a decorator, which would import the whole compiler for every --help
     attend_on_cpu = torch.compiler.disable(document_attention)
     attend = functools.partial(causal_attention, attend_on_cpu=attend_on_cpu)
     transformers.AttentionInterface.register("causal_attention", attend)
-    build = transformers.AutoModelForCausalLM.from_config
+    build = functools.partial(transformers.AutoModelForCausalLM.from_config, dtype=dtype)
+    # copies of the config, as it keeps the attention's name even where the model refuses it, and the dtype
     with torch.device("meta"):
         if not attends_partially(model_config):  # no sliding window, and full attention in every layer
             with contextlib.suppress(KeyError, ValueError):  # Falcon, for one, looks its attention up by name
-                # a copy, as the config keeps the name even where the model refuses it
                 return build(copy.deepcopy(model_config), attn_implementation="causal_attention"), "causal_attention"
-        return build(model_config), None
+        return build(copy.deepcopy(model_config)), None
 
 
 def causal_attention(

@@ -202,7 +202,7 @@ def two_of_a_model(**shape: object) -> tuple[LlamaForCausalLM, LlamaForCausalLM]
     torch.manual_seed(0)
     config = LlamaConfig(**{**SMALL, "initializer_range": 0.2, **shape})
     stock = LlamaForCausalLM._from_config(config, attn_implementation="eager")
-    attention = train_llama2.attention_implementation(config)
+    _, attention = train_llama2.model_without_weights(config)
     assert attention == "causal_attention"
     ours = LlamaForCausalLM._from_config(config, attn_implementation=attention)
     ours.load_state_dict(stock.state_dict())
