@@ -2632,39 +2632,32 @@ def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> No
     it passes. If packed documents see each other, rows are padded from here on. In both cases the plan is corrected.
     Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
     """
+    shown = f"--model-name-or-path {parallel.config.model_name_or_path}"
+    padded = parallel.with_plan(packing=False)
     with parallel.pipeline.watched():
-        check_attention(model, parallel)
+        if parallel.plan.packing and attention_leaks(model, parallel):
+            if parallel.config.packing == "yes":
+                raise UserError("--packing yes: the packed documents of this model see each other; give --packing no")
+            parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
+            parallel.plan = padded.plan
+        if attention_leaks(model, padded):
+            # for a model that computes attention itself, and asks its config whether to make the mask
+            parallel.accelerator.unwrap_model(model).config._attn_implementation = "eager"
+            if attention_leaks(model, padded):
+                raise UserError(
+                    f"{shown}: tokens of this model see later ones, so it would train on what it is to predict; use a "
+                    "causal language model"
+                )
+            parallel.say("attention the model's own, with a mask and padded rows, or its tokens would see later ones")
+            parallel.plan = padded.plan
+        if loss_differs_from_logits(model, padded):
+            raise UserError(
+                f"{shown}: its logits are not the product of its last hidden states and its head, so the script cannot "
+                "compute its loss; use another model"
+            )
         loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
-
-
-def check_attention(model: nn.Module, parallel: Parallel) -> None:
-    """Corrects the plan, if need be, so that no token of the model sees what it must not.
-
-    Raises UserError if no plan ensures that, or if the loss is not that of the model's own logits.
-    """
-    with_padding = parallel.with_plan(packing=False)
-    if parallel.plan.packing and attention_leaks(model, parallel):
-        if parallel.config.packing == "yes":
-            raise UserError("--packing yes: the packed documents of this model see each other; give --packing no")
-        parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
-        parallel.plan = with_padding.plan
-    if attention_leaks(model, with_padding):
-        # for a model that computes attention itself, and asks its config whether to make the mask
-        parallel.accelerator.unwrap_model(model).config._attn_implementation = "eager"
-        if attention_leaks(model, with_padding):
-            raise UserError(
-                f"--model-name-or-path {parallel.config.model_name_or_path}: tokens of this model see later ones, so "
-                "it would train on what it is to predict; use a causal language model"
-            )
-        parallel.say("attention the model's own, with a mask and padded rows, or its tokens would see later ones")
-        parallel.plan = with_padding.plan
-    if loss_differs_from_logits(model, with_padding):
-        raise UserError(
-            f"--model-name-or-path {parallel.config.model_name_or_path}: its logits are not the product of its last "
-            "hidden states and its head, so the script cannot compute its loss; use another model"
-        )
 
 
 @torch.no_grad()
@@ -2683,16 +2676,12 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
 
     def loss_of(*documents: np.ndarray, place: int = 0) -> Tensor:
         """Returns the loss of document `place` of a row. Its last token is no target: `changed_end` differs there."""
-        lengths = torch.tensor([len(each) for each in documents])
-        start, end = int(lengths[:place].sum()), int(lengths[: place + 1].sum())
-        inputs = dict(input_ids=torch.from_numpy(np.concatenate(documents))[None])
-        inputs |= dict(predict_at=torch.arange(start, end - 2), targets=inputs["input_ids"][0, start + 1 : end - 1])
-        if parallel.plan.packing:
-            inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-            inputs["cu_seq_lens"] = F.pad(lengths.cumsum(0), (1, 0)).int()
-        else:  # what follows the document is padding
-            inputs["attention_mask"] = (torch.arange(int(lengths.sum())) < end).long()[None]
-        return parallel.pipeline.forward(model, inputs, parallel)
+        row = pack_rows(documents, [0] * len(documents), None)
+        ids, (start, end) = row["input_ids"], row["cu_seq_lens"][place : place + 2].tolist()
+        if not parallel.plan.packing:  # what follows the document is padding
+            row = dict(input_ids=ids, attention_mask=(torch.arange(ids.numel()) < end).long()[None])
+        row |= dict(predict_at=torch.arange(start, end - 2), targets=ids[0, start + 1 : end - 1])
+        return parallel.pipeline.forward(model, row, parallel)
 
     rows = torch.from_numpy(np.stack([document, another]))
     two_rows = dict(
