@@ -2249,9 +2249,9 @@ def load_model(parallel: Parallel) -> nn.Module:
     if plan.pipeline_parallel_size > 1:
         number_layers_of_stage(model)
     if plan.cpu_offload:
-        keep_parameters_on_cpu(model)
+        keep_parameters_on_cpu(model, parallel.device)
     mesh = getattr(next(model.parameters()), "device_mesh", None)
-    groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)] if mesh is not None else []
+    groups = mesh.get_all_groups() if mesh is not None else []
     if plan.pipeline_parallel_size > 1:
         groups.append(model._pp_stage.pp_group)
     # torch < 2.14 has only the private one
@@ -2385,16 +2385,14 @@ def random_model(distributed_config: DistributedConfig | None, parallel: Paralle
     return model
 
 
-def keep_parameters_on_cpu(model: PreTrainedModel) -> None:
-    """Moves the shards to host memory, as FSDP2's CPU offload requires; buffers stay on the GPU.
+def keep_parameters_on_cpu(model: PreTrainedModel, device: torch.device) -> None:
+    """Moves the shards to host memory, as FSDP2's CPU offload requires; buffers stay on `device`, the GPU.
 
     The optimizer then runs on the CPU, so the number of threads, which torchrun has set to 1, is raised.
     """
-    buffers = dict(model.named_buffers())
     model.to("cpu")
-    for name, buffer in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer)
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
     torch.cuda.empty_cache()  # frees the GPU memory used while loading
     torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
@@ -2423,9 +2421,7 @@ def model_folder(name_or_path: str, patterns: Sequence[str]) -> Path:
         raise UserError(f"{shown} is not a folder; give a Hub id, or a folder with config.json and safetensors weights")
     try:
         return Path(
-            huggingface_hub.snapshot_download(
-                name_or_path, allow_patterns=list(patterns), ignore_patterns=IGNORED_FILES
-            )
+            huggingface_hub.snapshot_download(name_or_path, allow_patterns=patterns, ignore_patterns=IGNORED_FILES)
         )
     except huggingface_hub.errors.GatedRepoError as error:
         raise UserError(
@@ -2809,15 +2805,16 @@ class StochasticAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        skip = getattr(self, "found_inf", None)
-        generator = torch.Generator(self.param_groups[0]["params"][0].device).manual_seed(self.rounding_seed)
+        device = self.param_groups[0]["params"][0].device
+        taken = 1.0 - getattr(self, "found_inf", torch.zeros(())).to(device)  # 0 where the update is skipped
+        generator = torch.Generator(device).manual_seed(self.rounding_seed)
         self.rounding_seed += 1
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.update(parameter, group, skip, generator)
+                    self.update(parameter, group, taken, generator)
 
-    def update(self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None, generator: torch.Generator) -> None:
+    def update(self, parameter: Tensor, group: dict[str, Any], taken: Tensor, generator: torch.Generator) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
@@ -2825,17 +2822,15 @@ class StochasticAdamW(Optimizer):
         tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
         weight, gradient, first, second = map(local_part, tensors)
         (beta1, beta2), lr = group["betas"], group["lr"]
-        taken = 1.0 if skip is None else 1.0 - skip.to(weight.device)
         state["step"] += taken
-        gradient = torch.where(taken > 0, gradient.float(), 0.0) if skip is not None else gradient.float()
+        gradient = torch.where(taken > 0, gradient.float(), 0.0)
         new_first = first.float().lerp(gradient, 1 - beta1)
         new_second = second.float() * beta2 + gradient.square() * (1 - beta2)
         corrected = (new_second / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
         new_weight = weight.float() * (1 - lr * group["weight_decay"])
         new_weight -= lr / (1 - beta1 ** state["step"]) * new_first / corrected
         for old, new in ((weight, new_weight), (first, new_first), (second, new_second)):
-            rounded = round_stochastically(new, generator)
-            old.copy_(rounded if skip is None else torch.where(taken > 0, rounded, old))
+            old.copy_(torch.where(taken > 0, round_stochastically(new, generator), old))
 
 
 def round_stochastically(tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
