@@ -981,7 +981,7 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
         choice = choose_plan(shape, cluster, config)
         refuse_what_does_not_fit(choice, cluster)
         plan, words = choice.chosen.plan, describe_choice(choice, shape, cluster, config)
-    pipeline = Pipeline(plan, shape.hidden, accelerator.device, config.timeout)
+    pipeline = Pipeline(plan, accelerator.device, config.timeout)
     tensor_parallel = TensorParallel(plan.tensor_parallel_size)
     parallel = Parallel(config, accelerator, cluster, model_config, shape, plan, choice, pipeline, tensor_parallel)
     parallel.say(words)
@@ -2799,8 +2799,8 @@ class StochasticAdamW(Optimizer):
     bitsandbytes shrinks the moments and rounds the weights to nearest.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+    def __init__(self, groups: list[dict[str, Any]], lr: float):
+        super().__init__(groups, dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0))
         self.rounding_seed = 0
 
     @torch.no_grad()
@@ -3042,25 +3042,21 @@ class Pipeline:
     https://github.com/pytorch/pytorch/issues/159942.)
     """
 
-    def __init__(
-        self, plan: Plan, hidden: int = 0, device: torch.device | None = None, timeout: timedelta | None = None
-    ):
-        self.stages, self.hidden, self.device = plan.pipeline_parallel_size, hidden, device
+    def __init__(self, plan: Plan, device: torch.device | None = None, timeout: timedelta | None = None):
+        self.stages, self.device = plan.pipeline_parallel_size, device
         # what passes between layers: fp32 under autocast, bf16 where FSDP casts the weights or all states are bf16
         self.dtype = torch.float32 if plan.precision == "fp32" or plan.autocasts else torch.bfloat16
         self.stage, self.ranks = 0, []  # the ranks that work on this rank's documents, one a stage
-        self.previous_rank = self.next_rank = self.forward_group = self.backward_group = None
+        self.forward_group = self.backward_group = None
         if self.stages > 1:
             rank, world_size = dist.get_rank(), dist.get_world_size()
             ranks_of_stage = world_size // self.stages
             self.stage = rank // ranks_of_stage
             self.ranks = list(range(rank % ranks_of_stage, world_size, ranks_of_stage))
-            self.previous_rank = self.ranks[self.stage - 1] if self.stage else None
-            self.next_rank = self.ranks[self.stage + 1] if self.stage + 1 < self.stages else None
             # a group for each direction: in one, a send forward and a send back could wait for each other under NCCL
             make_group = functools.partial(dist.new_group, self.ranks, timeout, use_local_synchronization=True)
             self.forward_group, self.backward_group = make_group(), make_group()
-        self.is_last = self.next_rank is None
+        self.is_last = self.stage == self.stages - 1
         self.awaiting_backward: collections.deque = collections.deque()  # (stage_input, stage_output) of micro-batches
         self.sends: collections.deque = collections.deque()  # with their tensors, which must outlive them
         self.is_watched, self.noted = False, ("", 0.0)
@@ -3084,9 +3080,9 @@ class Pipeline:
         stage_input, (rows, width) = None, micro_batch["input_ids"].shape
         if parallel.tensor_parallel.size > 1:  # or a model would number this rank's tokens from 0
             micro_batch = {"position_ids": torch.arange(width, device=parallel.device)[None], **micro_batch}
-        if self.previous_rank is not None:
-            shape = (rows, width // parallel.tensor_parallel.size, self.hidden)
-            stage_input = self.receive(self.previous_rank, self.forward_group, shape)
+        if self.stage > 0:
+            shape = (rows, width // parallel.tensor_parallel.size, parallel.shape.hidden)
+            stage_input = self.receive(self.stage - 1, self.forward_group, shape)
             stage_input.requires_grad_(torch.is_grad_enabled())
             micro_batch = dict(micro_batch, inputs_embeds=stage_input)
             del micro_batch["input_ids"]
@@ -3096,7 +3092,7 @@ class Pipeline:
             self.awaiting_backward.append((stage_input, stage_output))
         if self.is_last:
             return stage_output.detach()
-        self.send(stage_output.detach(), self.next_rank, self.forward_group)
+        self.send(stage_output.detach(), self.stage + 1, self.forward_group)
         return torch.zeros((), device=self.device)
 
     def backward(self, loss_scale: float) -> None:
@@ -3105,20 +3101,20 @@ class Pipeline:
         if self.is_last:
             (stage_output * loss_scale).backward()
         else:
-            stage_output.backward(self.receive(self.next_rank, self.backward_group, stage_output.shape))
-        if stage_input is not None:
-            self.send(stage_input.grad, self.previous_rank, self.backward_group)
+            stage_output.backward(self.receive(self.stage + 1, self.backward_group, stage_output.shape))
+        if self.stage > 0:
+            self.send(stage_input.grad, self.stage - 1, self.backward_group)
 
-    def receive(self, sender: int, group: dist.ProcessGroup, shape: Sequence[int]) -> Tensor:
-        self.note(f"what rank {sender} sends")
+    def receive(self, stage: int, group: dist.ProcessGroup, shape: Sequence[int]) -> Tensor:
+        self.note(f"what rank {self.ranks[stage]} sends")
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        dist.recv(tensor, sender, group=group)
+        dist.recv(tensor, self.ranks[stage], group=group)
         return tensor
 
-    def send(self, tensor: Tensor, receiver: int, group: dist.ProcessGroup) -> None:
+    def send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup) -> None:
         tensor = tensor.contiguous()
-        self.note(f"rank {receiver} to receive")
-        self.sends.append((dist.isend(tensor, receiver, group=group), tensor))
+        self.note(f"rank {self.ranks[stage]} to receive")
+        self.sends.append((dist.isend(tensor, self.ranks[stage], group=group), tensor))
         if len(self.sends) > 2 * self.stages:  # under 1F1B the oldest has long arrived
             self.sends.popleft()[0].wait()
 

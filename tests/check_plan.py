@@ -107,7 +107,7 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, s
             model.config.distributed_config = settings
             with script.patched_transformers(parallel):
                 model = type(model).maybe_distribute_model(model, settings, mesh)
-        pipeline = TrackedPipeline(plan, model_config.hidden_size, parallel.device)
+        pipeline = TrackedPipeline(plan, parallel.device)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             model.tie_weights()
