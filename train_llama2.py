@@ -2223,7 +2223,6 @@ def load_model(parallel: Parallel) -> nn.Module:
         distributed_config = DistributedConfig(
             pp_size=plan.pipeline_parallel_size,
             tp_size=plan.tensor_parallel_size,
-            tp_plan=parallel.tensor_parallel.register_styles(),
             fsdp_cpu_offload=plan.cpu_offload,
             fsdp_mixed_precision=plan.precision != "fp32",
         )
@@ -2338,15 +2337,16 @@ def patched_transformers(parallel: Parallel) -> Iterator[None]:
     and where the ranks do not divide the vocabulary it trains wrongly from the second step on
     (https://github.com/pytorch/pytorch/issues/176076).
 
-    The stages get the plan's layers, because transformers' own division ignores the work of the head. And only modules
-    that this stage holds are split, because transformers would look for the others too, and fail.
+    The stages get the plan's layers, because transformers' own division ignores the work of the head. And
+    `TensorParallel` splits what a stage holds. transformers' own way computes with DTensors, and looks for the modules
+    of the other stages too.
     """
     from unittest import mock
 
     from transformers.distributed import mixin
     from transformers.distributed.pipeline_parallel import PipelineStage
 
-    resolve, split = transformers.PreTrainedModel._resolve_parallel_plans, mixin.apply_tensor_parallelism
+    resolve = transformers.PreTrainedModel._resolve_parallel_plans
     stages = parallel.plan.pipeline_parallel_size
     bounds = list(itertools.accumulate(layers_of_stages(parallel.shape, stages), initial=0))
 
@@ -2359,14 +2359,10 @@ def patched_transformers(parallel: Parallel) -> Iterator[None]:
             fsdp_plan = {name: style for name, style in fsdp_plan.items() if name not in names}
         return tensor_plan, expert_plan, fsdp_plan
 
-    def split_what_is_held(model: nn.Module, mesh: DeviceMesh, styles: dict[str, str]) -> nn.Module:
-        held = {name for name, _ in itertools.chain(model.named_modules(), model.named_parameters())}
-        return split(model, mesh, {name: style for name, style in styles.items() if name in held})
-
     with (
         mock.patch.object(transformers.PreTrainedModel, "_resolve_parallel_plans", tie_and_resolve),
         mock.patch.object(PipelineStage, "layer_range_for_rank", lambda self, stage, layers: bounds[stage : stage + 2]),
-        mock.patch.object(mixin, "apply_tensor_parallelism", split_what_is_held),
+        mock.patch.object(mixin, "apply_tensor_parallelism", parallel.tensor_parallel.split),
     ):
         yield
 
@@ -2880,15 +2876,22 @@ class TensorParallel:
         self.size, self.group = size, None  # transformers makes the group
         self.splits_tokens = True  # not in generation, where each rank holds all tokens: see `generating`
 
-    def register_styles(self) -> dict[str, str] | None:
-        """Registers a style of transformers for each kind of module, and returns the styles of all modules by name."""
-        from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+    def split(self, model: nn.Module, mesh: DeviceMesh, own_plan: dict[str, str]) -> nn.Module:
+        """Splits the model's modules. It takes the place of transformers' function that does so by the model's plan."""
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-        if self.size == 1:
-            return None
-        for kind in CUT_DIMENSIONS:
-            ALL_PARALLEL_STYLES.register(f"split_{kind}", SplitStyle(self, kind))
-        return {name: f"split_{kind}" for name, kind in SPLIT_MODULES.items()}
+        self.group = mesh.get_group()
+        for name, module in model.named_modules():
+            kind = SPLIT_MODULES.get(re.sub(r"\.\d+\.", ".*.", name))
+            if kind is None or not hasattr(module, "weight"):  # another pipeline stage holds it
+                continue
+            dimension = CUT_DIMENSIONS[kind]
+            placement = Replicate() if dimension is None else Shard(dimension)
+            for parameter, whole in list(module.named_parameters()):
+                part = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
+                setattr(module, parameter, nn.Parameter(part))
+            module.forward = functools.partial(getattr(self, kind), module)
+        return model
 
     def embedding(self, module: nn.Embedding, input_ids: Tensor) -> Tensor:
         weight = module.weight.to_local()
@@ -3003,30 +3006,6 @@ def scatter_sum(summand: Tensor, dimension: int, size: int, group: dist.ProcessG
     total = parts.new_empty(parts.shape[0] // size, *parts.shape[1:])
     reduce_scatter(total, parts, group=group)
     return total
-
-
-@dataclass(frozen=True)
-class SplitStyle:
-    """What transformers asks about a kind of module: how its parameters are shared out, and its forward pass."""
-
-    tensor_parallel: TensorParallel
-    kind: str
-
-    def validate_param(self, *module_and_parameter: Any, **names: Any) -> None:
-        """Does nothing: `why_unsplittable` has checked already."""
-
-    def shard_param(self, module: nn.Module, name: str, mesh: DeviceMesh) -> None:
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-        dimension = CUT_DIMENSIONS[self.kind]
-        placement = Replicate() if dimension is None else Shard(dimension)
-        whole = module._parameters[name]
-        module._parameters[name] = nn.Parameter(distribute_tensor(whole, mesh, [placement], src_data_rank=None))
-
-    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        self.tensor_parallel.group = mesh.get_group()
-        if hasattr(module, "weight"):  # not where another pipeline stage holds it
-            module.forward = functools.partial(getattr(self.tensor_parallel, self.kind), module)
 
 
 # ---- Model: pipeline stages ----------------------------------------------------------------------------------
