@@ -2332,37 +2332,35 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
 def patched_transformers(parallel: Parallel) -> Iterator[None]:
     """Patches transformers while it builds the model, in three places.
 
+    The stages get the plan's layers, because transformers' own division ignores the work of the head. `TensorParallel`
+    splits what a stage holds; transformers' own way computes with DTensors, and looks for the other stages' modules.
+
     Embedding and head that are one matrix are tied before FSDP wraps them, as one parameter of its root group. By
     itself transformers ties them afterwards. The matrix then belongs to two FSDP groups, which pad it each for itself,
     and where the ranks do not divide the vocabulary it trains wrongly from the second step on
     (https://github.com/pytorch/pytorch/issues/176076).
-
-    The stages get the plan's layers, because transformers' own division ignores the work of the head. And
-    `TensorParallel` splits what a stage holds. transformers' own way computes with DTensors, and looks for the modules
-    of the other stages too.
     """
     from unittest import mock
 
     from transformers.distributed import mixin
     from transformers.distributed.pipeline_parallel import PipelineStage
 
-    resolve = transformers.PreTrainedModel._resolve_parallel_plans
-    stages = parallel.plan.pipeline_parallel_size
-    bounds = list(itertools.accumulate(layers_of_stages(parallel.shape, stages), initial=0))
+    layers_of_each = layers_of_stages(parallel.shape, parallel.plan.pipeline_parallel_size)
+    bounds = list(itertools.accumulate(layers_of_each, initial=0))
+    shard = mixin.apply_fully_sharded_data_parallelism
 
-    def tie_and_resolve(model: PreTrainedModel, distributed_config: DistributedConfig) -> tuple[dict, dict, dict]:
-        tensor_plan, expert_plan, fsdp_plan = resolve(model, distributed_config)
+    def tie_and_shard(model: PreTrainedModel, meshes: Any, fsdp_plan: dict[str, str], expert_plan: dict) -> nn.Module:
         if model.config.get_text_config().tie_word_embeddings:
             model.tie_weights()
             tied = (model.get_input_embeddings(), model.get_output_embeddings())
             names = [name for name, module in model.named_modules() if module in tied]
             fsdp_plan = {name: style for name, style in fsdp_plan.items() if name not in names}
-        return tensor_plan, expert_plan, fsdp_plan
+        return shard(model, meshes, fsdp_plan, expert_plan)
 
     with (
-        mock.patch.object(transformers.PreTrainedModel, "_resolve_parallel_plans", tie_and_resolve),
         mock.patch.object(PipelineStage, "layer_range_for_rank", lambda self, stage, layers: bounds[stage : stage + 2]),
         mock.patch.object(mixin, "apply_tensor_parallelism", parallel.tensor_parallel.split),
+        mock.patch.object(mixin, "apply_fully_sharded_data_parallelism", tie_and_shard),
     ):
         yield
 
@@ -2564,9 +2562,8 @@ def is_plain_projection(model: PreTrainedModel) -> bool:
     """Returns whether a model's logits are the product of its last hidden states and its head, and nothing more."""
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
     changed = any(getattr(model.config.get_text_config(), name, None) for name in names)
-    return (
-        not changed and getattr(model.get_output_embeddings(), "bias", None) is None and model.base_model is not model
-    )
+    biased = getattr(model.get_output_embeddings(), "bias", None) is not None
+    return not (changed or biased or model.base_model is model)
 
 
 def head_loss_sum(
