@@ -2581,31 +2581,30 @@ def head_loss_sum(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hasattr(nn, "LinearCrossEntropyOptions") and not shared:
-        options = nn.LinearCrossEntropyOptions(
-            batch_chunk_size=HEAD_CHUNK_TOKENS,
-            chunking_method=None,
-            # "balanced" would make the weight's gradient an fp32 matmul on CUDA: an estimated 5% more time for 13B
-            acc_policy="compact",
-            acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
-        )
-        with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False):
+        if hasattr(nn, "LinearCrossEntropyOptions") and not shared:
+            options = nn.LinearCrossEntropyOptions(
+                batch_chunk_size=HEAD_CHUNK_TOKENS,
+                chunking_method=None,
+                # "balanced" would make the weight's gradient an fp32 matmul on CUDA: an estimated 5% more time for 13B
+                acc_policy="compact",
+                acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
+            )
             losses = F.linear_cross_entropy(
                 hidden, weight, targets, reduction="none", ignore_index=IGNORE_INDEX, options=options
             )
-        return losses.float().sum()
-    total = torch.zeros((), device=hidden.device)
-    chunk_loss = tensor_parallel.loss_of_shared_chunk if shared else loss_of_chunk
-    for chunk, chunk_targets in zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True):
-        loss = torch.utils.checkpoint.checkpoint(chunk_loss, chunk, weight, chunk_targets, use_reentrant=False)
-        total = total + loss
-    return total
+            return losses.float().sum()
+        total = torch.zeros((), device=hidden.device)
+        chunk_loss = tensor_parallel.loss_of_shared_chunk if shared else loss_of_chunk
+        for chunk, chunk_targets in zip(hidden.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True):
+            loss = torch.utils.checkpoint.checkpoint(chunk_loss, chunk, weight, chunk_targets, use_reentrant=False)
+            total = total + loss
+        return total
 
 
 def loss_of_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden, weight).float()
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 # ---- Model: checks before training ---------------------------------------------------------------------------
@@ -2917,8 +2916,7 @@ class TensorParallel:
         Per token the ranks exchange the largest logit, the sum of exponentials and the target's logit. The gradient of
         `hidden` is this rank's part of it; the last norm's gather adds the parts up.
         """
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden, weight).float()
+        logits = F.linear(hidden, weight).float()
         largest = logits.detach().amax(-1)
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         local_ids, is_local = self.local_ids(targets, weight)
