@@ -2016,12 +2016,8 @@ def global_batch(documents: Documents, positions: np.ndarray, parallel: Parallel
     """
     lengths = documents.lengths[positions]
     dealt = deal(lengths, parallel.data_parallel_size, parallel.plan, documents.block_size)
-    make_rows = pack_rows if parallel.plan.packing else pad_rows
     mine = [positions[by_data_rank[parallel.data_rank]] for by_data_rank in dealt]
-    micro_batches = [micro_batch_of(documents, each, make_rows) for each in mine]
-    if parallel.plan.tensor_parallel_size > 1:
-        micro_batches = [with_whole_tiles(each, padding_id(documents.tokenizer)) for each in micro_batches]
-    micro_batches = [with_targets(each) for each in micro_batches]
+    micro_batches = [with_targets(micro_batch_of(documents, each, parallel.plan)) for each in mine]
     if parallel.device.type == "cuda":
         micro_batches = [{name: tensor.pin_memory() for name, tensor in each.items()} for each in micro_batches]
     return GlobalBatch(
@@ -2032,12 +2028,14 @@ def global_batch(documents: Documents, positions: np.ndarray, parallel: Parallel
     )
 
 
-def micro_batch_of(documents: Documents, positions: np.ndarray, make_rows: Callable) -> dict[str, Tensor]:
+def micro_batch_of(documents: Documents, positions: np.ndarray, plan: Plan) -> dict[str, Tensor]:
     """Returns the documents as one micro-batch, padded or packed; without documents, a short one without labels.
 
     Sharded forward passes need all ranks, so a rank with nothing left still makes the call. Its row is attended to
     like any other, because a row without a single visible token gives NaN in some attention kernels.
     """
+    make_rows = pack_rows if plan.packing else pad_rows
+    whole_tiles = plan.tensor_parallel_size > 1  # its ranks share out the tokens of a row
     if not len(positions):
         filler = [documents.tokenizer.eos_token_id] * PAD_MULTIPLE
         micro_batch = make_rows([filler], [PAD_MULTIPLE], documents)
@@ -2046,14 +2044,21 @@ def micro_batch_of(documents: Documents, positions: np.ndarray, make_rows: Calla
         return micro_batch
     rows = documents.dataset[positions]
     label_starts = rows["prompt_length"] if documents.loss_on == "summary" else [0] * len(positions)
-    return make_rows(rows["input_ids"], label_starts, documents)
+    return make_rows(rows["input_ids"], label_starts, documents, whole_tiles)
 
 
-def pad_rows(rows: list[list[int]], label_starts: list[int], documents: Documents) -> dict[str, Tensor]:
-    """Returns rows side by side, padded to the longest. Each has no label before its `label_starts`."""
+def pad_rows(
+    rows: list[list[int]], label_starts: list[int], documents: Documents, whole_tiles: bool = False
+) -> dict[str, Tensor]:
+    """Returns rows side by side, padded to the longest. Each has no label before its `label_starts`.
+
+    With `whole_tiles` their width is a multiple of 8 also where the block is not.
+    """
     pad_id = padding_id(documents.tokenizer)
     padded = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
     width = padded_width(padded.shape[1], documents.block_size)
+    if whole_tiles:
+        width += -width % PAD_MULTIPLE
     input_ids = F.pad(padded, (0, width - padded.shape[1]), value=pad_id)
     labels = mask_pads(input_ids, documents.tokenizer)
     labels[torch.arange(width) < torch.tensor(label_starts)[:, None]] = IGNORE_INDEX
@@ -2065,10 +2070,17 @@ def padded_width(longest: int, block_size: int) -> int:
     return max(longest, min(block_size, math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE))
 
 
-def pack_rows(rows: list[list[int]], label_starts: list[int], documents: Documents) -> dict[str, Tensor]:
+def pack_rows(
+    rows: list[list[int]], label_starts: list[int], documents: Documents, whole_tiles: bool = False
+) -> dict[str, Tensor]:
     """Returns the documents `rows` end to end, as one row. None has a label before its `label_starts`, nor at its
     first token in any case.
+
+    With `whole_tiles` the row is filled up to a multiple of 8 by a document of padding, which no other sees.
     """
+    if whole_tiles and (missing := -sum(map(len, rows)) % PAD_MULTIPLE):
+        rows = [*rows, [padding_id(documents.tokenizer)] * missing]
+        label_starts = [*label_starts, missing]
     position_ids = torch.cat([torch.arange(len(row)) for row in rows])
     input_ids = torch.cat([torch.as_tensor(row) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
@@ -2079,27 +2091,6 @@ def pack_rows(rows: list[list[int]], label_starts: list[int], documents: Documen
         labels=input_ids.masked_fill(without_label, IGNORE_INDEX)[None],
         cu_seq_lens=F.pad(lengths.cumsum(0), (1, 0)).int(),
     )
-
-
-def with_whole_tiles(micro_batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
-    """Returns the micro-batch with rows of a multiple of 8 tokens, which tensor-parallel ranks can share out.
-
-    What is added has no label. In a packed row it is a document of its own, so that no other sees it.
-    """
-    width = micro_batch["input_ids"].shape[1]
-    missing = -width % PAD_MULTIPLE
-    if not missing:
-        return micro_batch
-    fillers = dict(input_ids=pad_id, attention_mask=0, labels=IGNORE_INDEX)
-    added = {
-        name: F.pad(micro_batch[name], (0, missing), value=filler)
-        for name, filler in fillers.items()
-        if name in micro_batch
-    }
-    if "cu_seq_lens" in micro_batch:
-        added["position_ids"] = torch.cat([micro_batch["position_ids"], torch.arange(missing)[None]], dim=1)
-        added["cu_seq_lens"] = F.pad(micro_batch["cu_seq_lens"], (0, 1), value=width + missing)
-    return {**micro_batch, **added}
 
 
 def with_targets(micro_batch: dict[str, Tensor]) -> dict[str, Tensor]:
