@@ -1398,7 +1398,7 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
     There are test documents under --test-samples only. Raises UserError where nothing is left of a split.
     """
     encoded = []
-    for name, (split, dropped) in load_documents(parallel).items():
+    for name, split in load_documents(parallel).items():
         documents = encode_documents(split, tokenizer, parallel)
         label_tokens = int(documents.label_counts.sum())
         if 0 in on_all_ranks(lambda label_tokens=label_tokens: label_tokens, gathered=True):  # on some node
@@ -1411,62 +1411,48 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
             batches = (
                 epoch_batches(documents, 0, parallel.config) if is_train else evaluation_batches(documents, parallel)
             )
-            parallel.say(audit(name, len(split) + dropped, documents, batches, parallel))
+            parallel.say(audit(name, len(split), documents, batches, parallel))
         encoded.append(documents)
     found = f"data with fingerprints {', '.join(each.fingerprint for each in encoded)}"
     check_that_nodes_agree({"dataset_name_or_path": found}, "the same files")
     return encoded[0], encoded[1], (encoded[2] if len(encoded) > 2 else None)
 
 
-def load_documents(parallel: Parallel) -> dict[str, tuple[Dataset, int]]:
-    """Returns the splits as datasets of text, and how many empty documents of each are dropped already.
+def load_documents(parallel: Parallel) -> dict[str, Dataset]:
+    """Returns the splits as datasets of text: `train`, `validation` and, under --test-samples, `test`.
 
-    They are `train`, `validation` and, under --test-samples, `test`. Each node's first process downloads and reads;
-    the others find what it has cached. Without a validation split, 5% of the training documents that are not empty are
-    held out, drawn by the seed. Raises UserError for data that cannot be used.
+    Each node's first process downloads and reads; the others find what it has cached. Raises UserError for data that
+    cannot be used.
     """
-    from datasets.fingerprint import Hasher
-
     config = parallel.config
     splits, lines = parallel.node_main_first(lambda: read_splits(config))
     for line in lines:
         parallel.say(f"data      {line}")
     found = ", ".join(f"{len(split)} {name}" for name, split in sorted(splits.items()))
     check_that_nodes_agree({"dataset_name_or_path": f"{found} documents"}, "the same files")
-    train, dropped = splits["train"], 0
-    if "validation" in splits:
-        validation = splits["validation"]
-    else:
-        columns = list(config.columns)
-        cached_as = Hasher.hash((train._fingerprint, inspect.getsource(has_text), columns))  # the same in every run
-        full = parallel.node_main_first(
-            lambda: train.filter(
-                has_text,
-                input_columns=columns,
-                new_fingerprint=cached_as,
-                cache_file_name=cache_file(cached_as),
-                desc="looking for text",
-            )
-        )
-        train, dropped = full, len(train) - len(full)
-        if len(train) < 2:
-            raise UserError(f"{shown_data(config)} has {len(train)} documents with text; that is too few to train on")
-        held_out = max(1, round(HELD_OUT_SHARE * len(train)))
-        order = np.random.default_rng(config.seed).permutation(len(train))  # as `train_test_split`, which writes files
-        parts = order[held_out:], order[:held_out]
-        train, validation = (train.select(rows, keep_in_memory=True) for rows in parts)
+    if "validation" not in splits:
+        splits |= hold_out(splits["train"], config)
+        held_out = len(splits["validation"])
         parallel.say(f"data      no validation split: {held_out} of the training documents are held out, by the seed")
-    train = train.select(range(min(len(train), config.max_train_samples or len(train))))
-    validation = validation.select(range(min(len(validation), config.max_eval_samples or len(validation))))
-    test = {"test": (splits["test"], 0)} if "test" in splits else {}
-    return dict(train=(train, dropped), validation=(validation, 0), **test)
+    limits = dict(train=config.max_train_samples, validation=config.max_eval_samples, test=None)
+    return {name: splits[name].select(range(len(splits[name]))[: limits[name]]) for name in limits if name in splits}
 
 
-def cache_file(fingerprint: str) -> str:
-    """Returns where to cache documents. By itself `datasets` writes beside their source, which may not be ours."""
-    import datasets
+def hold_out(train: Dataset, config: Config) -> dict[str, Dataset]:
+    """Returns a training split in two: `train`, and 5% of the documents that hold text, drawn by the seed.
 
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"cache-{fingerprint}.arrow")
+    What holds no text comes last in `train`, and is dropped and counted like that of any split.
+    """
+    holds_text: list[bool] = []
+    for batch in train.select_columns(list(config.columns)).iter(1000):  # row by row it would take ten times as long
+        holds_text += map(has_text, batch[config.article_column], batch[config.summary_column])
+    with_text, without_text = np.flatnonzero(holds_text), np.flatnonzero(np.logical_not(holds_text))
+    if len(with_text) < 2:
+        raise UserError(f"{shown_data(config)} has {len(with_text)} documents with text; that is too few to train on")
+    held_out = max(1, round(HELD_OUT_SHARE * len(with_text)))
+    order = np.random.default_rng(config.seed).permutation(with_text)  # as `train_test_split`, which writes files
+    rows = dict(train=np.append(order[held_out:], without_text), validation=order[:held_out])
+    return {name: train.select(those, keep_in_memory=True) for name, those in rows.items()}
 
 
 def has_text(article: str | None, summary: str | None) -> bool:
@@ -1852,7 +1838,8 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
             remove_columns=split.column_names,
             num_proc=config.num_proc if len(split) > MANY_DOCUMENTS else None,
             new_fingerprint=encoded_as,
-            cache_file_name=cache_file(encoded_as),
+            # by itself `datasets` writes beside the split's source, which may not be ours
+            cache_file_name=str(Path(datasets.config.HF_DATASETS_CACHE) / f"cache-{encoded_as}.arrow"),
             features=features,
             desc="tokenising",
         )

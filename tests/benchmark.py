@@ -521,7 +521,7 @@ class Baseline:
     def __init__(self, parallel: script.Parallel):
         config, plan = parallel.config, parallel.plan
         self.parallel, self.tokenizer = parallel, script.load_tokenizer(parallel)
-        self.pairs, _ = script.load_documents(parallel)["train"]
+        self.pairs = script.load_documents(parallel)["train"]
         texts = zip(self.pairs[config.article_column], self.pairs[config.summary_column], strict=True)
         prompts = [
             script.PROMPT_OPEN + article + script.PROMPT_CLOSE + summary
