@@ -1397,25 +1397,19 @@ def load_data(tokenizer: PreTrainedTokenizerBase, parallel: Parallel) -> tuple[D
 
     There are test documents under --test-samples only. Raises UserError where nothing is left of a split.
     """
-    encoded = []
-    for name, split in load_documents(parallel).items():
-        documents = encode_documents(split, tokenizer, parallel)
-        label_tokens = int(documents.label_counts.sum())
-        if 0 in on_all_ranks(lambda label_tokens=label_tokens: label_tokens, gathered=True):  # on some node
+    splits = load_documents(parallel)
+    encoded = {name: encode_documents(split, tokenizer, parallel) for name, split in splits.items()}
+    found = f"data with fingerprints {', '.join(documents.fingerprint for documents in encoded.values())}"
+    check_that_nodes_agree({"dataset_name_or_path": found}, "the same files")
+    for name, documents in encoded.items():
+        if not documents.label_counts.sum():
             raise UserError(
-                f"no label tokens are left in the {len(split)} {name} documents; their articles or summaries are empty"
-                + or_leave_out_test(name)
+                f"no label tokens are left in the {len(documents.texts)} {name} documents; their articles or summaries "
+                f"are empty{or_leave_out_test(name)}"
             )
         if parallel.is_main:  # the audit deals every document, which takes time
-            is_train = name == "train"
-            batches = (
-                epoch_batches(documents, 0, parallel.config) if is_train else evaluation_batches(documents, parallel)
-            )
-            parallel.say(audit(name, len(split), documents, batches, parallel))
-        encoded.append(documents)
-    found = f"data with fingerprints {', '.join(each.fingerprint for each in encoded)}"
-    check_that_nodes_agree({"dataset_name_or_path": found}, "the same files")
-    return encoded[0], encoded[1], (encoded[2] if len(encoded) > 2 else None)
+            parallel.say(audit(name, documents, parallel))
+    return encoded["train"], encoded["validation"], encoded.get("test")
 
 
 def load_documents(parallel: Parallel) -> dict[str, Dataset]:
@@ -2143,12 +2137,14 @@ def pack_documents(lengths: np.ndarray, data_parallel_size: int, row_tokens: int
     return [by_load[step * data_parallel_size : (step + 1) * data_parallel_size] for step in range(micro_steps)]
 
 
-def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndarray], parallel: Parallel) -> str:
-    """Returns a line on what encoding cut or dropped of `total` pairs, and how evenly `batches` deal the rest.
+def audit(name: str, documents: Documents, parallel: Parallel) -> str:
+    """Returns a line on what encoding cut or dropped of a split, and how evenly its batches deal the rest to ranks.
 
     Any rank may call it alone.
     """
     plan, block_size = parallel.plan, documents.block_size
+    is_train = name == "train"
+    batches = epoch_batches(documents, 0, parallel.config) if is_train else evaluation_batches(documents, parallel)
     columns = documents.dataset.with_format("numpy")
     cut, summaries_cut = np.asarray(columns["tokens_cut"][:]), np.asarray(columns["summary_cut"][:])
     loads = []  # tokens computed, padding included: a row per micro-step, a column per data rank
@@ -2156,12 +2152,12 @@ def audit(name: str, total: int, documents: Documents, batches: Sequence[np.ndar
         lengths = documents.lengths[batch]
         for by_data_rank in deal(lengths, parallel.data_parallel_size, plan, block_size):
             loads.append([computed_tokens(lengths[positions], plan, block_size) for positions in by_data_rank])
-    loads, tokens = np.array(loads), documents.lengths.sum()
+    loads, tokens, dropped = np.array(loads), documents.lengths.sum(), len(documents.texts) - len(documents)
     waiting = loads.max(axis=1).sum() / loads.mean(axis=1).sum()  # all ranks wait for the busiest in each micro-step
     return (
         f"data      {name}: {len(documents):,} documents, {tokens:,} tokens (mean {tokens / len(documents):,.0f}); "
         f"{(cut > 0).sum():,} articles cut by {cut.sum():,} tokens; {summaries_cut.sum():,} summaries cut; "
-        f"{total - len(documents):,} empty documents dropped; {1 - tokens / loads.sum():.1%} padding; the busiest rank "
+        f"{dropped:,} empty documents dropped; {1 - tokens / loads.sum():.1%} padding; the busiest rank "
         f"computes {waiting - 1:.1%} more than the mean"
     )
 
