@@ -1486,22 +1486,19 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     except UserError:
         raise
     except Exception as error:
-        remedy = "check the name, --dataset-config and the network, or name local files"
-        remedy = "repair it or leave it out" if local else remedy
+        check_hub = "check the name, --dataset-config and the network, or name local files"
+        remedy = "repair it or leave it out" if local else check_hub
         raise UserError(f"{shown} cannot be read ({first_line(error)}); {remedy}") from error
-    if "train" not in splits:
-        found = ", ".join(splits) or "none"
-        raise UserError(f"{shown} has no train split, only {found}; name a file or split train")
-    lines += [f"not read: the split {name}" for name in splits if name not in ("train", "validation", "test")]
-    if config.test_samples == 0:
-        lines += ["not read: the split test, without --test-samples"] * ("test" in splits)
-        splits.pop("test", None)
-    elif "test" not in splits:
-        found = ", ".join(splits)
-        raise UserError(
-            f"{shown} has no test split, only {found}; name a file or split test{or_leave_out_test('test')}"
-        )
-    splits = {name: split for name, split in splits.items() if name in ("train", "validation", "test")}
+    required = ("train",) if config.test_samples == 0 else ("train", "test")
+    for name in required:
+        if name not in splits:
+            found = ", ".join(splits) or "none"
+            raise UserError(
+                f"{shown} has no {name} split, only {found}; name a file or split {name}{or_leave_out_test(name)}"
+            )
+    for name in [each for each in splits if each not in (*required, "validation")]:
+        lines.append(f"not read: the split {name}" + (", without --test-samples" if name == "test" else ""))
+        del splits[name]
     for name, split in splits.items():
         if not len(split):
             raise UserError(
