@@ -1566,35 +1566,33 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
     file for which none of these tells a split is train. Hidden files in a folder are skipped, and test files unless
     --test-samples asks for them.
     """
-    shown, files, lines = shown_data(config), {}, []
+    shown, lines = shown_data(config), []
+    by_split: dict[str, dict[Path, Path]] = {}
     # a clone of a Hub dataset has a folder for each of its configurations, with the same documents
-    paths = [str(own) if (own := Path(path) / config.dataset_config).is_dir() else path for path in paths]
-    folders_differ = len({path if path.is_dir() else path.parent for path in map(Path, paths)}) > 1
-    for path in map(Path, paths):
+    paths = [own if (own := Path(path, config.dataset_config)).is_dir() else Path(path) for path in paths]
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    roots = [folder.parent for folder in folders] if len(set(folders)) > 1 else folders
+    for path, root in zip(paths, roots, strict=True):
         if not path.exists():
             raise UserError(f"{shown}: {path} does not exist; give a Hub id, or an existing folder or file")
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            name = file.relative_to(path) if path.is_dir() else Path(file.name)
-            if path.is_dir() and any(part.startswith(".") for part in name.parts):
+            if path.is_dir() and any(part.startswith(".") for part in file.relative_to(path).parts):
                 continue
             if file.is_symlink() and (file.is_dir() or not file.exists()):
                 leads = "to a folder; name that folder to read it" if file.is_dir() else "nowhere"
                 lines.append(f"not read: {file}, a link {leads}")
             elif file.is_file() and format_of(file) in ROW_READERS:
-                own = (path if path.is_dir() else path.parent).name if folders_differ else ""
-                split = split_of(str(Path(own, name)))
-                files.setdefault((file.resolve(), split), file)  # what is named twice for a split counts once
+                of_split = by_split.setdefault(split_of(file.relative_to(root)), {})
+                of_split.setdefault(file.resolve(), file)  # what is named twice for a split counts once
             elif file.is_file() and format_of(file) in UNREAD_FORMATS:
                 lines.append(f"not read: {file}; save it as one of {', '.join(ROW_READERS)}")
-    by_split: dict[str, list[Path]] = {}
-    for (_, split), file in files.items():
-        by_split.setdefault(split, []).append(file)
-    if config.test_samples == 0 and (unread := by_split.pop("test", [])):
+    if config.test_samples == 0 and (unread := by_split.pop("test", {})):
         lines.append(f"not read: {len(unread)} file{'s' * (len(unread) > 1)} of a test split, without --test-samples")
     if not by_split:
         found = "".join(f" ({line})" for line in lines[:3])
         raise UserError(f"{shown} holds no file to train on{found}; give files in one of {', '.join(ROW_READERS)}")
-    for split, those in by_split.items():
+    files = {split: list(those.values()) for split, those in by_split.items()}
+    for split, those in files.items():
         formats = {ROW_READERS[format_of(file)]: f"{format_of(file)} ({file.name})" for file in those}
         if len(formats) > 1:  # probably the same documents twice
             found = " and ".join(sorted(formats.values()))
@@ -1606,10 +1604,10 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
                 raise UserError(f"{shown} holds {file} and {by_stem[stem].name}; leave out one of them")
         names = ", ".join(file.name for file in those[:3]) + (", ..." if len(those) > 3 else "")
         lines.append(f"{split}: {len(those)} file{'s' * (len(those) > 1)} ({names})")
-    return by_split, lines
+    return files, lines
 
 
-def split_of(name: str) -> str:
+def split_of(name: str | Path) -> str:
     """Returns the split that the last telling word of a file's name names, or that of the innermost folder."""
     for part in reversed(Path(name).parts):
         words = re.findall(r"[^\W\d_]+", part.lower())
