@@ -1630,11 +1630,10 @@ def read_files(files: list[Path], config: Config) -> Dataset:
     ]
 
     def rows() -> Iterator[dict[str, str | None]]:
-        is_empty = True
+        row = None
         for row in itertools.chain.from_iterable(rows_of(file, config) for file in files):
-            is_empty = False
             yield row
-        if is_empty:
+        if row is None:
             raise UserError(f"no rows are in {' and '.join(map(str, files[:3]))}; fill or leave out what is empty")
 
     try:
@@ -1676,12 +1675,12 @@ def is_text(value: Any) -> bool:
 
 def json_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the number and the value of each row: an object a line, or else the values of the whole file."""
-    numbered, names = enumerate(text_lines(file), 1), {}
-    first = next((pair for pair in numbered if pair[1].strip()), (1, ""))
-    if first[1].lstrip().startswith("[") or first[1].strip() == "{":
-        rows = enumerate(json_values(first[1] + "".join(line for _, line in numbered)), 1)
+    names: dict[str, None] = {}
+    begins = next((line.strip() for line in text_lines(file) if line.strip()), "")
+    if begins.startswith("[") or begins == "{":
+        rows = enumerate(json_values("".join(text_lines(file))), 1)
     else:
-        rows = (pair for pair in itertools.chain([first], numbered) if pair[1].strip())
+        rows = ((number, line) for number, line in enumerate(text_lines(file), 1) if line.strip())
     for number, row in rows:
         try:
             value = json.loads(row) if isinstance(row, str) else row
@@ -1713,10 +1712,9 @@ def csv_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]
     The separator is the one with which the first row names the columns that were asked for.
     """
     csv.field_size_limit(LARGEST_INTEGER - 1)  # the default refuses articles of more than 131,072 characters
-    wanted, lines, number = set(config.columns), text_lines(file), 0
-    first = next(lines, "")
+    wanted, first = set(config.columns), next(text_lines(file), "")
     separator = next((each for each in ",;\t" if wanted <= set(next(csv.reader([first], delimiter=each), []))), ",")
-    rows = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
+    rows, number = csv.reader(text_lines(file), delimiter=separator, strict=True), 0
     try:
         header = next(rows, [])
         check_names(f"the first row of {file}", header, config)
@@ -1741,11 +1739,10 @@ def csv_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]
 def parquet_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet
 
-    table, numbers = pyarrow.parquet.ParquetFile(file), itertools.count(1)
+    table = pyarrow.parquet.ParquetFile(file)
     check_names(str(file), table.schema_arrow.names, config)
-    for batch in table.iter_batches(1000, columns=list(config.columns)):
-        for row in batch.to_pylist():
-            yield next(numbers), row
+    batches = table.iter_batches(1000, columns=list(config.columns))
+    return enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
 
 
 ROW_READERS = dict.fromkeys((".jsonl", ".json", ".ndjson"), json_rows) | dict.fromkeys((".csv", ".tsv"), csv_rows)

@@ -280,6 +280,12 @@ def test_json_may_be_laid_out_as_people_do(data, capsys, text):
     assert any(line.startswith("train: 1 documents") for line in said(capsys)[0])
 
 
+def test_an_error_in_json_names_its_line_below_blank_ones(data, capsys):
+    (data / "train.json").write_text('\n\n[\n{"article": "A story."\n')
+    assert start(data) == 2
+    assert f"{data / 'train.json'} cannot be read (Expecting ',' delimiter: line 5 column 1" in said(capsys)[1]
+
+
 def test_a_saved_folder_with_other_rows_is_encoded_anew(data, capsys, tmp_path):
     """What `datasets` calls a fingerprint tells how a dataset was made; its source may have changed in between."""
     tokens = []
