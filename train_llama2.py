@@ -1320,7 +1320,7 @@ PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
 PAD_MULTIPLE = 8  # rows are padded to a multiple of 8 tokens, the tile of the tensor cores
 HELD_OUT_SHARE = 0.05  # of the training split, held out where the data has no validation split
 MANY_DOCUMENTS = 1000  # above which it pays to start the processes of --num-proc
-COMPRESSIONS = (".gz", ".bz2", ".xz")
+COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Files of these formats look like data, but are only reported as not read.
 UNREAD_FORMATS = (".txt", ".arrow", ".xlsx", ".pkl", ".zip", ".zst")
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what lies beside data
@@ -1751,8 +1751,7 @@ ROW_READERS[".parquet"] = parquet_rows
 
 def text_lines(file: Path) -> Iterator[str]:
     """Yields the lines of a file, compressed or not, in UTF-8 with or without a byte-order mark."""
-    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(file.suffix.lower(), open)
-    with opened(file, "rb") as stream:
+    with COMPRESSIONS.get(file.suffix.lower(), open)(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
