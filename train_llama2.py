@@ -1486,6 +1486,8 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error.__cause__, UserError):  # of a file's reader, which `from_generator` has wrapped
+            raise UserError(f"{shown}: {error.__cause__}") from error
         check_hub = "check the name, --dataset-config and the network, or name local files"
         remedy = "repair it or leave it out" if local else check_hub
         raise UserError(f"{shown} cannot be read ({first_line(error)}); {remedy}") from error
@@ -1625,9 +1627,7 @@ def read_files(files: list[Path], config: Config) -> Dataset:
     import datasets
     from datasets.fingerprint import Hasher
 
-    code = [
-        inspect.getsource(function) for function in (rows_of, is_text, text_lines, json_values, *ROW_READERS.values())
-    ]
+    readers = (rows_of, is_text, text_lines, json_values, *ROW_READERS.values())
 
     def rows() -> Iterator[dict[str, str | None]]:
         row = None
@@ -1636,16 +1636,11 @@ def read_files(files: list[Path], config: Config) -> Dataset:
         if row is None:
             raise UserError(f"no rows are in {' and '.join(map(str, files[:3]))}; fill or leave out what is empty")
 
-    try:
-        return datasets.Dataset.from_generator(
-            rows,
-            features=datasets.Features({column: datasets.Value("large_string") for column in config.columns}),
-            fingerprint=Hasher.hash((file_states(files), config.columns, code)),
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise UserError(f"{shown_data(config)}: {error.__cause__}") from error
-        raise
+    return datasets.Dataset.from_generator(
+        rows,
+        features=datasets.Features({column: datasets.Value("large_string") for column in config.columns}),
+        fingerprint=Hasher.hash((file_states(files), config.columns, *map(inspect.getsource, readers))),
+    )
 
 
 def rows_of(file: Path, config: Config) -> Iterator[dict[str, str | None]]:
