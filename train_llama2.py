@@ -1797,23 +1797,18 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase, paralle
     recipe = (split._fingerprint, tokenizer.backend_tokenizer.to_str(), eos, PROMPT_OPEN, PROMPT_CLOSE)
     settings = (*config.columns, config.block_size, datasets.__version__)
     code = [inspect.getsource(function) for function in (has_text, encode_batch, fit_block)]
+    encoded_as = Hasher.hash((recipe, settings, code))
     features = datasets.Features(
         input_ids=datasets.List(datasets.Value("int32")),
-        row=datasets.Value("int32"),
-        prompt_length=datasets.Value("int32"),
-        length=datasets.Value("int32"),
-        tokens_cut=datasets.Value("int32"),
+        **dict.fromkeys(("row", "prompt_length", "length", "tokens_cut"), datasets.Value("int32")),
         summary_cut=datasets.Value("bool"),
     )
 
-    encoded_as = Hasher.hash((recipe, settings, code))
-
     def encode() -> Dataset:
         return split.map(
-            lambda pairs, numbers: encode_batch(
-                pairs[config.article_column], pairs[config.summary_column], tokenizer, config.block_size, numbers[0]
-            ),
+            lambda articles, summaries, rows: encode_batch(articles, summaries, tokenizer, config.block_size, rows[0]),
             batched=True,
+            input_columns=list(config.columns),
             with_indices=True,
             remove_columns=split.column_names,
             num_proc=config.num_proc if len(split) > MANY_DOCUMENTS else None,
