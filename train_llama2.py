@@ -1552,12 +1552,10 @@ def looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or format_of(Path(name)) in ROW_READERS
 
 
-def format_of(file: Path) -> str | None:
-    """Returns the suffix that tells a file's format, without that of its compression; None where it is no data."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and file.name not in NO_DATA else None
+def format_of(file: Path) -> str:
+    """Returns the suffix that tells a file's format, without that of its compression; "" where it is no data."""
+    name = file.stem if file.suffix.lower() in COMPRESSIONS else file.name
+    return "" if file.name in NO_DATA else Path(name).suffix.lower()
 
 
 def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Path]], list[str]]:
