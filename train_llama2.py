@@ -3595,12 +3595,15 @@ class Checkpoints:
     def load(
         self, folder: Path, facts: dict[str, Any], model: nn.Module, optimizer: Optimizer, state: TrainingState
     ) -> None:
-        """Loads a verified checkpoint into model, optimizer, state and this rank's random states."""
+        """Loads a verified checkpoint into model, optimizer, state and this rank's random states.
+
+        Hyperparameters stay those of the flags: only tensors are stored.
+        """
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
         reader = HuggingFaceStorageReader(str(folder))
-        tensors = checkpoint_tensors(model, optimizer, copy=False)
+        tensors = checkpoint_tensors(model, optimizer, copy=False)  # their own memory, which is read into
         stored = reader.read_metadata().state_dict_metadata
         rng, cuda_rng = f"rng.{self.parallel.rank}", f"rng.cuda.{self.parallel.rank}"
         for name in {rng, cuda_rng} & stored.keys():  # present if the saving run had this rank
@@ -3612,7 +3615,6 @@ class Checkpoints:
             raise UserError(
                 f"{folder} does not fit this model ({first_line(cause)}); give the model it was trained from"
             ) from None
-        restore_tensors(model, optimizer, tensors)
         if rng in tensors:
             torch.set_rng_state(tensors[rng])
         if cuda_rng in tensors and self.parallel.device.type == "cuda":
@@ -3761,19 +3763,6 @@ def with_own_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         owned[name] = tensor.detach().clone() if place in seen and local.numel() else tensor
         seen.add(place)
     return owned
-
-
-def restore_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts what `checkpoint_tensors` named back into model and optimizer. Hyperparameters stay those of the flags."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    weights = {name: tensors[f"model.{name}"] for name in weights}
-    for name, value in moments.items():
-        if isinstance(value, Tensor):
-            moments[name] = tensors[f"optimizer.{name}"].reshape(value.shape)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
 
 
 def save_tensors(
