@@ -3740,14 +3740,13 @@ def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, copy: bool) -> di
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    options = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=copy)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items() if isinstance(tensor, Tensor)}
     tensors = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
-    on_cpu = next(model.parameters()).device.type == "cpu"  # cpu_offload does not copy tensors that are there already
-    if copy and on_cpu:
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    if copy:
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     return with_own_storage(tensors)
 
 
