@@ -3538,29 +3538,23 @@ class Checkpoints:
 
         Raises RunError, naming the file. Any rank may call it alone.
         """
+        name = "manifest.json"
         try:
-            return self.verify_files(folder)
+            manifest = json.loads((folder / name).read_text())
+            signature = manifest.pop("sha256")
+            if signature != json_checksum(manifest):
+                raise RunError("manifest.json was changed after it was written")
+            for name in sorted(manifest["files"])[self.parallel.rank :: self.parallel.cluster.world_size]:
+                path, expected = folder / name, manifest["files"][name]
+                size = path.stat().st_size
+                if size != expected["bytes"]:
+                    raise RunError(f"{name} has {size} bytes instead of {expected['bytes']}")
+                if file_checksum(path) != expected:
+                    raise RunError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
+        except (FileNotFoundError, ValueError, KeyError) as error:
+            raise RunError(f"{name} is missing or unreadable ({first_line(error)})") from None
         except OSError as error:  # the disk's fault: were it taken for damage, this checkpoint would be deleted
             raise UserError(f"{folder} cannot be read ({first_line(error)}); mend that and start again") from error
-
-    def verify_files(self, folder: Path) -> dict[str, Any]:
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            signature = manifest.pop("sha256")
-        except (FileNotFoundError, ValueError, KeyError) as error:
-            raise RunError(f"manifest.json is missing or unreadable ({first_line(error)})") from None
-        if signature != json_checksum(manifest):
-            raise RunError("manifest.json was changed after it was written")
-        for name in sorted(manifest["files"])[self.parallel.rank :: self.parallel.cluster.world_size]:
-            path, expected = folder / name, manifest["files"][name]
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError:
-                raise RunError(f"{name} is missing") from None
-            if size != expected["bytes"]:
-                raise RunError(f"{name} has {size} bytes instead of {expected['bytes']}")
-            if file_checksum(path) != expected:
-                raise RunError(f"{name} is corrupt: its SHA-256 differs from the manifest's")
         self.sha256 = signature
         return manifest["facts"]
 
