@@ -3355,8 +3355,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits for the background write, if any. Raises its error, unless it was reported as a failed save."""
         if self.pending is not None:
-            pending, self.pending = self.pending, None
-            pending.result()
+            self.pending.result()
 
     def seconds_to_save(self) -> float:
         """Returns the time the next save will take, estimated from the last; twice that while one is being written."""
@@ -3382,18 +3381,13 @@ class Checkpoints:
             "world_size": self.parallel.cluster.world_size,
         }
         if self.asynchronous:
-            pause_seconds = time.perf_counter() - began
-            self.pending = self.writer.submit(self.write, tensors, facts, began, pause_seconds)
+            self.pending = self.writer.submit(self.write, tensors, facts, began)
         else:
             self.write(tensors, facts, began)
 
-    def write(
-        self, tensors: dict[str, Tensor], facts: dict[str, Any], began: float, pause_seconds: float | None = None
-    ) -> None:
-        """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on.
-
-        `pause_seconds` is for how long training was held, where it does not wait for the write.
-        """
+    def write(self, tensors: dict[str, Tensor], facts: dict[str, Any], began: float) -> None:
+        """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on."""
+        held = f", training held for {time.perf_counter() - began:.1f} s" if self.asynchronous else ""
         device = self.parallel.device
         if device.type == "cuda" and device.index is not None:  # a new thread's current device is GPU 0
             torch.cuda.set_device(device)
@@ -3427,7 +3421,6 @@ class Checkpoints:
                 shutil.rmtree(writing, ignore_errors=True)
             return
         seconds, size_gib = time.perf_counter() - began, sum(file["bytes"] for file in files.values()) / GIB
-        held = f", training held for {pause_seconds:.1f} s" if pause_seconds is not None else ""
         self.parallel.say(f"saved     {final} ({size_gib:.2f} GiB) in {seconds:.1f} s{held}")
         # warned about once, not after every slow save: only if the save before it was fast enough
         if self.last_save_seconds <= 0.8 * torchrun_grace_seconds() < seconds:
