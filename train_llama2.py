@@ -3766,14 +3766,12 @@ def file_of_each(sizes_of_ranks: list[dict[str, int]]) -> dict[str, int]:
     It is given the bytes of each rank's share by name, because pipeline stages hold different tensors.
     """
     sizes = {name: size for sizes_of_rank in sizes_of_ranks for name, size in sizes_of_rank.items()}
-    numbers = {name: 1 for name in sizes if name.startswith("rng.")}
-    number, filled = 1, 0
+    numbers, number, filled = {}, 1, 0
     for name, size in sorted(sizes.items()):
-        if name not in numbers:
-            numbers[name] = number
-            filled += size
-            if filled > CHECKPOINT_FILE_BYTES:
-                number, filled = number + 1, 0
+        numbers[name] = number
+        filled += size
+        if filled > CHECKPOINT_FILE_BYTES:
+            number, filled = number + 1, 0
     return numbers
 
 
