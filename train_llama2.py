@@ -3843,8 +3843,7 @@ def save_model(
         record.unlink(missing_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
         for old_weights in folder.glob("model*.safetensors*"):
-            if not (written / old_weights.name).exists():
-                old_weights.unlink()
+            old_weights.unlink()
         for part in filter(Path.is_dir, written.iterdir()):  # a tokenizer's further chat templates
             shutil.rmtree(folder / part.name, ignore_errors=True)
         for file in sorted(written.iterdir(), key=lambda file: file.name == "config.json"):
