@@ -3169,12 +3169,10 @@ def make_save_folder(folder: Path, parallel: Parallel) -> str:
     try:
         if (folder / "checkpoints").is_file():
             raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
-        is_source = folder.resolve() == Path(config.model_name_or_path).resolve()
-        if is_source and not complete_checkpoints(folder / "checkpoints"):
+        goes_on = bool(complete_checkpoints(folder / "checkpoints"))
+        if not goes_on and folder.resolve() == Path(config.model_name_or_path).resolve():
             raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
-        if (folder / "README.md").exists() and not (
-            (folder / "train_config.json").exists() or complete_checkpoints(folder / "checkpoints")
-        ):
+        if not goes_on and (folder / "README.md").exists() and not (folder / "train_config.json").exists():
             raise UserError(f"--save-model-dir {folder} holds a README.md that is of no run; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
