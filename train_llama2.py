@@ -3712,33 +3712,22 @@ def free_host_memory() -> int:
 def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, copy: bool) -> dict[str, Tensor]:
     """Returns this rank's share of weights and moments by name, as DTensors where they are sharded.
 
-    With `copy` they are in host memory, safe from the training that goes on. Scalars get one dimension, which
-    safetensors wants.
+    With `copy` they are in host memory, safe from the training that goes on; without, they are the model's and the
+    optimizer's own. Scalars get one dimension, and of tied weights there is one, as safetensors wants it.
     """
+    from accelerate.utils import find_tied_parameters
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+    # DDP adds a prefix, which get_state_dict removes
+    tied = {name.removeprefix("module.") for names in find_tied_parameters(model) for name in names[1:]}
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items() if name not in tied}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items() if isinstance(tensor, Tensor)}
     tensors = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
     if copy:
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    return with_own_storage(tensors)
-
-
-def with_own_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors, with a copy of each that shares storage with an earlier one (tied weights).
-
-    safetensors refuses shared storage.
-    """
-    seen, owned = set(), {}
-    for name, tensor in tensors.items():
-        local = local_part(tensor)
-        place = (local.device, local.untyped_storage().data_ptr())
-        owned[name] = tensor.detach().clone() if place in seen and local.numel() else tensor
-        seen.add(place)
-    return owned
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    return tensors
 
 
 def save_tensors(
