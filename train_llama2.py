@@ -3244,8 +3244,6 @@ class StopSignals(contextlib.ExitStack):
     restores the former handlers.
     """
 
-    HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-
     def __init__(self, parallel: Parallel):
         super().__init__()
         self.parallel, self.group = parallel, parallel.cpu_group()
@@ -3256,7 +3254,7 @@ class StopSignals(contextlib.ExitStack):
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def listen(self) -> None:
-        for number in self.HANDLED:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and that is kept
                 self.callback(signal.signal, number, signal.signal(number, self.receive))
 
