@@ -3333,8 +3333,8 @@ class Checkpoints:
         self.on_all_ranks = functools.partial(on_all_ranks, group=self.group)
         checkpoint_bytes = 3 * parallel.plan.state_bytes * parallel.shape.parameters  # weights and two moments
         self.asynchronous = saves_in_background(checkpoint_bytes, parallel)
-        check_disk(self.folder, checkpoint_bytes, parallel)
-        check_host_memory(parallel)
+        on_all_ranks(lambda: check_disk(self.folder, checkpoint_bytes, parallel), main_only=True)
+        on_all_ranks(lambda: check_host_memory(parallel))
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
         self.saved_step = 0  # of the last checkpoint written or read
@@ -3644,30 +3644,26 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
 
 
 def check_disk(folder: Path, checkpoint_bytes: int, parallel: Parallel) -> None:
-    """Raises UserError where `--keep-checkpoints` + 1 checkpoints and the final model will not fit."""
-
-    def check() -> None:
-        ours = [*folder.rglob("*"), *folder.parent.glob("model*.safetensors")]  # what a run replaces
-        present = sum(file.stat().st_size for file in ours if file.is_file())
-        free = shutil.disk_usage(folder.parent).free + present
-        kept = parallel.config.keep_checkpoints + 1
-        final = parallel.shape.parameters * saved_dtype(parallel).itemsize
-        if free < kept * checkpoint_bytes + final:
-            raise UserError(
-                f"--save-model-dir {folder.parent} has {free / GIB:.1f} GiB free, but {kept} checkpoints "
-                f"of {checkpoint_bytes / GIB:.1f} and the model of {final / GIB:.1f} need "
-                f"{(kept * checkpoint_bytes + final) / GIB:.1f}; free some, give another folder, or lower "
-                "--keep-checkpoints"
-            )
-
-    on_all_ranks(check, main_only=True)
+    """Raises UserError where `--keep-checkpoints` + 1 checkpoints and the final model will not fit. Rank 0 alone."""
+    ours = [*folder.rglob("*"), *folder.parent.glob("model*.safetensors")]  # what a run replaces
+    present = sum(file.stat().st_size for file in ours if file.is_file())
+    free = shutil.disk_usage(folder.parent).free + present
+    kept = parallel.config.keep_checkpoints + 1
+    final = parallel.shape.parameters * saved_dtype(parallel).itemsize
+    need = kept * checkpoint_bytes + final
+    if free < need:
+        raise UserError(
+            f"--save-model-dir {folder.parent} has {free / GIB:.1f} GiB free, but {kept} checkpoints of "
+            f"{checkpoint_bytes / GIB:.1f} and the model of {final / GIB:.1f} need {need / GIB:.1f}; free some, give "
+            "another folder, or lower --keep-checkpoints"
+        )
 
 
 def check_host_memory(parallel: Parallel) -> None:
     """Raises UserError where a node's host memory cannot hold what the run will put there.
 
     These are the states of all the node's ranks under --cpu-offload, and on rank 0's node also the final model's
-    weights while they are written.
+    weights while they are written. Any rank may call it alone.
     """
     plan, needs = parallel.plan, {}
     if plan.cpu_offload:
@@ -3675,16 +3671,12 @@ def check_host_memory(parallel: Parallel) -> None:
         needs["weights, gradients and moments under --cpu-offload"] = states_gib * GIB
     if parallel.is_main and parallel.device.type == "cuda":
         needs["the final model, gathered"] = parallel.shape.parameters * saved_dtype(parallel).itemsize
-
-    def check() -> None:
-        if sum(needs.values()) > (free := free_host_memory()):
-            parts = " and ".join(f"{size / GIB:.1f} GiB for {what}" for what, size in needs.items())
-            raise UserError(
-                f"node {platform.node()} has {free / GIB:.1f} GiB of host memory free, and the run will take "
-                f"{parts}; use a node with more, or a smaller model"
-            )
-
-    on_all_ranks(check)
+    if sum(needs.values()) > (free := free_host_memory()):
+        parts = " and ".join(f"{size / GIB:.1f} GiB for {what}" for what, size in needs.items())
+        raise UserError(
+            f"node {platform.node()} has {free / GIB:.1f} GiB of host memory free, and the run will take {parts}; use "
+            "a node with more, or a smaller model"
+        )
 
 
 def free_host_memory() -> int:
