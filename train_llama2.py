@@ -3517,7 +3517,7 @@ class Checkpoints:
     def verify(self, folder: Path) -> dict[str, Any]:
         """Returns the manifest's facts about the run, having checked this rank's share of the files.
 
-        Raises RunError, naming the file. Any rank may call it alone.
+        Raises RunError for damage, naming the file, and UserError for a disk at fault. Any rank may call it alone.
         """
         name = "manifest.json"
         try:
@@ -3578,7 +3578,7 @@ class Checkpoints:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
         reader = HuggingFaceStorageReader(str(folder))
-        tensors = checkpoint_tensors(model, optimizer, copy=False)  # their own memory, which is read into
+        tensors = checkpoint_tensors(model, optimizer, copy=False)  # dcp.load reads into this memory of theirs
         stored = reader.read_metadata().state_dict_metadata
         rng, cuda_rng = f"rng.{self.parallel.rank}", f"rng.cuda.{self.parallel.rank}"
         for name in {rng, cuda_rng} & stored.keys():  # present if the saving run had this rank
