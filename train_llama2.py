@@ -4668,6 +4668,11 @@ class Plan:
         return self.precision == "bf16" and not self.uses_fsdp
 
     @property
+    def stream_bytes(self) -> int:
+        """Bytes per element of the residual stream, which stays in fp32 under autocast."""
+        return 4 if self.autocasts else self.compute_bytes
+
+    @property
     def recompute_every(self) -> int:
         """One layer in this many is recomputed in the backward pass; 0 for none."""
         level = self.activation_checkpointing
@@ -5382,15 +5387,14 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
 
     The embedding and each layer are wrapped alone, and the last norm and the head together, which stay gathered.
     """
-    shape, plan, saved, rotary = step.shape, step.plan, step.saved, step.rotary
+    shape, plan, saved_before = step.shape, step.plan, step.saved_before
     layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
     layers, width = shape.layers, plan.compute_bytes
     # What one rank holds alone is cast when its turn comes (`FSDPParamGroup.wait_for_unshard`), not gathered ahead.
     width_ahead = width if plan.dp_shard_size > 1 else 0
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
-    saved_before = list(itertools.accumulate(saved, initial=0))
     # beside the head, the last layer is gathered again, ahead of its backward pass
-    all_saved, beside_head = saved_before[-1] + rotary, kept or width_ahead * layer
+    all_saved, beside_head = saved_before[-1], kept or width_ahead * layer
     phases = {}
     if shape.has_head:
         # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
@@ -5398,7 +5402,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         gathering = kept + width * (layer + 2 * head)
         phases["gathering the head"] = step.phase(all_saved + step.stream, gathered=gathering)
         in_loss = all_saved + step.norm + step.stream + step.scalars
-        phases["loss"] = step.phase(in_loss, step.head_buffers, gathered=beside_head + width * head)
+        phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
         gathered = beside_head + (width + 4) * head  # 4: the head's gradient in fp32, about to be reduced
         phases["backward of the last norm"] = step.phase(
             all_saved + step.norm_backward, gathered=gathered, finished=head
@@ -5406,11 +5410,11 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     else:
         # what is gathered already, then the all-gather's buffer of the last layer and its weights
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
-        phases["gathering the last layer"] = step.phase(saved_before[-2] + rotary, gathered=last_gathered)
+        phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
         # The backward pass ends in layer 0: its input and four tensors as wide as the stream; its weights, their
         # gradients before they are added in fp32, and as much as a layer gathered ahead.
-        held = step.layer_input + 4 * width * shape.hidden + rotary
+        held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
         ahead = layer if i else embedding  # gathered before its turn
@@ -5422,7 +5426,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:  # a micro-batch between first and last
             ways.append(dict(gathered=gathered - reducing))
         phases[f"backward of layer {i}"] = largest(
-            step.phase(saved_before[i] + in_layer + rotary, width * computed, **way)
+            step.phase(saved_before[i] + in_layer, width * computed, **way)
             for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
             for way in ways
         )
@@ -5435,24 +5439,22 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     Under autocast there are bf16 copies of the weights, cached until the forward pass ends, and saved for the backward
     pass of layers that are not recomputed.
     """
-    # cosines and sines are in fp32 under autocast, twice what `StepMemory` counts
-    shape, plan, saved, rotary = step.shape, step.plan, step.saved, 2 * step.rotary
+    shape, plan, copy_bytes, copied_before = step.shape, step.plan, step.copy_bytes, step.copied_before
     layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
-    copy_bytes = 2 if plan.autocasts else 0  # per parameter
-    copies = [0 if plan.recomputes_layer(i) else copy_bytes * layer for i in range(shape.layers)]
+    # cosines and sines are in fp32 under autocast, twice what `StepMemory` counts
+    saved_before = [step.rotary + saved for saved in step.saved_before]
+    all_saved, all_copied, head_copy = saved_before[-1], copied_before[-1], copy_bytes * head
     # a compiled layer casts for itself, and autocast caches no copies of the local parts of DTensors
     split = plan.tensor_parallel_size > 1
-    cache = sum(copies) if plan.compiled or split else copy_bytes * shape.layers * layer
-    saved_before, copied_before = (list(itertools.accumulate(each, initial=0)) for each in (saved, copies))
-    all_saved, all_copied, head_copy = saved_before[-1] + rotary, copied_before[-1], copy_bytes * head
+    cache = all_copied if plan.compiled or split else copy_bytes * shape.layers * layer
     phases = {}
     if shape.has_head:
-        norm = step.norm if split else (3 * 4 if plan.autocasts else 8) * h  # autocast's are in fp32 throughout
+        chunk, loss_buffers = step.loss_buffers()
         norm_backward = step.norm_backward + step.stream * split
-        at_end = all_saved + norm + step.stream
-        phases["end of forward"] = step.phase(at_end, step.chunk, gathered=cache + head_copy)
-        in_loss = all_saved + norm + step.scalars
-        phases["loss"] = step.phase(in_loss, step.head_buffers, gathered=all_copied + head_copy)
+        at_end = all_saved + step.norm + step.stream
+        phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
+        in_loss = all_saved + step.norm + step.scalars
+        phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
@@ -5461,10 +5463,10 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     # of a matrix of the MLP, in bf16 and fp32, before it is added to the one that is there
     gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
-        before, finished = saved_before[i] + rotary, head + (shape.layers - 1 - i) * layer
+        finished = head + (shape.layers - 1 - i) * layer
         phases[f"backward of layer {i}"] = largest(
             step.phase(
-                before + in_layer,
+                saved_before[i] + in_layer,
                 plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # DDP moves them to a bucket
                 gathered=copied_before[i] + copy_bytes * (layer - computed),
                 finished=finished + computed,
@@ -5501,58 +5503,70 @@ class StepMemory:
     def __init__(self, shape: ModelShape, plan: Plan, tokens: int, stage: int = 0):
         self.shape, self.plan, self.tokens = shape, plan, tokens
         h, f, q, k, a = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, shape.heads
-        split = plan.tensor_parallel_size > 1
-        in_fp32 = plan.compute_bytes == 4
-        # Bytes per token, except `layers_kept_whole` (a count) and `other_copies`, `chunk` and `head_buffers` (bytes).
+        width, split = plan.compute_bytes, plan.tensor_parallel_size
+
+        # Bytes per token.
         self.rotary = 4 * shape.head_dim  # cosines and sines of a position, shared by all layers
         self.stream = 2 * h  # the residual stream, a selection of it for the head, or its gradient, in bf16
-        self.norm = 8 * h  # what a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h
-        # A norm's backward pass: what it saved, and in fp32 the gradients of the normalised input, of the input by way
-        # of the scale, of the input by way of the variance, and the sum of the last two, 4h each.
-        self.norm_backward = self.norm + 16 * h
         # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
         # gradient.
         self.scalars = 4 * 8 + 3 * 4
-        # What a recomputed layer keeps: the stream, of which a tensor-parallel rank holds the part of its tokens. Under
-        # autocast, which is wherever bf16 runs without FSDP, it is fp32.
-        self.layer_input = (4 if in_fp32 or plan.autocasts else 2) * h / plan.tensor_parallel_size
-        if split:  # torch's fused norms save their input, their output is gathered, and backward adds their gradients
-            self.norm = self.layer_input + plan.compute_bytes * h
+        # What a recomputed layer keeps: the stream, of which a tensor-parallel rank holds the part of its tokens.
+        self.layer_input = plan.stream_bytes * h / split
+        if split > 1:  # torch's fused norms save their input, their output is gathered, backward adds their gradients
+            self.norm = self.layer_input + width * h
             self.norm_backward = 2 * self.norm
-        # What an eager layer saves for its backward pass. In bf16: two norms 16h, query and attention output 4q, key
-        # and value 4k; MLP 8f; log-sum-exp 4a; the scales of two norms 8. Under autocast the norms save fp32 alone,
-        # 16h, and the inputs of five projections are copied to bf16, 10h.
-        norms = 2 * self.norm if split else (24 if in_fp32 else 26 if plan.autocasts else 16) * h
-        self.whole_layer = norms + plan.compute_bytes * (2 * q + 2 * k + 4 * f) + 4 * a + 8
+        else:
+            # What a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h. Under autocast
+            # the three are in fp32.
+            self.norm = (12 if plan.autocasts else 8) * h
+            # A norm's backward pass: 8h of what it saved, and in fp32 the gradients of the normalised input, of the
+            # input by way of the scale, of the input by way of the variance, and the sum of the last two, 4h each.
+            self.norm_backward = (8 + 4 * 4) * h
         if plan.compiled:
-            # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, query and
-            # attention output 2q, its projection (scattered where layers are split), key and value 2k, gate, up and
-            # their product 3f. The rest is computed again from them.
-            read = 2 * h + h / plan.tensor_parallel_size + 2 * q + 2 * k + 3 * f
-            self.whole_layer = self.layer_input + plan.compute_bytes * read + 4 * a + 8
+            # What a layer saves: its input, and in elements what matmuls and attention read or write: two norms'
+            # outputs 2h, query and attention output 2q, its projection (scattered where layers are split), key and
+            # value 2k, gate, up and their product 3f. The rest is computed again from them. Then attention's
+            # log-sum-exp 4a, and the scales of two norms 8.
+            read = 2 * h + h / split + 2 * q + 2 * k + 3 * f
+            self.whole_layer = self.layer_input + width * read + 4 * a + 8
+        else:
+            # Two norms: 16h in bf16, 24h in fp32. Under autocast they save fp32 alone, 16h, and the inputs of five
+            # projections are copied to bf16, 10h. In elements: query and attention output 2q, key and value 2k, MLP 4f.
+            norms = 2 * self.norm if split > 1 else (26 if plan.autocasts else 24 if width == 4 else 16) * h
+            self.whole_layer = norms + width * (2 * q + 2 * k + 4 * f) + 4 * a + 8
         recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
-        self.layers_kept_whole = recomputed.count(False)
-        self.saved = [self.layer_input if each else self.whole_layer for each in recomputed]  # by layer, until backward
+        saved = [self.layer_input if each else self.whole_layer for each in recomputed]
+        self.saved_before = list(itertools.accumulate(saved, initial=self.rotary))  # before each layer, after the last
+
+        # Bytes: autocast's bf16 copies of the weights, which layers that are not recomputed save for their backward.
+        self.copy_bytes = 2 if plan.autocasts else 0  # per parameter
+        copied = [0 if each else self.copy_bytes * shape.layer_parameters for each in recomputed]
+        self.copied_before = list(itertools.accumulate(copied, initial=0))
+
+        # What the other micro-batches under way have saved: bytes per token, and bytes of copies.
         stages, micro_batches = plan.pipeline_parallel_size, plan.gradient_accumulation_steps
-        under_way = min(stages - stage, micro_batches)  # 1F1B (Narayanan et al. 2021), this one included
-        self.other_micro_batches = (under_way - 1) * (sum(self.saved) + self.rotary)
-        # Autocast's bf16 copies of the weights are saved with each micro-batch.
-        self.other_copies = (under_way - 1) * 2 * plan.autocasts * self.layers_kept_whole * shape.layer_parameters
+        others = min(stages - stage, micro_batches) - 1  # 1F1B (Narayanan et al. 2021)
+        self.other_micro_batches, self.other_copies = others * self.saved_before[-1], others * self.copied_before[-1]
         if stages > 1:  # what was sent, which `Pipeline.send` keeps for a while, and the gradient received
             streams_kept = min(micro_batches, 2 * stages) + 1
             self.other_micro_batches += streams_kept * self.layer_input
-        # Logits and inputs of the head for one chunk of positions, in fp32.
-        rows = tokens if shape.computes_all_logits else min(tokens, HEAD_CHUNK_TOKENS)
+
+    def loss_buffers(self) -> tuple[float, float]:
+        """Returns the bytes of a chunk of logits with its inputs, and of all that the head's loss needs at its peak."""
+        shape, plan = self.shape, self.plan
+        split = plan.tensor_parallel_size > 1
+        rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
         # Without linear_cross_entropy there is more than the logits in fp32. Bytes per logit: under tensor parallelism
         # 16, as there are bf16 logits, their exponentials, and the gradients in fp32 and bf16, too; where all logits
         # are computed at once 10, with bf16 logits and their log-softmax. With the 10, the prediction for a whole step
         # is 2 to 11% above what PyTorch's tracker counts.
         without_fused_loss = split or shape.computes_all_logits
         per_logit = (16 if split else 10) if without_fused_loss else 4
-        self.chunk = rows * (per_logit * shape.vocabulary + 4 * h)
-        # The head's loss: a chunk, the gradients of its logits and of the previous chunk's, in bf16, and the head's.
-        logits = 0 if in_fp32 or without_fused_loss else 2 * 2 * rows * shape.vocabulary
-        self.head_buffers = self.chunk + logits + plan.compute_bytes * shape.head_and_norm_parameters
+        chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # the head's inputs are in fp32
+        # At the peak also the gradients of its logits and of the previous chunk's, in bf16, and the head's.
+        gradients = 0 if plan.compute_bytes == 4 or without_fused_loss else 2 * 2 * rows * shape.vocabulary
+        return chunk, chunk + gradients + plan.compute_bytes * shape.head_and_norm_parameters
 
     def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
         """Returns where the backward pass of a layer may peak: bytes per token, and parameters with a gradient by then.
@@ -5561,7 +5575,6 @@ class StepMemory:
         """
         shape, plan = self.shape, self.plan
         h, f, q, k, width = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, plan.compute_bytes
-        gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         if not plan.compiled:
             kept = self.layer_input if recomputed else 0
             mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
@@ -5570,6 +5583,7 @@ class StepMemory:
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once; else the product is
         # gone by then, and the gate's gradient overwrites the gate. Where layers are split, the stream's gradient is
         # gathered.
+        gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
         # The layer's input, and the gradient of its output. In elements: the first norm's output and attention's
@@ -5589,10 +5603,8 @@ class StepMemory:
         """Gradients once those of `finished` parameters are reduced."""
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
-        if not plan.uses_fsdp:
-            if plan.strategy == "ddp":  # its buckets, and beside them what earlier micro-batches add up
-                return state * (parameters + (parameters - finished) * accumulates)
-            return state * (parameters if accumulates else finished)
+        if plan.strategy == "ddp":  # its buckets, and beside them what earlier micro-batches add up
+            return state * (parameters + (parameters - finished) * accumulates)
         if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
             return 4 * (parameters - finished) + state * finished / plan.dp_shard_size
         if plan.strategy == "hsdp" and accumulates:  # FSDP2 keeps them on the device for the all-reduce, in fp32
@@ -5681,9 +5693,10 @@ def predict_seconds(
     shard_bytes = max(map(plan.shard_bytes, parts))
     copied_bytes = micro_batches * shard_bytes * (gathers + 1) if plan.cpu_offload else 0.0
     host_link = copied_bytes / (HOST_LINK_GB_PER_SECOND * 1e9)
-    stream_bytes = (4 if plan.precision == "fp32" or plan.autocasts else 2) * shape.hidden
     stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
-    point_to_point = micro_batches * 2 * tokens / split * stream_bytes / stage_bus if stages > 1 else 0.0
+    point_to_point = (
+        micro_batches * 2 * tokens / split * (plan.stream_bytes * shape.hidden) / stage_bus if stages > 1 else 0.0
+    )
     exchanges = 8 * layers + 4 * sum(map(plan.recomputes_layer, range(layers)))
     exchanged_bytes = exchanges * (split - 1) / split * tokens * plan.compute_bytes * shape.hidden
     tensor = micro_batches * exchanged_bytes / (gpu.link_gb_per_second * 1e9)
