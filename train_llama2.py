@@ -4686,12 +4686,6 @@ class Plan:
         """Whether FSDP keeps unsharded gradients until the last micro-batch."""
         return self.uses_fsdp and self.gradient_accumulation_steps > 1 and self.gradient_sync == "step"
 
-    @property
-    def bubble(self) -> float:
-        """The share of a step in which a stage waits for the first micro-batch to come, or the last to come back."""
-        waits = self.pipeline_parallel_size - 1
-        return waits / (self.gradient_accumulation_steps + waits)
-
     def shard_bytes(self, shape: ModelShape) -> float:
         """Returns the bytes of a rank's share of the weights, of the gradients, or of one moment.
 
@@ -4702,6 +4696,8 @@ class Plan:
     def describe(self) -> str:
         """Returns the plan in a few words, as the table shows it."""
         level, layout = self.activation_checkpointing, self.strategy
+        # in micro-batches: a stage waits for the first one to come, or for the last to come back
+        waits = self.pipeline_parallel_size - 1
         if self.strategy == "hsdp":
             layout = f"hsdp {self.dp_replicate_size}x{self.dp_shard_size}"
         if self.model_parallel_size > 1:
@@ -4714,7 +4710,7 @@ class Plan:
             "" if self.reshard_after_forward or self.dp_shard_size == 1 else "keep gathered",
             "reduce once" if self.holds_gradients_back else "",
             "offload" if self.cpu_offload else "",
-            f"bubble {self.bubble:.0%}" if self.bubble else "",
+            f"bubble {waits / (self.gradient_accumulation_steps + waits):.0%}" if waits else "",
         ]
         return ", ".join(filter(None, parts))
 
