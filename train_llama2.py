@@ -5740,10 +5740,7 @@ def limiting_link(cluster: Cluster, candidate: Candidate) -> str:
     shards, split, link = plan.dp_shard_size, plan.tensor_parallel_size, cluster.gpu.link_gb_per_second
     rings = dict(gather_reduce=(shards, split), all_reduce=(plan.dp_replicate_size, shards * split))
     rings["tensor_parallel"] = (split,)
-    is_inside_node = cluster.nodes == 1
-    if name in rings:
-        is_inside_node = cluster.bus_gb_per_second(*rings[name]) == link
-    if is_inside_node:
+    if cluster.nodes == 1 or (name in rings and cluster.bus_gb_per_second(*rings[name]) == link):
         return f"node link {link:g} GB/s"
     return f"network {cluster.gpu.network_gbit_per_second:g} Gbit/s per GPU"
 
