@@ -4975,16 +4975,6 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     return layouts
 
 
-def micro_batch_sizes(documents: int, stages: int) -> list[int]:
-    """Returns the micro-batch sizes to try.
-
-    With stages these are the ones that give at least twice as many micro-batches as stages, or the smallest where none
-    does.
-    """
-    sizes = even_sizes(documents)
-    return [size for size in sizes if stages == 1 or math.ceil(documents / size) >= 2 * stages] or sizes[-1:]
-
-
 def given_stages(shape: ModelShape, config: Config) -> int:
     """Returns the number of stages asked for. Raises UserError where the model cannot be cut into them."""
     stages = config.pipeline_parallel_size or 1
@@ -5120,15 +5110,16 @@ def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
     return config.packing == "yes" or (config.packing == "auto" and flash and not shape.unpackable)
 
 
-def even_sizes(documents: int) -> list[int]:
+def micro_batch_sizes(documents: int, stages: int) -> list[int]:
     """Returns the micro-batch sizes to try, largest first: all documents, powers of two, and one and a half times them.
 
     Each is lowered to an even split. Five documents, at most four at a time, are split into three and two: the size is
-    three.
+    three. With stages, sizes count that give at least twice as many micro-batches as stages, or the smallest of all.
     """
     powers = [2**power for power in range(documents.bit_length())]
     sizes = {documents, *powers, *(min(documents, 3 * power // 2) for power in powers[1:])}
-    return sorted({math.ceil(documents / math.ceil(documents / size)) for size in sizes}, reverse=True)
+    even = sorted({math.ceil(documents / math.ceil(documents / size)) for size in sizes}, reverse=True)
+    return [size for size in even if stages == 1 or math.ceil(documents / size) >= 2 * stages] or even[-1:]
 
 
 # ---- The plan: the model's sizes -----------------------------------------------------------------------------

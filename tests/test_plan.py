@@ -704,8 +704,8 @@ def test_less_recomputation_wins_where_its_whole_band_fits(monkeypatch, seconds,
 
 def test_micro_batch_sizes_lie_between_powers_of_two_too():
     """Of 8 documents, 6 at a time are split into 4 and 4, and 3 at a time into 3, 3 and 2."""
-    assert train_llama2.even_sizes(8) == [8, 4, 3, 2, 1]
-    assert train_llama2.even_sizes(48) == [48, 24, 16, 12, 8, 6, 4, 3, 2, 1]
+    assert train_llama2.micro_batch_sizes(8, stages=1) == [8, 4, 3, 2, 1]
+    assert train_llama2.micro_batch_sizes(48, stages=1) == [48, 24, 16, 12, 8, 6, 4, 3, 2, 1]
 
 
 def test_between_close_plans_one_whose_band_fits_is_chosen():
