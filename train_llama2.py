@@ -4955,7 +4955,8 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     Where --pipeline-parallel-size is not given, the divisors of the number of nodes are tried, because stages pay where
     the network between nodes is slow. Where --tensor-parallel-size is not given, 1, 2, 4 and 8 are tried.
     """
-    stage_counts, tensor_sizes = [given_stages(shape, config)], [given_tensor_size(shape, cluster, config)]
+    check_given_cuts(shape, cluster, config)
+    stage_counts, tensor_sizes = [config.pipeline_parallel_size or 1], [config.tensor_parallel_size or 1]
     may_cut = config.parallelism not in ("none", "ddp")  # under none and ddp each process holds the whole model
     if may_cut and config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
@@ -4975,25 +4976,18 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     return layouts
 
 
-def given_stages(shape: ModelShape, config: Config) -> int:
-    """Returns the number of stages asked for. Raises UserError where the model cannot be cut into them."""
-    stages = config.pipeline_parallel_size or 1
-    shown = f"--pipeline-parallel-size {stages}"
+def check_given_cuts(shape: ModelShape, cluster: Cluster, config: Config) -> None:
+    """Raises UserError where model or cluster rule out the stages or the tensor-parallel ranks asked for."""
+    stages, tensor = config.pipeline_parallel_size or 1, config.tensor_parallel_size or 1
+    of_stages, of_tensor = f"--pipeline-parallel-size {stages}", f"--tensor-parallel-size {tensor}"
     if stages > 1 and shape.uncuttable:
-        raise UserError(f"{shown} cannot be had here: {shape.uncuttable}; leave it out")
+        raise UserError(f"{of_stages} cannot be had here: {shape.uncuttable}; leave it out")
     if stages > shape.layers:
-        raise UserError(f"{shown} needs a layer for each stage, and the model has {shape.layers}; use at most that")
-    return stages
-
-
-def given_tensor_size(shape: ModelShape, cluster: Cluster, config: Config) -> int:
-    """Returns the number of tensor-parallel ranks asked for. Raises UserError where model or cluster rule it out."""
-    size = config.tensor_parallel_size or 1
-    if size > 1 and (reason := why_not_split(shape, cluster, size)):
-        raise UserError(f"--tensor-parallel-size {size} cannot be had here: {reason}")
-    if size > 1 and config.cpu_offload == "yes":
-        raise UserError(f"--cpu-offload yes does not go with --tensor-parallel-size {size}; leave one of them out")
-    return size
+        raise UserError(f"{of_stages} needs a layer for each stage, and the model has {shape.layers}; use at most that")
+    if tensor > 1 and (reason := why_not_split(shape, cluster, tensor)):
+        raise UserError(f"{of_tensor} cannot be had here: {reason}")
+    if tensor > 1 and config.cpu_offload == "yes":
+        raise UserError(f"--cpu-offload yes does not go with {of_tensor}; leave one of them out")
 
 
 def why_not_split(shape: ModelShape, cluster: Cluster, size: int) -> str:
