@@ -5021,12 +5021,13 @@ def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
     return [each] * (stages - 1 - rest) + [each + 1] * rest + [last]
 
 
-def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1, tensor: int = 1) -> list[tuple[int, int]]:
+def data_parallel_layouts(cluster: Cluster, config: Config, stages: int, tensor: int) -> list[tuple[int, int]]:
     """Returns (dp_replicate_size, dp_shard_size) of every strategy the flags leave open, for each part of the model.
 
     Raises UserError where they leave none, or where there are not equally many ranks for each part.
     """
     strategies, parts = [config.parallelism], stages * tensor
+    ranks, ranks_of_node = cluster.world_size // parts, cluster.ranks_per_node // tensor  # that hold the same part
     cuts = {"--pipeline-parallel-size": stages, "--tensor-parallel-size": tensor}
     shown = " and ".join(f"{name} {size}" for name, size in cuts.items() if size > 1)
     if cluster.world_size % parts:
@@ -5039,7 +5040,6 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1, ten
             f"--parallelism ddp does not go with {shown}; use hsdp with --hsdp-shard-size 1, which keeps whole replicas"
         )
     if config.parallelism == "auto":
-        ranks, ranks_of_node = cluster.world_size // parts, cluster.ranks_per_node // tensor
         one_a_node = ranks > ranks_of_node > 1 and ranks % ranks_of_node == 0  # a group of shards in each node
         several = [*(["ddp"] if parts == 1 else []), "fsdp", *(["hsdp"] if one_a_node else [])]
         strategies = several if ranks > 1 else ["none"]
@@ -5051,40 +5051,37 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int = 1, ten
             use = "use torchrun --nproc_per_node=2" if cluster.world_size == 1 else "use --parallelism fsdp"
             remedy = f"leave out {shown}" if parts > 1 else use
             raise UserError(f"--cpu-offload yes needs FSDP or HSDP, over at least 2 processes; {remedy}")
-    return [replicas_and_shards(strategy, cluster, config.hsdp_shard_size, stages, tensor) for strategy in strategies]
+    shards = config.hsdp_shard_size or (ranks_of_node if ranks > ranks_of_node else ranks // 2)
+    return [replicas_and_shards(strategy, ranks, shards, parts > 1) for strategy in strategies]
 
 
-def replicas_and_shards(
-    strategy: str, cluster: Cluster, hsdp_shard_size: int | None, stages: int, tensor: int
-) -> tuple[int, int]:
-    """Returns (dp_replicate_size, dp_shard_size). Raises UserError where the ranks do not allow the strategy."""
-    parts, ranks_of_node = stages * tensor, cluster.ranks_per_node // tensor
-    ranks, of_part = cluster.world_size // parts, " for each part of the model" if parts > 1 else ""
+def replicas_and_shards(strategy: str, ranks: int, shards: int, is_cut: bool) -> tuple[int, int]:
+    """Returns (dp_replicate_size, dp_shard_size) of the ranks that hold the same part of a model, or a whole one.
+
+    `shards` is the size of HSDP's groups. Raises UserError where the ranks do not allow the strategy.
+    """
+    of_part = " for each part of the model" if is_cut else ""
     if strategy == "none" and ranks > 1:
         raise UserError(
             f"--parallelism none runs one process{of_part}, but there are {ranks}; use "
-            f"{'' if of_part else 'ddp, '}fsdp or auto"
+            f"{'' if is_cut else 'ddp, '}fsdp or auto"
         )
-    if strategy in ("ddp", "fsdp") and ranks < 2:
+    smallest = 1 if is_cut else 2  # groups of one rank are DDP, which parts of a model cannot have
+    needed = {"none": 1, "ddp": 2, "fsdp": 2, "hsdp": 2 * smallest}[strategy]
+    if ranks < needed:
         raise UserError(
-            f"--parallelism {strategy} needs at least 2 processes{of_part}, but there is 1; use "
-            f"{'none, or twice as many processes' if of_part else 'torchrun --nproc_per_node=2'}"
+            f"--parallelism {strategy} needs at least {needed} processes{of_part}, but there "
+            f"{'is 1' if ranks == 1 else f'are {ranks}'}; use "
+            f"{'none, or twice as many processes' if is_cut else f'torchrun --nproc_per_node={needed}'}"
         )
     if strategy != "hsdp":
         return (1, ranks) if strategy == "fsdp" else (ranks, 1)
-    shard = hsdp_shard_size or (ranks_of_node if ranks > ranks_of_node else ranks // 2)
-    smallest = 1 if parts > 1 else 2  # groups of one rank are DDP, which parts of a model cannot have
-    if ranks < 2 * smallest:
-        raise UserError(
-            f"--parallelism hsdp needs at least {2 * smallest} processes{of_part}, but there are {ranks}; use "
-            f"{'none, or more processes' if of_part else 'torchrun --nproc_per_node=4'}"
-        )
-    if shard < smallest or ranks % shard or ranks == shard:
+    if shards < smallest or ranks % shards or ranks == shards:
         raise UserError(
             f"--parallelism hsdp needs at least two equal groups of at least {smallest} ranks{of_part}; {ranks} "
-            f"processes in groups of {shard} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {ranks}"
+            f"processes in groups of {shards} are not; use fsdp, or --hsdp-shard-size with a proper divisor of {ranks}"
         )
-    return ranks // shard, shard
+    return ranks // shards, shards
 
 
 def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
