@@ -4770,10 +4770,10 @@ def print_plan(config: Config) -> None:
         shape = read_model_shape(config)[1]
     choice = choose_plan(shape, cluster, config)
     if launched_rank() == 0:
-        as_json = config.plan_format == "json"
-        words = (
-            json.dumps(choice_as_json(choice, cluster)) if as_json else describe_choice(choice, shape, cluster, config)
-        )
+        if config.plan_format == "json":
+            words = json.dumps(choice_as_json(choice, cluster))
+        else:
+            words = describe_choice(choice, shape, cluster, config)
         try:
             print(words, flush=True)
         except BrokenPipeError:  # `--plan ... | head` has seen enough; Python would complain of it again when it ends
@@ -5381,9 +5381,9 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["gathering the head"] = step.phase(all_saved + step.stream, gathered=gathering)
         in_loss = all_saved + step.norm + step.stream + step.scalars
         phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
-        gathered = beside_head + (width + 4) * head  # 4: the head's gradient in fp32, about to be reduced
+        head_and_gradient = (width + 4) * head  # 4: the head's gradient in fp32, about to be reduced
         phases["backward of the last norm"] = step.phase(
-            all_saved + step.norm_backward, gathered=gathered, finished=head
+            all_saved + step.norm_backward, gathered=beside_head + head_and_gradient, finished=head
         )
     else:
         # what is gathered already, then the all-gather's buffer of the last layer and its weights
@@ -5396,13 +5396,11 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
         ahead = layer if i else embedding  # gathered before its turn
-        reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of layer i + 1, or of the head
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
-        gathered += reducing
-        finished = head + (layers - 1 - i) * layer
-        ways = [dict(gathered=gathered, finished=finished)]
+        reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of layer i + 1, or of the head
+        ways = [dict(gathered=gathered + reducing, finished=head + (layers - 1 - i) * layer)]
         if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:  # a micro-batch between first and last
-            ways.append(dict(gathered=gathered - reducing))
+            ways.append(dict(gathered=gathered))
         phases[f"backward of layer {i}"] = largest(
             step.phase(saved_before[i] + in_layer, width * computed, **way)
             for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
@@ -5441,13 +5439,12 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     # of a matrix of the MLP, in bf16 and fp32, before it is added to the one that is there
     gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
-        finished = head + (shape.layers - 1 - i) * layer
         phases[f"backward of layer {i}"] = largest(
             step.phase(
                 saved_before[i] + in_layer,
                 plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # DDP moves them to a bucket
                 gathered=copied_before[i] + copy_bytes * (layer - computed),
-                finished=finished + computed,
+                finished=head + (shape.layers - 1 - i) * layer + computed,
             )
             for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
         )
@@ -5592,8 +5589,12 @@ class StepMemory:
     def phase(
         self, activations: float = 0.0, temporaries: float = 0.0, *, gathered: float = 0.0, finished: float = 0.0
     ) -> dict[str, float]:
-        """Returns the terms of a phase in bytes. `activations` are bytes per token of the micro-batch being worked on,
-        and `finished` is the number of parameters whose gradients are complete."""
+        """Returns the terms of a phase in bytes: what is always there, gradients, and what is there for a while.
+
+        `activations` are bytes per token of the micro-batch being worked on. `gathered` are whole weights to compute
+        with (FSDP's, or autocast's copies), and gradients about to be reduced. `finished` is the number of parameters
+        whose gradients are complete.
+        """
         # FSDP holds gradients back until the last micro-batch; by then no other is under way.
         if not (self.plan.holds_gradients_back and finished):
             activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
