@@ -5499,20 +5499,20 @@ class StepMemory:
             # input by way of the scale, of the input by way of the variance, and the sum of the last two, 4h each.
             self.norm_backward = (8 + 4 * 4) * h
         if plan.compiled:
-            # What a layer saves: its input, and in elements what matmuls and attention read or write: two norms'
-            # outputs 2h, query and attention output 2q, its projection (scattered where layers are split), key and
-            # value 2k, gate, up and their product 3f. The rest is computed again from them. Then attention's
-            # log-sum-exp 4a, and the scales of two norms 8.
-            read = 2 * h + h / split + 2 * q + 2 * k + 3 * f
-            self.whole_layer = self.layer_input + width * read + 4 * a + 8
+            # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, attention's
+            # projection h (scattered where layers are split), query and attention output 2q, key and value 2k, gate, up
+            # and their product 3f. The rest is computed again from them.
+            saved = self.layer_input + width * (2 * h + h / split + 2 * q + 2 * k + 3 * f)
         else:
             # Two norms: 16h in bf16, 24h in fp32. Under autocast they save fp32 alone, 16h, and the inputs of five
             # projections are copied to bf16, 10h. In elements: query and attention output 2q, key and value 2k, MLP 4f.
             norms = 2 * self.norm if split > 1 else (26 if plan.autocasts else 24 if width == 4 else 16) * h
-            self.whole_layer = norms + width * (2 * q + 2 * k + 4 * f) + 4 * a + 8
+            saved = norms + width * (2 * q + 2 * k + 4 * f)
+        # What a layer keeps that is not recomputed: these, attention's log-sum-exp 4a, and the scales of two norms 8.
+        self.whole_layer = saved + 4 * a + 8
         recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
-        saved = [self.layer_input if each else self.whole_layer for each in recomputed]
-        self.saved_before = list(itertools.accumulate(saved, initial=self.rotary))  # before each layer, after the last
+        kept = [self.layer_input if each else self.whole_layer for each in recomputed]
+        self.saved_before = list(itertools.accumulate(kept, initial=self.rotary))  # before each layer, after the last
 
         # Bytes: autocast's bf16 copies of the weights, which layers that are not recomputed save for their backward.
         self.copy_bytes = 2 if plan.autocasts else 0  # per parameter
