@@ -5320,7 +5320,7 @@ def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, s
     name = max(phases, key=lambda each: sum(phases[each].values()))
     terms = {term: size / GIB for term, size in phases[name].items()}
     active = sum(terms.values())
-    pools = bytes_of_pools(step, phases) / GIB if has_gpu else active
+    pools = bytes_of_pools(step, phases) / GIB if has_gpu and plan.uses_fsdp else active
     layer = shape.layer_parameters / GIB
     low, expected, high = (
         pools * (1 + share) + layer * gaps + context * has_gpu
@@ -5331,15 +5331,13 @@ def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, s
 
 
 def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> float:
-    """Returns what the allocator's pools hold, one per stream, after each has been at its peak.
+    """Returns what the allocator's pools hold under FSDP, one per stream, after each has been at its peak.
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
     All reduced gradients are there at the end. Gathering has a pool of its own, with the buffers of two layers and of
     the head. One layer is in the phases already, so one layer and the head are added.
     """
     plan, shape = step.plan, step.shape
-    if not plan.uses_fsdp:
-        return max(sum(terms.values()) for terms in phases.values())
     # reduced gradients lie in another stream's pool than gradients that are held back
     left_out = () if plan.holds_gradients_back else ("gradients",)
     main = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
