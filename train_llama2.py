@@ -5041,8 +5041,8 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int, tensor:
         )
     if config.parallelism == "auto":
         one_a_node = ranks > ranks_of_node > 1 and ranks % ranks_of_node == 0  # a group of shards in each node
-        several = [*(["ddp"] if parts == 1 else []), "fsdp", *(["hsdp"] if one_a_node else [])]
-        strategies = several if ranks > 1 else ["none"]
+        is_open = dict(none=ranks == 1, ddp=ranks > 1 and parts == 1, fsdp=ranks > 1, hsdp=one_a_node)
+        strategies = [strategy for strategy in is_open if is_open[strategy]]
     if config.cpu_offload == "yes":
         if not cluster.has_gpu:
             raise UserError("--cpu-offload yes moves memory off a GPU, and this machine has none; leave it out")
