@@ -4012,7 +4012,7 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
             command=typed_command(cluster),
             plan=parallel.plan.describe(),
             devices=f"{cluster.world_size} x {cluster.device_name}",
-            plan_check="\n".join(log.plan_check.lines()),
+            plan_check="\n".join(lines_of_check(log.plan_check)),
             samples=[sample for sample in samples if sample["step"] == evaluated.get("step")][:SHOWN_SAMPLES],
         )
         if not log.steps_of_this_run and path.exists() and (former := TRAINING_SECTION.search(path.read_text())):
@@ -4077,7 +4077,8 @@ class RunLog:
         self.steps_of_this_run, self.last_loss, self.last_scores, self.tested = 0, math.nan, {}, False
         self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
         self.begin_interval()
-        self.plan_check = PlanCheck(parallel)
+        self.plan_check: dict[str, dict[str, Any]] = {}  # of rank 0, once the second step has ended; none on MoAI
+        self.first_step_ended, self.earlier_peak_gib = 0.0, 0.0
         on_all_ranks(lambda: self.open(state))
 
     def open(self, state: TrainingState) -> None:
@@ -4123,7 +4124,13 @@ class RunLog:
         finally:
             self.seconds_left_out += time.perf_counter() - began
             if self.steps_of_this_run == 1:  # the next step's peak is compared with the plan
-                self.plan_check.forget_peak()
+                self.forget_peak()
+
+    def forget_peak(self) -> None:
+        """Begins to measure memory anew: what was used so far was for loading, evaluating, saving or the first step."""
+        if self.parallel.device.type == "cuda":
+            self.earlier_peak_gib = max(self.earlier_peak_gib, peak_memory_gib(self.parallel.device))
+            torch.cuda.reset_peak_memory_stats()
 
     def begin_interval(self) -> None:
         self.interval_steps = self.interval_tokens = self.interval_squares = 0
@@ -4154,7 +4161,7 @@ class RunLog:
         self.interval_squares += result.batch.squared_lengths
         if self.steps_of_this_run == 1 and self.parallel.is_main:
             self.write_config()  # only now: a run that trains nothing leaves what the one that trained has written
-        if self.steps_of_this_run <= 2 and self.parallel.is_main:
+        if self.steps_of_this_run <= 2 and self.parallel.is_main and self.parallel.choice is not None:
             with keep_going("the plan could not be checked", self.parallel):
                 self.check_the_plan(result)
         if state.step % self.config.log_interval == 0 or state.step == self.total_steps:
@@ -4178,7 +4185,7 @@ class RunLog:
             step_seconds=seconds / self.interval_steps,
             mfu=flops / seconds / parallel.cluster.world_size / peak if peak else None,
             data_wait_share=self.interval_waited / seconds,
-            peak_memory_gib=max(self.plan_check.earlier_peak_gib, peak_memory_gib(parallel.device)),
+            peak_memory_gib=max(self.earlier_peak_gib, peak_memory_gib(parallel.device)),
             skipped_steps=int(skipped),
         )
         self.write(line)
@@ -4197,13 +4204,22 @@ class RunLog:
         self.begin_interval()
 
     def check_the_plan(self, result: StepResult) -> None:
-        self.plan_check.step_ended(self.steps_of_this_run, result, self.clock)
-        if self.plan_check.quantities and self.steps_of_this_run == 2:
-            for line in self.plan_check.lines():
-                self.parallel.say(line)
-            self.write_config()
-            values = {f"plan/{n}_{kind}": v[kind] for n, v in self.plan_check.quantities.items() for kind in v}
-            self.track({n: value for n, value in values.items() if isinstance(value, float)})
+        """Compares the second step of this run with the plan. The first one allocates and compiles.
+
+        Waits for the device at the end of both.
+        """
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.steps_of_this_run == 1:
+            self.forget_peak()
+            self.first_step_ended = self.clock()
+            return
+        self.plan_check = compare_with_plan(self.parallel, result, self.clock() - self.first_step_ended)
+        for line in lines_of_check(self.plan_check):
+            self.parallel.say(line)
+        self.write_config()
+        values = {f"plan/{n}_{kind}": v[kind] for n, v in self.plan_check.items() for kind in v}
+        self.track({n: value for n, value in values.items() if isinstance(value, float)})
 
     def evaluation_due(self, state: TrainingState) -> bool:
         """Returns whether an evaluation is due after this step and not made yet, the same on every rank."""
@@ -4286,7 +4302,7 @@ class RunLog:
     def write_config(self) -> None:
         """Writes `train_config.json`: the flags, the versions, the machine, the plan and its check. Rank 0 alone."""
         with keep_going("train_config.json could not be written", self.parallel):
-            text = json.dumps(run_description(self.parallel, self.resolved, self.plan_check.quantities), indent=2)
+            text = json.dumps(run_description(self.parallel, self.resolved, self.plan_check), indent=2)
             write_atomically(self.folder / "train_config.json", lambda path: path.write_text(text))
 
     def flush(self) -> None:
@@ -4493,80 +4509,49 @@ def run_description(parallel: Parallel, resolved: dict[str, Any], plan_check: di
 # ---- Reporting: the plan against what happened ---------------------------------------------------------------
 
 
-class PlanCheck:
-    """Predicted against measured for the second step of this run. The first one allocates and compiles.
+def compare_with_plan(parallel: Parallel, result: StepResult, seconds: float) -> dict[str, dict[str, Any]]:
+    """Returns `predicted`, `measured` and the `band` that the prediction claims, for rank 0's memory and step time.
 
-    Once the second step has ended, `quantities` hold `predicted`, `measured` and the `band` that the prediction claims,
-    for active and reserved GiB of rank 0 and for the seconds of the step. Every rank has one, but only rank 0 compares;
-    on MoAI there is nothing to compare.
+    Predicts again for the documents of this step, because the plan assumes full blocks. On a CPU memory is not
+    measured, and the step's time is not judged, because cores are shared.
     """
+    batch = result.batch
+    tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
+    plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens))
+    # rank 0 is in the first stage
+    memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu, stage=0)
+    attended = batch.squared_lengths / batch.tokens
+    mean_tokens = sum(tokens) / len(tokens)
+    predicted = predict_seconds(parallel.shape, parallel.cluster, plan, mean_tokens, attended)["total"]
+    allocated_gib = in_use_gib = time_band = None
+    if parallel.device.type == "cuda":
+        allocated_gib = torch.cuda.max_memory_allocated() / GIB
+        free_bytes, total_bytes = torch.cuda.mem_get_info()  # CUDA's context and NCCL's buffers included
+        in_use_gib = (total_bytes - free_bytes) / GIB
+        time_band = [predicted / STEP_FACTOR, predicted * STEP_FACTOR]
+    active_band = [memory.active * (1 - ACTIVE_BAND), memory.active * (1 + ACTIVE_BAND)]
+    reserved_band = [memory.reserved_low, memory.reserved_high]
+    return dict(
+        active_gib=dict(predicted=memory.active, measured=allocated_gib, band=active_band),
+        reserved_gib=dict(predicted=memory.reserved, measured=in_use_gib, band=reserved_band),
+        step_seconds=dict(predicted=predicted, measured=seconds, band=time_band),
+    )
 
-    def __init__(self, parallel: Parallel):
-        self.parallel = parallel
-        self.quantities: dict[str, dict[str, Any]] = {}
-        self.first_step_ended, self.earlier_peak_gib = 0.0, 0.0
 
-    def step_ended(self, number: int, result: StepResult, clock: Callable[[], float]) -> None:
-        """Takes note of the first or the second step of this run, `number`. Each call waits for the device once."""
-        if self.parallel.choice is None:
-            return
-        if self.parallel.device.type == "cuda":
-            torch.cuda.synchronize()
-        if number == 2:
-            self.quantities = self.compare(result, clock() - self.first_step_ended)
-            return
-        self.forget_peak()
-        self.first_step_ended = clock()
-
-    def forget_peak(self) -> None:
-        """Begins to measure memory anew: what was used so far was for loading, evaluating, saving or the first step."""
-        if self.parallel.device.type == "cuda":
-            self.earlier_peak_gib = max(self.earlier_peak_gib, peak_memory_gib(self.parallel.device))
-            torch.cuda.reset_peak_memory_stats()
-
-    def compare(self, result: StepResult, seconds: float) -> dict[str, dict[str, Any]]:
-        """Predicts again for the documents of this step, since the plan assumes full blocks, and compares.
-
-        On a CPU memory is not measured, and the step's time is not judged, because cores are shared.
-        """
-        parallel, batch = self.parallel, result.batch
-        tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
-        plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens))
-        # rank 0 is in the first stage
-        memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu, stage=0)
-        attended = batch.squared_lengths / batch.tokens
-        mean_tokens = sum(tokens) / len(tokens)
-        predicted = predict_seconds(parallel.shape, parallel.cluster, plan, mean_tokens, attended)["total"]
-        allocated_gib = in_use_gib = time_band = None
-        if parallel.device.type == "cuda":
-            allocated_gib = torch.cuda.max_memory_allocated() / GIB
-            free_bytes, total_bytes = torch.cuda.mem_get_info()  # CUDA's context and NCCL's buffers included
-            in_use_gib = (total_bytes - free_bytes) / GIB
-            time_band = [predicted / STEP_FACTOR, predicted * STEP_FACTOR]
-        active_band = [memory.active * (1 - ACTIVE_BAND), memory.active * (1 + ACTIVE_BAND)]
-        reserved_band = [memory.reserved_low, memory.reserved_high]
-        return dict(
-            active_gib=dict(predicted=memory.active, measured=allocated_gib, band=active_band),
-            reserved_gib=dict(predicted=memory.reserved, measured=in_use_gib, band=reserved_band),
-            step_seconds=dict(predicted=predicted, measured=seconds, band=time_band),
-        )
-
-    def lines(self) -> list[str]:
-        """Returns predicted against measured in a line, and one more for each that lies outside its band."""
-        parts, misses = [], []
-        for name, value in self.quantities.items():
-            quantity, unit = name.split("_")
-            unit = {"gib": "GiB", "seconds": "s"}[unit]
-            if value["measured"] is None:
-                parts.append(f"{quantity} {value['predicted']:.2f} {unit} / not measured on CPU")
-                continue
-            parts.append(f"{quantity} {value['predicted']:.2f} / {value['measured']:.2f} {unit}")
-            if value["band"] and not value["band"][0] <= value["measured"] <= value["band"][1]:
-                within = " to ".join(f"{limit:.2f}" for limit in value["band"])
-                misses.append(
-                    f"WARNING   the plan missed: {quantity} {value['measured']:.2f} {unit} is outside {within}"
-                )
-        return [f"check     predicted / measured, step 2: {', '.join(parts)}", *misses] if parts else []
+def lines_of_check(plan_check: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns predicted against measured in a line, and one more for each that lies outside its band."""
+    parts, misses = [], []
+    for name, value in plan_check.items():
+        quantity, unit = name.split("_")
+        unit = {"gib": "GiB", "seconds": "s"}[unit]
+        if value["measured"] is None:
+            parts.append(f"{quantity} {value['predicted']:.2f} {unit} / not measured on CPU")
+            continue
+        parts.append(f"{quantity} {value['predicted']:.2f} / {value['measured']:.2f} {unit}")
+        if value["band"] and not value["band"][0] <= value["measured"] <= value["band"][1]:
+            within = " to ".join(f"{limit:.2f}" for limit in value["band"])
+            misses.append(f"WARNING   the plan missed: {quantity} {value['measured']:.2f} {unit} is outside {within}")
+    return [f"check     predicted / measured, step 2: {', '.join(parts)}", *misses] if parts else []
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -628,7 +628,7 @@ def print_row(setting: Setting, check: dict) -> bool:
     """Prints predicted against measured of one setting, and returns whether all lie in their bands."""
     launches, active, reserved = check.pop("launches", None), check["active_gib"], check["reserved_gib"]
     name = f"| {setting.size}, {setting.layers} | {setting.ranks} | {check.pop('plan')}"
-    missed = len(script.PlanCheck.lines(SimpleNamespace(quantities=check))) - 1  # the first line is the comparison
+    missed = len(script.lines_of_check(check)) - 1  # the first line is the comparison
     if active["measured"] is None:
         print(f"{name} | {active['predicted']:.2f} | not on a CPU |", flush=True)
         return not missed
@@ -661,15 +661,19 @@ def measure(setting: Setting) -> dict:
         model.register_comm_hook(None, lambda _, bucket: answered(bucket.buffer()))
     optimizer = script.build_optimizer(model, config)
     script.compile_layers(model, parallel, steps=10**6)
-    check = script.PlanCheck(parallel)
     batch, state = full_batch(parallel), script.TrainingState.fresh(parallel.device)
     counters = importlib.import_module(COUNTERS).counters if COUNTERS else dict
-    for number in (1, 2):
-        before = counters()
+    on_gpu = parallel.device.type == "cuda"
+    for _ in range(2):  # as `RunLog.check_the_plan` does: the first one allocates and compiles
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        before, began = counters(), time.perf_counter()
         result = script.training_step(model, optimizer, batch, 1e-5, state, parallel)
         after = counters()
-        check.step_ended(number, result, time.perf_counter)
-    plan, found = parallel.plan, check.quantities
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    plan, found = parallel.plan, script.compare_with_plan(parallel, result, seconds)
     assert not plan.compiled or torch._dynamo.utils.counters["stats"]["unique_graphs"], "no layer was compiled"
     kind = ("compiled" if plan.compiled else "eager", plan.precision, "" if plan.packing else "padded")
     found["plan"] = ", ".join(filter(None, (plan.describe(), *kind)))

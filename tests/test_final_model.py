@@ -279,8 +279,7 @@ def write_card(
     plan, said = SimpleNamespace(describe=lambda: "fsdp, micro-batch 8 x 1"), []
     parallel = SimpleNamespace(config=config, is_main=is_main, cluster=cluster, plan=plan, say=said.append)
     parallel.model_config = SimpleNamespace(model_type="qwen2" if "Qwen" in config.model_name_or_path else "llama")
-    check = train_llama2.PlanCheck(parallel)
-    check.quantities = dict(step_seconds=dict(predicted=2.0, measured=2.5, band=[1.8, 2.2]))
+    check = dict(step_seconds=dict(predicted=2.0, measured=2.5, band=[1.8, 2.2]))
     log = SimpleNamespace(steps_of_this_run=steps_of_this_run, last_scores={}, tested=True, plan_check=check)
     state = SimpleNamespace(step=9, tokens=1000)
     train_llama2.write_model_card(parallel, state, log)

@@ -1299,20 +1299,14 @@ def test_the_plan_is_checked_once_after_the_second_step(executed):
     assert found["step_seconds"]["measured"] > 0 and found["active_gib"]["measured"] is None
 
 
-def lines_of_check(quantities: dict) -> list[str]:
-    check = train_llama2.PlanCheck(parallel=None)
-    assert check.lines() == [], "before the second step has ended"
-    check.quantities = quantities
-    return check.lines()
-
-
 def test_only_what_lies_outside_its_band_is_reported_missed():
     check = {
         "active_gib": dict(predicted=20.0, measured=21.5, band=[19.0, 21.0]),
         "reserved_gib": dict(predicted=23.0, measured=24.0, band=[20.5, 25.6]),
         "step_seconds": dict(predicted=3.0, measured=9.0, band=[2.22, 4.05]),
     }
-    first, *misses = lines_of_check(check)
+    assert train_llama2.lines_of_check({}) == [], "before the second step has ended"
+    first, *misses = train_llama2.lines_of_check(check)
     assert first == (
         "check     predicted / measured, step 2: active 20.00 / 21.50 GiB, reserved 23.00 / 24.00 GiB, "
         "step 3.00 / 9.00 s"
@@ -1323,7 +1317,8 @@ def test_only_what_lies_outside_its_band_is_reported_missed():
     ]
     for value in check.values():
         value["measured"] = value["predicted"]
-    assert lines_of_check(check) == [first.replace("21.50", "20.00").replace("24.00", "23.00").replace("9.00", "3.00")]
+    expected = first.replace("21.50", "20.00").replace("24.00", "23.00").replace("9.00", "3.00")
+    assert train_llama2.lines_of_check(check) == [expected]
 
 
 def checked_step(parallel: SimpleNamespace, micro_batch_tokens: list[int], compiled: bool) -> dict:
@@ -1331,7 +1326,7 @@ def checked_step(parallel: SimpleNamespace, micro_batch_tokens: list[int], compi
     tokens = sum(micro_batch_tokens)
     batch = train_llama2.GlobalBatch(micro_batches, tokens, tokens, 2048 * tokens)
     parallel.plan = dataclasses.replace(parallel.plan, compiled=compiled)
-    return train_llama2.PlanCheck(parallel).compare(SimpleNamespace(batch=batch), 1.0)
+    return train_llama2.compare_with_plan(parallel, SimpleNamespace(batch=batch), 1.0)
 
 
 def test_the_check_predicts_the_step_that_was_taken():
