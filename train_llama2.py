@@ -765,7 +765,7 @@ def evaluate_test(
     settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
     weights = weights_hash or uuid.uuid4().hex  # each rank draws its own, but rank 0 alone writes and reads the mark
     made_by = json_checksum(dict(settings, weights=weights, documents=test_set.fingerprint))[:12]
-    found = on_all_ranks(lambda: log.metrics.test_summaries(made_by), main_only=True)
+    found = on_all_ranks(lambda: log.test_summaries(made_by), main_only=True)
     done = {row: found[row] for row in row_numbers[drawn].tolist() if row in found}
     parallel.say(f"test      {len(drawn):,} documents to summarise, {len(done):,} of them done before")
     stop.seconds_to_finish_and_save = 0.0  # neither a step nor a save follows
@@ -4085,7 +4085,8 @@ class RunLog:
         """Opens the files, on rank 0, and the tracker."""
         if self.parallel.is_main:
             try:
-                self.metrics = MetricsFile(self.folder, state)
+                self.metrics = LinesFile(self.folder / METRICS_FILE, state)
+                self.samples = LinesFile(self.folder / SAMPLES_FILE, state)
             except OSError as error:
                 raise UserError(
                     f"--save-model-dir {self.folder} cannot be written to ({first_line(error)}); free it"
@@ -4262,16 +4263,23 @@ class RunLog:
         if not self.parallel.is_main:
             return
         with keep_going("the scores of the test split could not be written", self.parallel):
-            self.metrics.drop_other_test_summaries(state.step, samples[0]["made_by"])
+            # all the new ones are written, so those of this step that other weights or flags have made can go
+            made_by = samples[0]["made_by"]
+            self.samples.keep(lambda each: each["step"] != state.step or each.get("made_by", made_by) == made_by)
             before = [each for each in read_lines(self.folder / METRICS_FILE) if "test_samples" in each]
             if before[-1:] != [line]:
                 self.write(line)
                 self.track_samples(state.step, "test samples", samples[:SHOWN_SAMPLES])
 
+    def test_summaries(self, made_by: str) -> dict[int, dict[str, Any]]:
+        """Returns the test summaries marked `made_by`, by index. Rank 0 alone."""
+        records = read_lines(self.folder / SAMPLES_FILE)
+        return {each["index"]: each for each in records if each.get("made_by") == made_by}
+
     def append_samples(self, step: int, split: str, samples: list[dict[str, Any]]) -> None:
-        if self.parallel.is_main:
+        if self.parallel.is_main and samples:
             with keep_going(f"{self.folder / SAMPLES_FILE} could not be written", self.parallel):
-                self.metrics.append_samples(step, split, samples)
+                self.samples.write(*(dict(step=step, split=split, **sample) for sample in samples))
 
     def track_samples(self, step: int, name: str, samples: list[dict[str, Any]]) -> None:
         """Shows summaries in the trackers that take text. Rank 0 alone."""
@@ -4308,7 +4316,8 @@ class RunLog:
     def flush(self) -> None:
         """Flushes `metrics.jsonl` to disk: the metrics up to a checkpoint must be on disk before it."""
         if self.parallel.is_main:
-            self.metrics.flush()
+            with contextlib.suppress(OSError):  # a full disk was reported when writing
+                sync_to_disk(self.folder / METRICS_FILE)
 
     def stopped(self, state: TrainingState, signal_name: str, saved: bool) -> None:
         self.bar.close()
@@ -4377,75 +4386,50 @@ def peak_memory_gib(device: torch.device) -> float:
 # ---- Reporting: files ----------------------------------------------------------------------------------------
 
 
-class MetricsFile:
-    """`metrics.jsonl` and `samples.jsonl`, continued at the step from which the run goes on. Rank 0 alone."""
-
-    def __init__(self, folder: Path, state: TrainingState):
-        self.samples = folder / SAMPLES_FILE
-        continue_lines(folder / METRICS_FILE, state)
-        if self.samples.exists():
-            continue_lines(self.samples, state)
-        self.file = (folder / METRICS_FILE).open("ab", buffering=0)
-        self.unwritten = b""  # lines of metrics.jsonl that a full disk has refused
-        self.is_torn = False  # whether samples.jsonl may end within a line
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Appends a line, after those that a full disk has refused so far. Values that are not finite become null."""
-        finite = {
-            n: None if isinstance(value, float) and not math.isfinite(value) else value for n, value in line.items()
-        }
-        self.unwritten += json.dumps(finite).encode() + b"\n"
-        while self.unwritten:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-
-    def append_samples(self, step: int, split: str, samples: list[dict[str, Any]]) -> None:
-        if samples:
-            with self.samples.open("a") as stream:
-                stream.write("\n" * self.is_torn)
-                self.is_torn = True  # should the disk be full now
-                stream.writelines(json.dumps(dict(step=step, split=split, **sample)) + "\n" for sample in samples)
-            self.is_torn = False
-
-    def test_summaries(self, made_by: str) -> dict[int, dict[str, Any]]:
-        """Returns the test summaries marked `made_by`, by index."""
-        return {each["index"]: each for each in read_lines(self.samples) if each.get("made_by") == made_by}
-
-    def drop_other_test_summaries(self, step: int, made_by: str) -> None:
-        """Drops the test summaries of this step with another mark. Call it when all the new ones are written."""
-        records = read_lines(self.samples)
-        kept = [each for each in records if each["step"] != step or each.get("made_by", made_by) == made_by]
-        if len(kept) < len(records):
-            replace_lines(self.samples, kept)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk was reported when writing
-            os.fsync(self.file.fileno())
-
-
-def continue_lines(path: Path, state: TrainingState) -> None:
-    """Drops from `path` the lines that a run resumed at `state` will write again.
+class LinesFile:
+    """A file of JSON objects, one a line, continued at the step from which the run goes on. Rank 0 alone.
 
     Where the run begins here, because the folder holds no checkpoint, the former lines are moved to
     `NAME.previous-N.jsonl`.
     """
-    if not complete_checkpoints(path.parent / "checkpoints") and path.exists() and path.stat().st_size:
-        former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
-        path.replace(next(name for name in former if not name.exists()))
 
-    def is_kept(record: dict[str, Any]) -> bool:
-        # the lines of training and of the test split have one of these keys, those of evaluations none
-        is_evaluation = not record.keys() & {"loss", "test_samples", "made_by"}
-        return record["step"] <= (state.evaluated_step if is_evaluation else state.step)
+    def __init__(self, path: Path, state: TrainingState):
+        self.path = path
+        self.unwritten = b""  # what a full disk has refused so far
 
-    replace_lines(path, list(filter(is_kept, read_lines(path))))
+        def is_kept(record: dict[str, Any]) -> bool:  # the others are written again by a resumed run
+            # the lines of training and of the test split have one of these keys, those of evaluations none
+            is_evaluation = not record.keys() & {"loss", "test_samples", "made_by"}
+            return record["step"] <= (state.evaluated_step if is_evaluation else state.step)
 
+        if path.exists() and complete_checkpoints(path.parent / "checkpoints"):
+            self.keep(is_kept)
+        elif path.exists() and path.stat().st_size:
+            former = (path.with_name(f"{path.stem}.previous-{number}.jsonl") for number in itertools.count(1))
+            path.replace(next(name for name in former if not name.exists()))
 
-def replace_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    def write(beside: Path) -> None:
-        beside.write_text("".join(json.dumps(record) + "\n" for record in records))
-        sync_to_disk(beside)
+    def write(self, *records: dict[str, Any]) -> None:
+        """Appends lines, after what a full disk has refused so far. Values that are not finite become null."""
+        for record in records:
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in record.items()
+            }
+            self.unwritten += json.dumps(finite).encode() + b"\n"
+        with self.path.open("ab", buffering=0) as file:
+            while self.unwritten:
+                self.unwritten = self.unwritten[file.write(self.unwritten) :]
 
-    write_atomically(path, write)
+    def keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+        """Drops the other lines, and what a kill has cut short."""
+        self.write()  # what is missing still
+        lines = [json.dumps(record) + "\n" for record in read_lines(self.path) if is_kept(record)]
+
+        def write(beside: Path) -> None:
+            beside.write_text("".join(lines))
+            sync_to_disk(beside)
+
+        write_atomically(self.path, write)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from conftest import (
     at_steps,
     crash_point,
     error_of,
+    files_of_at_most,
     fresh_accelerate,
     llama_of,
     read_metrics,
@@ -534,17 +534,6 @@ def test_a_path_without_a_checkpoint_is_refused(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------
 # Disks
 # ----------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Inside, no file of this process may grow past so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("choice", ["yes", "no"])

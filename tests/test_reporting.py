@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import NEWS, NINE_STEPS, SCRIPT, TINY_LLAMA, fresh_accelerate, read_metrics, small_run
+from conftest import NEWS, NINE_STEPS, SCRIPT, TINY_LLAMA, files_of_at_most, fresh_accelerate, read_metrics, small_run
 from transformers import AutoTokenizer, LlamaConfig
 
 import train_llama2
@@ -281,14 +281,24 @@ def test_samples_are_cut_back_with_the_metrics(resumed_run):
     assert {frozenset(sample) for sample in samples_of(folder)} == {names}
 
 
-def test_a_sample_cut_short_by_a_full_disk_spoils_none_after_it(tmp_path):
-    metrics = train_llama2.MetricsFile(tmp_path, SimpleNamespace(step=1, evaluated_step=1))
-    with pytest.raises(TypeError):  # in place of a full disk, which may leave a part of a line
-        metrics.append_samples(1, "validation", [dict(index=0, summary=object())])
-    (tmp_path / "samples.jsonl").write_text('{"step": 1, "split": "vali')
-    for step in (2, 3):
-        metrics.append_samples(step, "validation", [dict(index=0, summary="a")])
-    assert [record["step"] for record in train_llama2.read_lines(tmp_path / "samples.jsonl")] == [2, 3]
+def test_a_line_cut_short_by_a_full_disk_is_completed_and_spoils_none_after_it(tmp_path):
+    file = train_llama2.LinesFile(tmp_path / "samples.jsonl", SimpleNamespace(step=1, evaluated_step=1))
+    file.write(dict(step=1, summary="a"))
+    with files_of_at_most(40):
+        for step in (2, 3):
+            with pytest.raises(OSError, match="File too large"):
+                file.write(dict(step=step, summary="a"))
+    assert file.path.stat().st_size == 40 and [record["step"] for record in train_llama2.read_lines(file.path)] == [1]
+    file.write(dict(step=4, summary="a"))
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_lines_that_a_full_disk_refused_are_there_when_others_are_dropped(tmp_path):
+    file = train_llama2.LinesFile(tmp_path / "samples.jsonl", SimpleNamespace(step=1, evaluated_step=1))
+    with files_of_at_most(10), pytest.raises(OSError, match="File too large"):
+        file.write(dict(step=1), dict(step=2), dict(step=3))
+    file.keep(lambda record: record["step"] != 2)
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 3]
 
 
 def test_without_rouge_samples_there_are_no_samples_or_scores(whole_set_run):
