@@ -5945,39 +5945,39 @@ class Cluster:
 
 
 def find_cluster() -> Cluster:
-    """Returns the cluster this process is part of, from torchrun's environment and the device it was given.
+    """Returns the cluster this process is part of, from torchrun's environment and the devices the ranks were given.
 
     Every rank must call it. Raises UserError on nodes with different numbers of ranks.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
-    of_each_rank = on_all_ranks(
-        lambda: (*find_device(ranks_per_node), has_flash_attention(), ranks_per_node, free_host_memory() / GIB),
-        gathered=True,
-    )
-    names, gpus, flash, sizes, host = zip(*of_each_rank, strict=True)
-    if len(sizes := set(sizes)) > 1:
+    seen = on_all_ranks(lambda: cluster_like_this(world_size // ranks_per_node, ranks_per_node), gathered=True)
+    if len(sizes := {each.ranks_per_node for each in seen}) > 1:
         raise UserError(f"nodes run {' and '.join(map(str, sorted(sizes)))} ranks; give all the same --nproc_per_node")
     # Every rank plans alone, so all must plan with the same figures: the slowest device's, and the smallest memory.
-    slowest = min(range(world_size), key=lambda rank: gpus[rank].peak_tflops)
-    gpu = dataclasses.replace(gpus[slowest], memory_gib=min(gpu.memory_gib for gpu in gpus))
-    nodes, has_gpu = world_size // ranks_per_node, torch.cuda.is_available()
-    return Cluster(nodes, ranks_per_node, names[slowest], has_gpu, gpu, all(flash), min(host))
+    slowest = min(seen, key=lambda each: each.gpu.peak_tflops)
+    return dataclasses.replace(
+        slowest,
+        gpu=dataclasses.replace(slowest.gpu, memory_gib=min(each.memory_gib for each in seen)),
+        has_flash_attention=all(each.has_flash_attention for each in seen),
+        host_memory_gib=min(each.host_memory_gib for each in seen),
+    )
 
 
 def this_machine() -> Cluster:
     """Returns the cluster that torchrun has made; without it, one with a rank for each GPU of this machine, or one."""
     check_launcher()
-    is_launched = "LOCAL_RANK" in os.environ
-    ranks_of_node = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched else max(1, torch.cuda.device_count())
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE") or 1) if is_launched else 1
-    name, gpu = find_device(ranks_of_node)
-    has_gpu, host_gib = torch.cuda.is_available(), free_host_memory() / GIB
-    return Cluster(nodes, ranks_of_node, name, has_gpu, gpu, has_flash_attention(), host_gib)
+    if "LOCAL_RANK" not in os.environ:
+        return cluster_like_this(1, max(1, torch.cuda.device_count()))
+    return cluster_like_this(int(os.environ.get("GROUP_WORLD_SIZE") or 1), int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
-def has_flash_attention() -> bool:
-    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+def cluster_like_this(nodes: int, ranks_per_node: int) -> Cluster:
+    """Returns a cluster of devices and nodes like those of this process."""
+    name, gpu = find_device(ranks_per_node)
+    has_gpu = torch.cuda.is_available()
+    flash = has_gpu and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    return Cluster(nodes, ranks_per_node, name, has_gpu, gpu, flash, free_host_memory() / GIB)
 
 
 def find_device(ranks_per_node: int) -> tuple[str, Gpu]:

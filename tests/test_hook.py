@@ -24,7 +24,7 @@ from conftest import RANKS, SCRIPT, TINY_LLAMA, add_a_node, fresh_accelerate, re
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 import train_llama2
-from train_llama2 import Config, UserError, enable_advanced_parallelization
+from train_llama2 import Cluster, Config, UserError, enable_advanced_parallelization
 
 pytestmark = pytest.mark.usefixtures("own_processes")
 
@@ -156,7 +156,9 @@ def test_ranks_with_unlike_gpus_plan_with_the_same_figures(monkeypatch, kinds):
     """The slower GPU and the smaller memory count. None: an older GPU, without flash attention."""
     old = train_llama2.Gpu(14.6, 60, 300, 0.7, 0.75, 10, 12.5)
     gpus = [train_llama2.GPUS[kind] if kind else old for kind in kinds]
-    everyones = [(f"GPU of rank {rank}", gpu, gpu is not old, 1, 100.0 + rank) for rank, gpu in enumerate(gpus)]
+    everyones = [
+        Cluster(2, 1, f"GPU of rank {rank}", True, gpu, gpu is not old, 100.0 + rank) for rank, gpu in enumerate(gpus)
+    ]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(train_llama2, "on_all_ranks", lambda act, gathered: everyones)
