@@ -6020,20 +6020,13 @@ def with_its_link(gpu: Gpu, name: str) -> Gpu:
     return dataclasses.replace(gpu, link_gb_per_second=PCIE_GB_PER_SECOND, sources=gpu.sources | {"node link": "guess"})
 
 
-def measure_matmul_tflops(device: str, dtype: torch.dtype, size: int, seconds: float = 0.05) -> float:
-    """Returns the TFLOP/s of square matmuls, measured for about `seconds` seconds."""
+def measure_matmul_tflops(device: str, dtype: torch.dtype, size: int) -> float:
+    """Returns the TFLOP/s of square matmuls, measured for about 0.05 seconds."""
+    from torch.utils.benchmark import Timer
+
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-
-    def timed(repeats: int) -> float:
-        began = time.perf_counter()
-        for _ in range(repeats):
-            product = matrix @ matrix
-        product[0, 0].item()  # waits for the device
-        return time.perf_counter() - began
-
-    timed(2)
-    repeats = max(1, round(seconds / timed(1)))
-    return 2 * size**3 * repeats / timed(repeats) / 1e12
+    timer = Timer("matrix @ matrix", globals=dict(matrix=matrix), num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.05).median / 1e12
 
 
 def parse_cluster(text: str) -> Cluster:
