@@ -5832,33 +5832,30 @@ def describe_choice(choice: Choice, shape: ModelShape, cluster: Cluster, config:
             f"{candidate.total_seconds:8.2f} {candidate.tokens_per_second_per_gpu:9,.0f} {candidate.mfu:5.0%}"
         )
         lines += [f"{'':12}{words}" for words in (*rest, candidate.reason)]
-    best = choice.chosen or choice.candidates[0]
-    host = host_memory_gib(shape, cluster, best.plan) if best.plan.cpu_offload else 0.0
-    lines += describe_best(best, cluster, choice.lever, host)
+    lines += describe_best(choice, shape, cluster)
     # flags stay whole, to be copied
     wrap = functools.partial(textwrap.fill, width=100, subsequent_indent=" " * 12, break_on_hyphens=False)
     return "\n".join(map(wrap, lines))
 
 
-def describe_best(best: Candidate, cluster: Cluster, lever: str, host_gib: float) -> list[str]:
-    """Returns the lines on when the chosen plan's memory peaks, where its time goes, and what was assumed."""
-    memory, seconds = best.memory_gib, best.step_seconds
+def describe_best(choice: Choice, shape: ModelShape, cluster: Cluster) -> list[str]:
+    """Returns the lines on when the first plan's memory peaks, where its time goes, and what was assumed."""
+    best = choice.candidates[0]
+    memory, seconds, offloads = best.memory_gib, best.step_seconds, best.plan.cpu_offload
     terms = ", ".join(f"{name} {gib:.1f}" for name, gib in memory.terms.items() if gib >= 0.05) or "next to nothing"
     assumed = ", ".join(f"{name} {source}" for name, source in cluster.gpu.sources.items())
     bubble = f"bubble {seconds['bubble']:.2f} s, " if seconds["bubble"] else ""
-    return [
+    lines = [
         f"  peak      {memory.peak_moment}: {terms}; reserved {memory.reserved_low:.1f} to {memory.reserved_high:.1f}",
         f"  step      compute {seconds['compute']:.2f} s, {bubble}exposed communication "
         f"{seconds['exposed_communication']:.2f} s ({limiting_link(cluster, best)}), "
         f"optimizer {seconds['optimizer']:.2f} s",
-        *(
-            [f"  host      weights, gradients and moments take {host_gib:.1f} GiB of each node's own memory"]
-            * (host_gib > 0)
-        ),
-        f"  lever     {lever}",
-        f"  assumed   every document fills its block; {assumed}; overlap and reserved fitted"
-        + ("; host link and memory guess" if best.plan.cpu_offload else ""),
     ]
+    if offloads:
+        host_gib = host_memory_gib(shape, cluster, best.plan)
+        lines.append(f"  host      weights, gradients and moments take {host_gib:.1f} GiB of each node's own memory")
+    assumed += "; overlap and reserved fitted" + ("; host link and memory guess" if offloads else "")
+    return [*lines, f"  lever     {choice.lever}", f"  assumed   every document fills its block; {assumed}"]
 
 
 def best_of_each_kind(choice: Choice) -> list[Candidate]:
