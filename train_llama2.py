@@ -4078,7 +4078,7 @@ class RunLog:
         self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
         self.begin_interval()
         self.plan_check: dict[str, dict[str, Any]] = {}  # of rank 0, once the second step has ended; none on MoAI
-        self.first_step_ended, self.earlier_peak_gib = 0.0, 0.0
+        self.second_step_began, self.earlier_peak_gib = 0.0, 0.0
         on_all_ranks(lambda: self.open(state))
 
     def open(self, state: TrainingState) -> None:
@@ -4124,14 +4124,6 @@ class RunLog:
             yield
         finally:
             self.seconds_left_out += time.perf_counter() - began
-            if self.steps_of_this_run == 1:  # the next step's peak is compared with the plan
-                self.forget_peak()
-
-    def forget_peak(self) -> None:
-        """Begins to measure memory anew: what was used so far was for loading, evaluating, saving or the first step."""
-        if self.parallel.device.type == "cuda":
-            self.earlier_peak_gib = max(self.earlier_peak_gib, peak_memory_gib(self.parallel.device))
-            torch.cuda.reset_peak_memory_stats()
 
     def begin_interval(self) -> None:
         self.interval_steps = self.interval_tokens = self.interval_squares = 0
@@ -4140,6 +4132,8 @@ class RunLog:
     def timing_the_wait(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
         """Yields the batches, and counts how long training waits for each of them."""
         while True:
+            if self.steps_of_this_run == 1 and self.parallel.is_main:
+                self.begin_second_step()
             began = time.perf_counter()
             batch = next(batches, None)
             self.interval_waited += time.perf_counter() - began
@@ -4162,7 +4156,7 @@ class RunLog:
         self.interval_squares += result.batch.squared_lengths
         if self.steps_of_this_run == 1 and self.parallel.is_main:
             self.write_config()  # only now: a run that trains nothing leaves what the one that trained has written
-        if self.steps_of_this_run <= 2 and self.parallel.is_main and self.parallel.choice is not None:
+        if self.steps_of_this_run == 2 and self.parallel.is_main and self.parallel.choice is not None:
             with keep_going("the plan could not be checked", self.parallel):
                 self.check_the_plan(result)
         if state.step % self.config.log_interval == 0 or state.step == self.total_steps:
@@ -4204,18 +4198,18 @@ class RunLog:
         self.step_seconds, self.last_loss = line["step_seconds"], loss
         self.begin_interval()
 
-    def check_the_plan(self, result: StepResult) -> None:
-        """Compares the second step of this run with the plan. The first one allocates and compiles.
-
-        Waits for the device at the end of both.
-        """
+    def begin_second_step(self) -> None:
+        """Begins to measure the step that is compared with the plan. The first one allocates and compiles."""
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
-        if self.steps_of_this_run == 1:
-            self.forget_peak()
-            self.first_step_ended = self.clock()
-            return
-        self.plan_check = compare_with_plan(self.parallel, result, self.clock() - self.first_step_ended)
+            self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
+            torch.cuda.reset_peak_memory_stats()
+        self.second_step_began = time.perf_counter()
+
+    def check_the_plan(self, result: StepResult) -> None:
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.plan_check = compare_with_plan(self.parallel, result, time.perf_counter() - self.second_step_began)
         for line in lines_of_check(self.plan_check):
             self.parallel.say(line)
         self.write_config()

@@ -664,7 +664,7 @@ def measure(setting: Setting) -> dict:
     batch, state = full_batch(parallel), script.TrainingState.fresh(parallel.device)
     counters = importlib.import_module(COUNTERS).counters if COUNTERS else dict
     on_gpu = parallel.device.type == "cuda"
-    for _ in range(2):  # as `RunLog.check_the_plan` does: the first one allocates and compiles
+    for _ in range(2):  # as `RunLog` does: the first one allocates and compiles
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         before, began = counters(), time.perf_counter()
