@@ -6046,24 +6046,17 @@ def parse_cluster(text: str) -> Cluster:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the plan knows of a kind of GPU.
+    """What the plan knows of a kind of GPU."""
 
-    `memory_gib` as CUDA reports it. `peak_tflops`: dense bf16, from NVIDIA's data sheet, as are `hbm_gb_per_second` and
-    `fp32_tflops` (None: the 1/16 of the bf16 peak that an A100 has). `matmul_efficiency`: the share of the peak that
-    large matmuls reach end to end. `attention_efficiency`: that of flash attention, relative to matmuls.
-    `link_gb_per_second`: bus bandwidth of collectives among the GPUs of a node. `network_gbit_per_second`: usual
-    network of a node, per GPU. `sources`: where the figures are from: `measured`, `table`, `given` or `guess`.
-    """
-
-    memory_gib: float
-    peak_tflops: float
+    memory_gib: float  # as CUDA reports it
+    peak_tflops: float  # dense bf16, from NVIDIA's data sheet, as are the next and `fp32_tflops`
     hbm_gb_per_second: float
-    matmul_efficiency: float
-    attention_efficiency: float
-    link_gb_per_second: float
-    network_gbit_per_second: float
-    fp32_tflops: float | None = None
-    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    matmul_efficiency: float  # the share of the peak that large matmuls reach end to end
+    attention_efficiency: float  # that of flash attention, relative to matmuls
+    link_gb_per_second: float  # bus bandwidth of collectives among the GPUs of a node
+    network_gbit_per_second: float  # usual network of a node, per GPU
+    fp32_tflops: float | None = None  # None: the 1/16 of the bf16 peak that an A100 has
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)  # each `measured`, `table`, `given` or `guess`
 
 
 DATA_SHEET = dict(memory="table", network="guess", peak="table") | dict.fromkeys(("efficiency", "node link"), "guess")
