@@ -4073,7 +4073,6 @@ class RunLog:
         hidden = not parallel.shows_bars
         self.bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=hidden)
         self.started = time.perf_counter()
-        self.seconds_left_out = 0.0  # in evaluations and saves, during which the clock stands still
         self.steps_of_this_run, self.last_loss, self.last_scores, self.tested = 0, math.nan, {}, False
         self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
         self.begin_interval()
@@ -4112,22 +4111,16 @@ class RunLog:
                 f"--report-to {self.config.report_to} cannot be started ({first_line(error)}); set it up, or use none"
             ) from error
 
-    def clock(self) -> float:
-        """Returns seconds that stand still during evaluations and saves."""
-        return time.perf_counter() - self.seconds_left_out
-
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """Leaves the body (an evaluation, a save) out of the step time and the throughput."""
         began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds_left_out += time.perf_counter() - began
+        yield
+        self.interval_began += time.perf_counter() - began
 
     def begin_interval(self) -> None:
         self.interval_steps = self.interval_tokens = self.interval_squares = 0
-        self.interval_waited, self.interval_began = 0.0, self.clock()
+        self.interval_waited, self.interval_began = 0.0, time.perf_counter()
 
     def timing_the_wait(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
         """Yields the batches, and counts how long training waits for each of them."""
@@ -4143,7 +4136,7 @@ class RunLog:
 
     def seconds_per_step(self) -> float:
         """Returns the mean seconds of a step in the last interval; until one ends, of the steps after the first."""
-        return self.step_seconds or (self.clock() - self.interval_began) / max(1, self.interval_steps)
+        return self.step_seconds or (time.perf_counter() - self.interval_began) / max(1, self.interval_steps)
 
     def step(self, state: TrainingState, result: StepResult | None) -> None:
         """Counts a step; every --log-interval steps, and at the last one, waits for the device and reports."""
@@ -4166,7 +4159,7 @@ class RunLog:
 
     def report_interval(self, state: TrainingState, result: StepResult) -> None:
         loss, grad_norm, skipped = torch.stack([result.loss, result.grad_norm, state.skipped]).tolist()
-        seconds, parallel = self.clock() - self.interval_began, self.parallel
+        seconds, parallel = time.perf_counter() - self.interval_began, self.parallel
         peak = peak_flops(parallel.cluster, parallel.plan.precision)
         flops = training_flops(parallel.shape, self.interval_tokens, self.interval_squares)
         line = dict(
