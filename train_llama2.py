@@ -4285,14 +4285,12 @@ class RunLog:
         if self.parallel.is_main:
             with keep_going("metrics.jsonl could not be written, and its lines are kept for later", self.parallel):
                 self.metrics.write(line)
-        self.track({name: value for name, value in line.items() if name != "step" and value is not None}, line["step"])
+        self.track({name: value for name, value in line.items() if value is not None})
 
-    def track(self, values: dict[str, Any], step: int | None = None) -> None:
-        if self.config.report_to == "wandb" and step is not None:
-            values, step = dict(values, step=step), None
-        if self.config.report_to != "none":
-            with keep_going(f"{self.config.report_to} could not be reached", self.parallel):
-                self.parallel.accelerator.log(values, step=step)
+    def track(self, values: dict[str, Any]) -> None:
+        step = None if self.config.report_to == "wandb" else values.pop("step", None)  # W&B takes it as a value
+        with keep_going(f"{self.config.report_to} could not be reached", self.parallel):
+            self.parallel.accelerator.log(values, step=step)  # to no tracker where --report-to is none
 
     def write_config(self) -> None:
         """Writes `train_config.json`: the flags, the versions, the machine, the plan and its check. Rank 0 alone."""
