@@ -4078,34 +4078,32 @@ class RunLog:
         self.begin_interval()
         self.plan_check: dict[str, dict[str, Any]] = {}  # of rank 0, once the second step has ended; none on MoAI
         self.second_step_began, self.earlier_peak_gib = 0.0, 0.0
-        on_all_ranks(lambda: self.open(state))
+        on_all_ranks(lambda: self.open(state), main_only=True)
 
     def open(self, state: TrainingState) -> None:
-        """Opens the files, on rank 0, and the tracker."""
-        if self.parallel.is_main:
-            try:
-                self.metrics = LinesFile(self.folder / METRICS_FILE, state)
-                self.samples = LinesFile(self.folder / SAMPLES_FILE, state)
-            except OSError as error:
-                raise UserError(
-                    f"--save-model-dir {self.folder} cannot be written to ({first_line(error)}); free it"
-                ) from error
-            if not (self.folder / "train_config.json").exists():
-                self.write_config()
+        """Opens the files and the tracker, if there is one. Rank 0 alone."""
         try:
-            if self.config.report_to != "none":
-                settings = {**dataclasses.asdict(self.config), "plan": self.parallel.plan.describe()}
-                self.parallel.accelerator.init_trackers(
-                    "train_llama2",
-                    {name: str(value) for name, value in settings.items()},
-                    init_kwargs={  # a resumed run continues its own curves, without the steps it repeats
-                        "wandb": {"id": state.run_id, "resume": "allow"},
-                        "tensorboard": {"purge_step": state.step + 1},
-                    },
-                )
-                if self.config.report_to == "wandb" and self.parallel.is_main:
-                    run = self.parallel.accelerator.get_tracker("wandb", unwrap=True)
-                    run.define_metric("*", step_metric="step")  # wandb's own counter takes no step twice
+            self.metrics = LinesFile(self.folder / METRICS_FILE, state)
+            self.samples = LinesFile(self.folder / SAMPLES_FILE, state)
+        except OSError as error:
+            raise UserError(
+                f"--save-model-dir {self.folder} cannot be written to ({first_line(error)}); free it"
+            ) from error
+        if not (self.folder / "train_config.json").exists():
+            self.write_config()
+        settings = {**dataclasses.asdict(self.config), "plan": self.parallel.plan.describe()}
+        try:
+            self.parallel.accelerator.init_trackers(
+                "train_llama2",
+                {name: str(value) for name, value in settings.items()},
+                init_kwargs={  # a resumed run continues its own curves, without the steps it repeats
+                    "wandb": {"id": state.run_id, "resume": "allow"},
+                    "tensorboard": {"purge_step": state.step + 1},
+                },
+            )
+            if self.config.report_to == "wandb":
+                run = self.parallel.accelerator.get_tracker("wandb", unwrap=True)
+                run.define_metric("*", step_metric="step")  # wandb's own counter takes no step twice
         except Exception as error:  # each tracker has errors of its own
             raise UserError(
                 f"--report-to {self.config.report_to} cannot be started ({first_line(error)}); set it up, or use none"
