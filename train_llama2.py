@@ -4076,8 +4076,8 @@ class RunLog:
         self.steps_of_this_run, self.last_loss, self.last_scores, self.tested = 0, math.nan, {}, False
         self.training_seconds, self.training_tokens, self.step_seconds = 0.0, 0, 0.0
         self.begin_interval()
+        self.earlier_peak_gib = 0.0  # of the first step and before it
         self.plan_check: dict[str, dict[str, Any]] = {}  # of rank 0, once the second step has ended; none on MoAI
-        self.second_step_began, self.earlier_peak_gib = 0.0, 0.0
         on_all_ranks(lambda: self.open(state), main_only=True)
 
     def open(self, state: TrainingState) -> None:
@@ -4123,7 +4123,7 @@ class RunLog:
     def timing_the_wait(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
         """Yields the batches, and counts how long training waits for each of them."""
         while True:
-            if self.steps_of_this_run == 1 and self.parallel.is_main:
+            if self.steps_of_this_run == 1:
                 self.begin_second_step()
             began = time.perf_counter()
             batch = next(batches, None)
@@ -4131,6 +4131,17 @@ class RunLog:
             if batch is None:
                 return
             yield batch
+
+    def begin_second_step(self) -> None:
+        """Begins to measure the step whose memory and time are compared with the plan.
+
+        Waits until the device is done with the first step, which allocates and compiles.
+        """
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
+            torch.cuda.reset_peak_memory_stats()
+        self.interval_began = time.perf_counter()
 
     def seconds_per_step(self) -> float:
         """Returns the mean seconds of a step in the last interval; until one ends, of the steps after the first."""
@@ -4189,18 +4200,11 @@ class RunLog:
         self.step_seconds, self.last_loss = line["step_seconds"], loss
         self.begin_interval()
 
-    def begin_second_step(self) -> None:
-        """Begins to measure the step that is compared with the plan. The first one allocates and compiles."""
-        if self.parallel.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.earlier_peak_gib = peak_memory_gib(self.parallel.device)
-            torch.cuda.reset_peak_memory_stats()
-        self.second_step_began = time.perf_counter()
-
     def check_the_plan(self, result: StepResult) -> None:
+        """Compares the second step of this run with the plan. Waits for the device."""
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
-        self.plan_check = compare_with_plan(self.parallel, result, time.perf_counter() - self.second_step_began)
+        self.plan_check = compare_with_plan(self.parallel, result, time.perf_counter() - self.interval_began)
         for line in lines_of_check(self.plan_check):
             self.parallel.say(line)
         self.write_config()
