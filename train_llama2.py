@@ -2971,8 +2971,7 @@ class Pipeline:
 
     def __init__(self, plan: Plan, device: torch.device | None = None, timeout: timedelta | None = None):
         self.stages, self.device = plan.pipeline_parallel_size, device
-        # what passes between layers: fp32 under autocast, bf16 where FSDP casts the weights or all states are bf16
-        self.dtype = torch.float32 if plan.precision == "fp32" or plan.autocasts else torch.bfloat16
+        self.dtype = torch.float32 if plan.stream_bytes == 4 else torch.bfloat16
         self.stage, self.ranks = 0, []  # the ranks that work on this rank's documents, one a stage
         self.forward_group = self.backward_group = None
         if self.stages > 1:
@@ -3228,6 +3227,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` make a file beside `path`, then moves it there: a reader sees the old file or the new one."""
     beside = path.with_name(f".{path.name}.writing")
     write(beside)
+    sync_to_disk(beside)
     beside.replace(path)
 
 
@@ -4411,12 +4411,7 @@ class LinesFile:
         """Drops the other lines, and what a kill has cut short."""
         self.write()  # what is missing still
         lines = [json.dumps(record) + "\n" for record in read_lines(self.path) if is_kept(record)]
-
-        def write(beside: Path) -> None:
-            beside.write_text("".join(lines))
-            sync_to_disk(beside)
-
-        write_atomically(self.path, write)
+        write_atomically(self.path, lambda beside: beside.write_text("".join(lines)))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -4754,10 +4749,9 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
     """
     check_block(shape, config)
     weighed = weigh(shape, cluster, config)
-    fitting = sorted((each for each in weighed if each.fits), key=lambda each: each.total_seconds)
-    too_large = sorted((each for each in weighed if not each.fits), key=lambda each: each.memory_gib.reserved)
+    fitting = [each for each in weighed if each.fits]
     if not fitting:
-        return Choice(None, too_large, lever_to_fit(shape, cluster, config))
+        return Choice(None, weighed, lever_to_fit(shape, cluster, config))
     fastest, chosen = fitting[0], preferred(fitting, cluster)
     reason = "the fastest that fits" if len(weighed) > 1 else "asked for"
     if chosen is not fastest:
@@ -4771,7 +4765,7 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
             is_close = each in close or each.total_seconds < chosen.total_seconds
             words = "too close to call, and not preferred" if is_close else slower
             candidates.append(dataclasses.replace(each, reason=words))
-    return Choice(candidates[0], candidates + too_large, lever_to_speed(shape, cluster, config, chosen))
+    return Choice(candidates[0], candidates + weighed[len(fitting) :], lever_to_speed(shape, cluster, config, chosen))
 
 
 def check_block(shape: ModelShape, config: Config) -> None:
@@ -4832,8 +4826,12 @@ def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
 
 
 def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate]:
-    """Returns every plan that the flags and the cluster leave open, with its predictions."""
-    return [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
+    """Returns every plan that the flags and the cluster leave open, with its predictions.
+
+    Those that fit come first, the fastest of them at the head. The others follow, beginning with the nearest miss.
+    """
+    candidates = [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
+    return sorted(candidates, key=lambda c: (not c.fits, c.total_seconds if c.fits else c.memory_gib.reserved))
 
 
 def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
@@ -5627,9 +5625,8 @@ def predict_seconds(
     copied_bytes = micro_batches * shard_bytes * (gathers + 1) if plan.cpu_offload else 0.0
     host_link = copied_bytes / (HOST_LINK_GB_PER_SECOND * 1e9)
     stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
-    point_to_point = (
-        micro_batches * 2 * tokens / split * (plan.stream_bytes * shape.hidden) / stage_bus if stages > 1 else 0.0
-    )
+    sent_bytes = micro_batches * 2 * tokens / split * (plan.stream_bytes * shape.hidden) if stages > 1 else 0.0
+    point_to_point = sent_bytes / stage_bus
     exchanges = 8 * layers + 4 * sum(map(plan.recomputes_layer, range(layers)))
     exchanged_bytes = exchanges * (split - 1) / split * tokens * plan.compute_bytes * shape.hidden
     tensor = micro_batches * exchanged_bytes / (gpu.link_gb_per_second * 1e9)
@@ -5746,9 +5743,7 @@ def changes_that_may_help(cluster: Cluster, config: Config, to_fit: bool) -> Ite
 def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | None:
     """Returns the plan to choose under these flags; None where none fits, or where they rule each other out."""
     with contextlib.suppress(UserError):
-        fitting = sorted(
-            (each for each in weigh(shape, cluster, config) if each.fits), key=lambda each: each.total_seconds
-        )
+        fitting = [each for each in weigh(shape, cluster, config) if each.fits]
         return preferred(fitting, cluster) if fitting else None
     return None
 
