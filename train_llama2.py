@@ -386,7 +386,10 @@ def unknown_flag(word: str) -> str:
 
 
 def launched_rank() -> int:
-    """Returns this process's rank as torchrun set it. It is known before there is a process group."""
+    """Returns this process's rank as torchrun set it. It is known before there is a process group.
+
+    A RANK without torchrun's MASTER_ADDR does not count: `check_launcher` refuses it, and this process reports that.
+    """
     rank = os.environ.get("RANK", "") if "MASTER_ADDR" in os.environ else ""
     return int(rank) if rank.isdigit() else 0
 
@@ -452,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             while True:  # what is due after the steps so far, then the next step
                 if log.evaluation_due(state) and not stop.agreed():
                     with log.clock_stopped():
-                        log.evaluation(state, evaluate(model, eval_set, parallel, stop))
+                        log.evaluation(state, evaluate(model, eval_set, parallel, stop))  # no longer due then
                 stopping = stop.agreed()  # asked again, so that a signal during the evaluation leads to a save
                 finished = state.step == total_steps and not log.evaluation_due(state)  # due still, if it was cut off
                 saving = finished or stopping or state.step % config.save_interval == 0
@@ -478,9 +481,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def command_line(argv: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns the exit code. All ranks learn of a mistake, and rank 0 reports it.
+    """Runs `main` and returns the exit code, which is 0 also for a run that a signal stopped.
 
-    The others wait before they exit, because torchrun kills the remaining ranks, rank 0 too, as soon as one has failed.
+    All ranks learn of a mistake, and rank 0 reports it. The others wait before they exit, because torchrun kills the
+    remaining ranks, rank 0 too, as soon as one has failed.
     """
     try:
         main(argv)
@@ -502,7 +506,8 @@ def command_line(argv: Sequence[str] | None = None) -> int:
             print(words + "; end what else runs on it", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped   by Ctrl-C outside of training; what was saved is kept", file=sys.stderr, flush=True)
+        if launched_rank() == 0:
+            print("stopped   by Ctrl-C outside of training; what was saved is kept", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
     except RuntimeError as error:
         if not lost_contact(error):
@@ -544,8 +549,9 @@ def lost_contact(error: RuntimeError) -> bool:
 # 4. Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------
 # The loss of a step is the sum of the token losses of the whole global batch, divided by its number of label tokens, so
-# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. The validation loss
-# weighs every token the same and counts each document once on any number of ranks.
+# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding (the auxiliary loss of
+# a router does, where a model's config asks for it). The validation loss weighs every token the same and counts each
+# document once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 
@@ -600,8 +606,10 @@ def training_step(
 ) -> StepResult | None:
     """Takes one optimizer step on a global batch. No host sync, except under CPU offload.
 
-    Returns None, having changed nothing, if all ranks agreed to stop before the step was complete. That happens only
-    without pipeline stages: there each forward is followed by its backward, so no micro-batch is left half done.
+    Returns None if all ranks agreed to abandon the step, because torchrun would not wait for it and a save; an ordinary
+    stop lets it finish. Weights, moments and `state` are unchanged then, but the run must end, because FSDP may hold
+    gradients. That happens only without pipeline stages: there each forward is followed by its backward, so no
+    micro-batch is left half done.
 
     DDP and FSDP average gradients over the data ranks, so each loss is multiplied by their number. A step whose loss
     or gradient norm is not finite changes nothing: AdamW leaves weights and moments alone where `found_inf` is 1, in
@@ -657,7 +665,8 @@ def token_loss_sum(model: nn.Module, micro_batch: dict[str, Tensor], parallel: P
     """Runs a micro-batch through the model and returns the sum of its token losses, in fp32, on the device.
 
     The model computes the loss itself when it is given `predict_at` and `targets` (see `use_token_loss`). A pipeline
-    stage before the last has no loss, and returns its hidden states (B, T, h). Gradients flow through both.
+    stage before the last has no loss, and returns its hidden states (B, T, hidden size), under tensor parallelism those
+    of this rank's tokens. Gradients flow through both.
     """
     inputs: dict[str, Any] = {
         name: tensor.to(parallel.device, non_blocking=True)
@@ -763,12 +772,13 @@ def evaluate_test(
     drawn = np.random.default_rng(config.seed).permutation(len(test_set))[: config.test_samples]
     drawn = drawn[np.argsort(-test_set.lengths[drawn], kind="stable")]  # similar lengths share a call
     settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
-    weights = weights_hash or uuid.uuid4().hex  # each rank draws its own, but rank 0 alone writes and reads the mark
+    # Weights that were not saved match no earlier summaries. Each rank draws its own, but rank 0 alone uses the mark.
+    weights = weights_hash or uuid.uuid4().hex
     made_by = json_checksum(dict(settings, weights=weights, documents=test_set.fingerprint))[:12]
     found = on_all_ranks(lambda: log.test_summaries(made_by), main_only=True)
     done = {row: found[row] for row in row_numbers[drawn].tolist() if row in found}
     parallel.say(f"test      {len(drawn):,} documents to summarise, {len(done):,} of them done before")
-    stop.seconds_to_finish_and_save = 0.0  # neither a step nor a save follows
+    stop.seconds_to_finish_and_save = 0.0  # neither a step nor a save follows, so there is always time to stop
     began, done_before, last_report = time.perf_counter(), len(done), -math.inf
     for summaries in summarise(model, test_set, drawn[~np.isin(row_numbers[drawn], list(done))], parallel, stop):
         samples = [dict(sample, made_by=made_by) for sample in summaries]
@@ -848,8 +858,8 @@ def summarise(
 
 
 def prompts_at_a_time(parallel: Parallel) -> int:
-    """Returns how many documents a rank summarises in one call: a micro-batch, or fewer where their caches need more
-    memory than weights and moments leave. It is the same on every rank, as the plan counts with the smallest device.
+    """Returns how many documents a rank summarises in one call: a micro-batch, or fewer where memory has no room for
+    their caches. It is the same on every rank, as the plan counts with the smallest device.
 
     A cache holds keys and values of every layer, per token of prompt and summary and per beam.
     """
@@ -857,9 +867,11 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     parts = shapes_of_stages(parallel.shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
     step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
-    # FSDP gathers two layers and the head at a time; the second head is a margin. Subtracted under every plan.
-    gathered = 2 * plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
-    free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - sum(step.resident().values()) - gathered
+    # FSDP gathers two layers and the head at a time, and the second head is a margin. Autocast copies all weights.
+    two_layers = 2 * (shape.layer_parameters + shape.head_and_norm_parameters)
+    in_use = plan.compute_bytes * (shape.parameters if plan.autocasts else two_layers) + sum(step.resident().values())
+    in_use += step.gradients(shape.parameters) if plan.strategy == "ddp" else 0  # its buckets stay
+    free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - in_use
     # under autocast keys leave the rotary embedding in fp32; the values, in bf16, are counted as much
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
     copies_to_reorder = 2 if config.num_beams > 1 else 1  # beam search copies the cache to reorder it
@@ -883,7 +895,7 @@ def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
     Under tensor parallelism each rank holds all tokens meanwhile, because `generate` decodes one token at a time.
     """
     training_attention = model.config._attn_implementation
-    if training_attention == "causal_attention":  # a model's own uses the mask in any case
+    if training_attention == "causal_attention":  # the model's own attention, where that is used, takes the mask
         model.set_attn_implementation("sdpa")
     parallel.tensor_parallel.splits_tokens = False
     try:
@@ -993,9 +1005,10 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
 
 
 def moai_plan(shape: ModelShape, config: Config) -> Plan:
-    """On MoAI the platform decides: one forward takes the whole batch, and nothing is sharded or synchronised here.
+    """Returns the plan of a run on MoAI, where nothing is sharded or synchronised here, because the platform does it.
 
-    Raises UserError for flags that would take the decision from it.
+    One forward takes the whole batch, unless --micro-batch-size is given. Raises UserError for flags that would take
+    the decision from the platform.
     """
     decided_by_moai = (
         "parallelism", "pipeline_parallel_size", "tensor_parallel_size", "gradient_sync", "reshard_after_forward",
@@ -1130,7 +1143,7 @@ class Parallel:
         """Returns `tensor` summed over the data ranks, on every rank. No host sync.
 
         The stages before the last hold no losses, and add zeros. Ranks that share a layer's matrices hold the same
-        value, so it is counted as many times as there are of them.
+        value, so the sum over all ranks is divided by their number.
         """
         self.pipeline.note("the sum of all ranks' losses")
         return self.accelerator.reduce(tensor, "sum") / self.plan.tensor_parallel_size
@@ -1154,9 +1167,10 @@ class Parallel:
     def syncing_gradients(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
         """Wraps the forward or the backward pass of a micro-batch, and decides whether its gradients are reduced now.
 
-        DDP waits for the last micro-batch. FSDP reduces each one unless the plan found room for an unsharded fp32
-        gradient (4 bytes per parameter). HSDP does the same inside the sharded group. Its all-reduce across
-        replicas, in which each rank sends its own gradient shard alone, always waits for the last micro-batch.
+        DDP waits for the last micro-batch. FSDP reduces each one, unless the plan's `gradient_sync` is `step`: then it
+        keeps an unsharded fp32 gradient (4 bytes per parameter) until the last. HSDP does the same inside the sharded
+        group. Its all-reduce across replicas, in which each rank sends its own gradient shard alone, always waits for
+        the last micro-batch.
         """
         if self.plan.uses_fsdp:
             model.set_requires_gradient_sync(is_last or self.plan.gradient_sync == "micro-batch")
@@ -1199,8 +1213,8 @@ def on_all_ranks(
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. Out of memory, a broken
     device and a lost connection are raised on this rank alone, because it cannot talk to the others any more. With
     `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned
-    as a list. `act` must not wait for other ranks, unless it fails on all of them alike: the others would wait for the
-    one where it failed. Costs one exchange of messages in host memory.
+    as a list. `act` must not wait for other ranks: if it failed on one, the others would wait for that one. Only an
+    `act` that fails on all ranks alike may. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = failure = None
@@ -1360,7 +1374,7 @@ def read_tokenizer(config: Config, shape: ModelShape) -> PreTrainedTokenizerBase
             "the tokenizer that belongs to it"
         )
     taken = len(marks) + 1
-    if config.block_size < taken + 2:
+    if config.block_size < taken + 2:  # a token of summary, and one to spare: around a text the marks may take one more
         raise UserError(
             f"--block-size {config.block_size} leaves no room for a summary: the prompt's marks and the "
             f"end-of-sequence token take {taken} tokens; use at least 64"
@@ -1444,7 +1458,8 @@ def hold_out(train: Dataset, config: Config) -> dict[str, Dataset]:
     if len(with_text) < 2:
         raise UserError(f"{shown_data(config)} has {len(with_text)} documents with text; that is too few to train on")
     held_out = max(1, round(HELD_OUT_SHARE * len(with_text)))
-    order = np.random.default_rng(config.seed).permutation(with_text)  # as `train_test_split`, which writes files
+    # drawn as by `train_test_split`, which cannot do it without writing files of row numbers
+    order = np.random.default_rng(config.seed).permutation(with_text)
     rows = dict(train=np.append(order[held_out:], without_text), validation=order[:held_out])
     return {name: train.select(those, keep_in_memory=True) for name, those in rows.items()}
 
@@ -1519,7 +1534,7 @@ def saved_splits(paths: list[str], config: Config) -> dict[str, Dataset]:
         raise UserError(f"{shown_data(config)}: {paths[0]} is a folder of save_to_disk; name it alone")
     saved = datasets.load_from_disk(paths[0])
     saved = saved if isinstance(saved, dict) else {"train": saved}
-    for split in saved.values():  # by itself the fingerprint is one of how the dataset was made, not of its files
+    for split in saved.values():  # the fingerprint tells how a dataset was made, and stays when its files are replaced
         states = file_states(Path(each["filename"]) for each in split.cache_files)
         split._fingerprint = Hasher.hash((split._fingerprint, states))
     return by_meaning(saved)
@@ -1553,7 +1568,7 @@ def looks_like_a_path(name: str) -> bool:
 
 
 def format_of(file: Path) -> str:
-    """Returns the suffix that tells a file's format, without that of its compression; "" where it is no data."""
+    """Returns the suffix that tells a file's format, without that of its compression; "" for what lies beside data."""
     name = file.stem if file.suffix.lower() in COMPRESSIONS else file.name
     return "" if file.name in NO_DATA else Path(name).suffix.lower()
 
@@ -1564,19 +1579,20 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
     A file's split is told by its name, or else by the innermost folder below the given one whose name tells one. The
     name of a given folder, or of the folder that a given file lies in, counts only if there are several such folders. A
     file for which none of these tells a split is train. Hidden files in a folder are skipped, and test files unless
-    --test-samples asks for them.
+    --test-samples asks for them. Raises UserError where a given path holds nothing that can be read.
     """
     shown, lines = shown_data(config), []
     by_split: dict[str, dict[Path, Path]] = {}
-    # a clone of a Hub dataset has a folder for each of its configurations, with the same documents
-    paths = [own if (own := Path(path, config.dataset_config)).is_dir() else Path(path) for path in paths]
-    folders = [path if path.is_dir() else path.parent for path in paths]
+    folders = [path if path.is_dir() else path.parent for path in map(Path, paths)]
     roots = [folder.parent for folder in folders] if len(set(folders)) > 1 else folders
-    for path, root in zip(paths, roots, strict=True):
+    for path, root in zip(map(Path, paths), roots, strict=True):
         if not path.exists():
             raise UserError(f"{shown}: {path} does not exist; give a Hub id, or an existing folder or file")
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if path.is_dir() and any(part.startswith(".") for part in file.relative_to(path).parts):
+        # a clone of a Hub dataset has a folder for each of its configurations, with the same documents
+        folder = own if (own := path / config.dataset_config).is_dir() else path
+        holds_data = False
+        for file in sorted(folder.rglob("*")) if path.is_dir() else [path]:
+            if path.is_dir() and any(part.startswith(".") for part in file.relative_to(folder).parts):
                 continue
             if file.is_symlink() and (file.is_dir() or not file.exists()):
                 leads = "to a folder; name that folder to read it" if file.is_dir() else "nowhere"
@@ -1584,13 +1600,16 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
             elif file.is_file() and format_of(file) in ROW_READERS:
                 of_split = by_split.setdefault(split_of(file.relative_to(root)), {})
                 of_split.setdefault(file.resolve(), file)  # what is named twice for a split counts once
+                holds_data = True
             elif file.is_file() and format_of(file) in UNREAD_FORMATS:
                 lines.append(f"not read: {file}; save it as one of {', '.join(ROW_READERS)}")
+        if not holds_data:
+            found = "".join(f" ({line})" for line in lines[:3])
+            raise UserError(f"{shown}: {path} holds no data{found}; give files in one of {', '.join(ROW_READERS)}")
     if config.test_samples == 0 and (unread := by_split.pop("test", {})):
         lines.append(f"not read: {len(unread)} file{'s' * (len(unread) > 1)} of a test split, without --test-samples")
     if not by_split:
-        found = "".join(f" ({line})" for line in lines[:3])
-        raise UserError(f"{shown} holds no file to train on{found}; give files in one of {', '.join(ROW_READERS)}")
+        raise UserError(f"{shown} holds no file to train on ({lines[-1]}); name a file or split train")
     files = {split: list(those.values()) for split, those in by_split.items()}
     for split, those in files.items():
         formats = {ROW_READERS[format_of(file)]: f"{format_of(file)} ({file.name})" for file in those}
@@ -1659,7 +1678,7 @@ def rows_of(file: Path, config: Config) -> Iterator[dict[str, str | None]]:
 
 
 def is_text(value: Any) -> bool:
-    """Returns whether a value is None or text in UTF-8. Half of an emoji, where a text was cut in JSON, is not."""
+    """Returns whether a value is None or text in UTF-8. Half of an emoji is not, as \\ud83d where JSON text was cut."""
     try:
         return value is None or isinstance(value.encode(), bytes)
     except (AttributeError, UnicodeEncodeError):
@@ -1670,13 +1689,13 @@ def json_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]
     """Yields the number and the value of each row: an object a line, or else the values of the whole file."""
     names: dict[str, None] = {}
     begins = next((line.strip() for line in text_lines(file) if line.strip()), "")
-    if begins.startswith("[") or begins == "{":
-        rows = enumerate(json_values("".join(text_lines(file))), 1)
+    if begins.startswith("[") or begins == "{":  # a list, or objects of several lines: these rows come parsed
+        rows, parse = enumerate(json_values("".join(text_lines(file))), 1), lambda value: value
     else:
-        rows = ((number, line) for number, line in enumerate(text_lines(file), 1) if line.strip())
+        rows, parse = ((number, line) for number, line in enumerate(text_lines(file), 1) if line.strip()), json.loads
     for number, row in rows:
         try:
-            value = json.loads(row) if isinstance(row, str) else row
+            value = parse(row)
             names |= dict.fromkeys(value.keys())
         except (ValueError, AttributeError) as error:
             reason = f"but {textwrap.shorten(str(row), 60)}"
@@ -1691,7 +1710,7 @@ def json_rows(file: Path, config: Config) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def json_values(text: str) -> list[Any]:
-    """Returns the JSON values that follow each other in a text, of lists their elements."""
+    """Returns the JSON values that follow each other in a text; a list counts as its elements."""
     values, place, decoder = [], 0, json.JSONDecoder()
     while nonspace := re.compile(r"\S").search(text, place):
         value, place = decoder.raw_decode(text, nonspace.start())
@@ -1832,7 +1851,10 @@ def encode_batch(
     block_size: int,
     first_row: int = 0,
 ) -> dict[str, list]:
-    """Returns the columns of `encode_documents`, without the pairs whose article or summary is empty."""
+    """Returns by column, for each pair without an empty article or summary, its `row` in the split and its document.
+
+    The other columns are those of `fit_block`.
+    """
     texts = enumerate(zip(articles, summaries, strict=True), first_row)
     pairs = {row: pair for row, pair in texts if has_text(*pair)}
     columns: dict[str, list] = {n: [] for n in ("input_ids", "prompt_length", "length", "tokens_cut", "summary_cut")}
@@ -1995,7 +2017,7 @@ def micro_batch_of(documents: Documents, positions: np.ndarray, plan: Plan) -> d
     like any other, because a row without a single visible token gives NaN in some attention kernels.
     """
     make_rows = pack_rows if plan.packing else pad_rows
-    whole_tiles = plan.tensor_parallel_size > 1  # its ranks share out the tokens of a row
+    whole_tiles = plan.tensor_parallel_size > 1  # its 2, 4 or 8 ranks share out the tokens of a row
     if not len(positions):
         filler = [documents.tokenizer.eos_token_id] * PAD_MULTIPLE
         micro_batch = make_rows([filler], [PAD_MULTIPLE], documents)
@@ -2026,15 +2048,18 @@ def pad_rows(
 
 
 def padded_width(longest: int, block_size: int) -> int:
-    """Returns the width of a padded row: its longest document, rounded up to a multiple of 8 within the block."""
+    """Returns the width of a padded row: its longest document, rounded up to a multiple of 8 within the block.
+
+    (The row of a rank that has no documents may be longer than a tiny block.)
+    """
     return max(longest, min(block_size, math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE))
 
 
 def pack_rows(
     rows: list[list[int]], label_starts: list[int], documents: Documents, whole_tiles: bool = False
 ) -> dict[str, Tensor]:
-    """Returns the documents `rows` end to end, as one row. None has a label before its `label_starts`, nor at its
-    first token in any case.
+    """Returns the documents `rows` end to end, as one row. No document has a label before its `label_starts`, nor at
+    its first token in any case.
 
     With `whole_tiles` the row is filled up to a multiple of 8 by a document of padding, which no other sees.
     """
@@ -2087,6 +2112,7 @@ def deal_documents(lengths: np.ndarray, data_parallel_size: int, micro_batch_siz
     """
     size, order = data_parallel_size, np.argsort(-lengths, kind="stable")
     micro_steps = math.ceil(len(order) / (size * micro_batch_size))
+    # cut by micro-batch first, so that ranks have unequal numbers in one micro-step at most
     parts = np.array_split(order, micro_steps * size)
     # dealt in turn within a micro-step, so that no rank gets all the long ones
     steps = [np.concatenate(parts[first : first + size]) for first in range(0, len(parts), size)]
@@ -2142,7 +2168,7 @@ def audit(name: str, documents: Documents, parallel: Parallel) -> str:
 
 
 def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
-    """Returns the tokens, padding included, of a micro-batch of documents of these lengths."""
+    """Returns the tokens, padding to the longest included, of a micro-batch of documents of these lengths."""
     if plan.packing or not len(lengths):
         return int(lengths.sum())
     return len(lengths) * padded_width(int(lengths.max()), block_size)
@@ -4217,7 +4243,10 @@ class RunLog:
         return due and state.step > state.evaluated_step
 
     def evaluation(self, state: TrainingState, outcome: tuple[dict[str, float], list[dict[str, Any]]] | None) -> None:
-        """Reports an evaluation, and draws the curves anew. `outcome` is None where a stop interrupted it."""
+        """Reports an evaluation, notes in `state` that it was made, and draws the curves anew.
+
+        `outcome` is None where a stop interrupted it: then it is still due.
+        """
         if outcome is None:
             return
         scores, samples = outcome

@@ -250,6 +250,31 @@ def test_of_a_clone_of_the_hubs_dataset_one_configuration_is_read(data, capsys):
     assert any(line.startswith("train: 6 documents") for line in lines), lines
 
 
+def test_clones_in_several_folders_are_told_by_the_folders_names(data, capsys):
+    for number, folder in enumerate(("my_train", "my_dev"), 4):
+        write_jsonl(data / folder / "3.0.0" / "part-0.jsonl", STORIES[:number])
+    assert start(data, data / "my_train", data / "my_dev") == 0
+    lines, _ = said(capsys)
+    assert any(line.startswith("train: 4 documents") for line in lines), lines
+    assert any(line.startswith("validation: 5 documents") for line in lines), lines
+
+
+@pytest.mark.parametrize("name", ["more.jsonlines", "more.gz", "notes.txt", "empty"])
+def test_a_named_path_without_data_is_refused_beside_others(data, capsys, name):
+    write_jsonl(data / "train.jsonl")
+    (data / "empty").mkdir()
+    if name != "empty":
+        (data / name).write_bytes((data / "train.jsonl").read_bytes())
+    assert start(data, data / "train.jsonl", data / name) == 2
+    assert f"{data / name} holds no data" in said(capsys)[1]
+
+
+def test_text_in_a_json_list_is_no_row(data, capsys):
+    (data / "train.json").write_text(json.dumps([json.dumps(STORIES[0])]))
+    assert start(data, data / "train.json") == 2
+    assert "row 1 is not a JSON object (but {" in said(capsys)[1]
+
+
 def test_nothing_is_written_beside_the_data(data):
     saved_rows(data)
     before = sorted(data.rglob("*"))
