@@ -1340,7 +1340,9 @@ UNREAD_FORMATS = (".txt", ".arrow", ".xlsx", ".pkl", ".zip", ".zst")
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what lies beside data
 SPLIT_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 SPLIT_WORDS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "holdout"), "validation")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*chat_template*"
+)  # fmt: skip
 
 
 def load_tokenizer(parallel: Parallel) -> PreTrainedTokenizerBase:
@@ -2177,9 +2179,9 @@ def computed_tokens(lengths: np.ndarray, plan: Plan, block_size: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------
 # 7. Model
 # ----------------------------------------------------------------------------------------------------------------
-# Any causal LM of transformers, with fp32 master weights. Under FSDP and HSDP each rank reads its own shard from the
-# files and never holds the whole. For Llama and most others, attention builds no T x T mask and the loss never builds
-# all logits.
+# Any causal LM of transformers, with fp32 master weights unless --precision is bf16-states. Under FSDP and HSDP each
+# rank reads its own shard from the files and never holds the whole. For Llama and most others, attention builds no
+# T x T mask and the loss never builds all logits.
 
 HEAD_CHUNK_TOKENS = 1024  # positions whose logits exist at the same time
 COMPILE_SECONDS = 120.0  # estimated time to compile the layers
@@ -2192,7 +2194,7 @@ def load_model(parallel: Parallel) -> nn.Module:
 
     In this order: transformers cuts the layers into stages, splits the matrices of those that this stage keeps, and
     shards them with FSDP, all before it reads a rank's part of the files. Recomputation and the loss without logits
-    come after that. DDP wraps the result, and `compile_layers` comes last.
+    come after that. DDP wraps the result. `main` calls `compile_layers` at the very end.
     """
     from transformers.distributed import DistributedConfig
 
@@ -2295,7 +2297,7 @@ def pretrained_model(distributed_config: DistributedConfig | None, parallel: Par
     """
     name = parallel.config.model_name_or_path
     _, attention = model_without_weights(parallel.model_config)
-    # waits for other ranks; `check_weights` has ruled out what is wrong with the files
+    # This waits for other ranks, which it may, because `check_weights` has ruled out files that fail on one rank alone.
     return on_all_ranks(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
             model_folder(name, WEIGHT_FILES),
@@ -2345,7 +2347,8 @@ def patched_transformers(parallel: Parallel) -> Iterator[None]:
 
 
 def random_model(distributed_config: DistributedConfig | None, parallel: Parallel) -> PreTrainedModel:
-    """Returns a model with random weights, each rank's shard made in place; no whole model exists anywhere."""
+    """Returns a model with random weights. Each rank makes its own share in place; where the plan shards, no whole
+    model exists anywhere."""
     from transformers.distributed import initialize_distributed_mesh
 
     model, _ = model_without_weights(parallel.model_config, parallel.plan.state_dtype)
@@ -2431,7 +2434,7 @@ def model_without_weights(
     attend = functools.partial(causal_attention, attend_on_cpu=attend_on_cpu)
     transformers.AttentionInterface.register("causal_attention", attend)
     build = functools.partial(transformers.AutoModelForCausalLM.from_config, dtype=dtype)
-    # copies of the config, as it keeps the attention's name even where the model refuses it, and the dtype
+    # copies, because building writes the dtype and the attention's name into the config, even one the model refuses
     with torch.device("meta"):
         if not attends_partially(model_config):  # no sliding window, and full attention in every layer
             with contextlib.suppress(KeyError, ValueError):  # Falcon, for one, looks its attention up by name
@@ -2501,9 +2504,10 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor
 def use_token_loss(
     model: PreTrainedModel, is_last_stage: bool = True, tensor_parallel: TensorParallel | None = None
 ) -> None:
-    """Makes `model(..., predict_at=, targets=)` return the sum of token losses, without ever holding all logits.
+    """Makes `model(..., predict_at=, targets=)` return the sum of token losses, mostly without ever holding all logits.
 
-    A pipeline stage before the last, which has no head, returns its hidden states. Calls without targets (generation)
+    `predict_at` are places in the flattened rows (B * T), and `targets` the tokens that come next. A pipeline stage
+    before the last, whose head is an identity layer, returns its hidden states. Calls without targets (generation)
     stay as they were. The head is still called as a module, so FSDP gathers it. Models that also scale, cap or bias
     their logits, or whose base cannot be called apart from its head, compute all of them. Where the config asks for a
     router's auxiliary loss, it is added in training.
@@ -2511,8 +2515,7 @@ def use_token_loss(
     original_forward, head = model.forward, model.get_output_embeddings()
     class_forward = type(model).forward.__get__(model)  # without the pipeline that transformers adds for generation
     plain_head, text_config = head.forward, model.config.get_text_config()
-    adds_router_loss = getattr(text_config, "output_router_logits", False)
-    is_projection = not adds_router_loss and is_plain_projection(model)
+    is_projection = is_plain_projection(model)
 
     @functools.wraps(original_forward)
     def forward(*arguments: Any, predict_at=None, targets=None, **inputs: Any) -> Any:
@@ -2524,7 +2527,7 @@ def use_token_loss(
             output = class_forward(*arguments, **inputs)
             logits = output.logits.flatten(0, 1).index_select(0, predict_at).float()
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            if adds_router_loss and model.training:  # it is a mean over tokens, and `loss` is a sum over labels
+            if adds_router_loss(model) and model.training:  # it is a mean over tokens, and `loss` is a sum over labels
                 loss = loss + text_config.router_aux_loss_coef * output.aux_loss * (targets != IGNORE_INDEX).sum()
             return loss
         hidden = model.base_model(*arguments, **inputs).last_hidden_state
@@ -2538,11 +2541,15 @@ def use_token_loss(
 
 
 def is_plain_projection(model: PreTrainedModel) -> bool:
-    """Returns whether a model's logits are the product of its last hidden states and its head, and nothing more."""
+    """Returns whether the loss depends on the product of the last hidden states and the head, and on nothing more."""
     names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
     changed = any(getattr(model.config.get_text_config(), name, None) for name in names)
     biased = getattr(model.get_output_embeddings(), "bias", None) is not None
-    return not (changed or biased or model.base_model is model)
+    return not (changed or biased or adds_router_loss(model) or model.base_model is model)
+
+
+def adds_router_loss(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
 def head_loss_sum(
@@ -2557,14 +2564,14 @@ def head_loss_sum(
     shared = tensor_parallel is not None and tensor_parallel.size > 1
     weight = local_part(weight)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device):  # once, while autocast itself would cast for every chunk
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
         if hasattr(nn, "LinearCrossEntropyOptions") and not shared:
             options = nn.LinearCrossEntropyOptions(
                 batch_chunk_size=HEAD_CHUNK_TOKENS,
-                chunking_method=None,
+                chunking_method=None,  # the default, "auto", would choose a size of its own
                 # "balanced" would make the weight's gradient an fp32 matmul on CUDA: an estimated 5% more time for 13B
                 acc_policy="compact",
                 acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
@@ -2608,7 +2615,8 @@ def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> No
             parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
             parallel.plan = padded.plan
         if attention_leaks(model, padded):
-            # for a model that computes attention itself, and asks its config whether to make the mask
+            # For a model that computes attention itself, and asks its config whether to make the mask: one that
+            # `set_attn_implementation` leaves as it is.
             parallel.accelerator.unwrap_model(model).config._attn_implementation = "eager"
             if attention_leaks(model, padded):
                 raise UserError(
@@ -2624,7 +2632,10 @@ def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> No
             )
         loss = mean_token_loss(model, eval_set, evaluation_batches(eval_set, parallel)[:SANITY_BATCHES], parallel)
     if not math.isfinite(loss):
-        raise RunError(f"the loss is {loss} before any training; the model's weights are broken: download them again")
+        raise RunError(
+            f"the loss is {loss} before the first step of this run, so the weights are broken: download the model "
+            "again, or where a run is resumed, delete its newest checkpoint"
+        )
 
 
 @torch.no_grad()
@@ -2660,7 +2671,7 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
         if parallel.plan.packing:
             losses.append(loss_of(another, document, place=1))
         losses.append(parallel.pipeline.forward(model, two_rows, padded))
-    except (AttributeError, TypeError):  # of a model that cannot do without its mask, or of one that fails anyway
+    except (AttributeError, TypeError):  # of a model that needs its mask: `check_setup` goes on with eager attention
         if parallel.accelerator.unwrap_model(model).config._attn_implementation == "eager":
             raise
         return True
@@ -2694,9 +2705,9 @@ def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
 def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> None:
     """Compiles the decoder layers in place where the plan says so and it pays; else corrects the plan.
 
-    All layers share their graphs, and a graph takes any number of tokens. `auto` weighs the time that the `steps` to
-    come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run as they were. A plan that
-    fits in memory only with compiled layers is compiled however few steps there are.
+    There are a few graphs, however many layers there are, and a graph takes any number of tokens. `auto` weighs the
+    time that the `steps` to come are predicted to gain against COMPILE_SECONDS, and if compiling fails, the layers run
+    as they were. A plan that fits in memory only with compiled layers is compiled however few steps there are.
     """
     from torch.utils._triton import has_triton
 
@@ -2707,26 +2718,27 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> None:
         gained_seconds = parallel.choice.chosen.step_seconds["compute"] * (1 / EAGER_SPEED - 1) * steps
         eager = parallel.with_plan(compiled=False)
         fits_eager = predict(parallel.shape, parallel.cluster, eager.plan, parallel.config).fits
-        if any(on_all_ranks(lambda: not has_triton(), gathered=True)) and not fits_eager:
+        lacks_triton = any(on_all_ranks(lambda: not has_triton(), gathered=True))
+        if lacks_triton and not fits_eager:
             raise UserError(
-                "--compile auto cannot compile the layers, because Triton is not installed, and without that the plan "
+                "--compile auto cannot compile the layers, because Triton does not run here, and without that the plan "
                 "does not fit; install Triton, or use --compile no"
             )
-        if not has_triton() or (fits_eager and gained_seconds <= COMPILE_SECONDS):
+        if lacks_triton or (fits_eager and gained_seconds <= COMPILE_SECONDS):
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"
-            parallel.say(f"compile   no: {gain if has_triton() else 'Triton is not installed'}")
+            parallel.say(f"compile   no: {'Triton does not run here' if lacks_triton else gain}")
             parallel.plan = eager.plan
             return
-    # There are separate graphs for layers that are recomputed and that are not, for one row (a size of 1 is a constant)
+    # There is a graph each for layers that are recomputed and that are not, for one row (a size of 1 is a constant)
     # and several, and for training and evaluation. They may use up torch's limit of 8 graphs, after which any other
     # recompilation would leave a layer uncompiled.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 16)
     torch._dynamo.config.suppress_errors = automatic  # with auto, a failure is a warning
-    # it would cut a layer into 11 graphs, and keep what passes between them in memory
+    # torch's optimizer for DDP would cut a layer into 11 graphs, and keep what passes between them in memory
     torch._dynamo.config.optimize_ddp = False
     for layer in decoder_layers(parallel.accelerator.unwrap_model(model)):
         if parallel.tensor_parallel.size > 1:
-            layer.register_forward_pre_hook(cache_local_parameters)
+            layer.register_forward_pre_hook(cache_local_parameters)  # not compiled itself, as `layer.compile` would
             layer.forward = torch.compile(layer.forward, dynamic=True)
         else:
             layer.compile(dynamic=True)
@@ -2779,7 +2791,7 @@ class StochasticAdamW(Optimizer):
         device = self.param_groups[0]["params"][0].device
         taken = 1.0 - getattr(self, "found_inf", torch.zeros(())).to(device)  # 0 where the update is skipped
         generator = torch.Generator(device).manual_seed(self.rounding_seed)
-        self.rounding_seed += 1
+        self.rounding_seed += 1  # for a loop that does not set it, as `training_step` does
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -2794,7 +2806,7 @@ class StochasticAdamW(Optimizer):
         weight, gradient, first, second = map(local_part, tensors)
         (beta1, beta2), lr = group["betas"], group["lr"]
         state["step"] += taken
-        gradient = torch.where(taken > 0, gradient.float(), 0.0)
+        gradient = gradient.float()
         new_first = first.float().lerp(gradient, 1 - beta1)
         new_second = second.float() * beta2 + gradient.square() * (1 - beta2)
         corrected = (new_second / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
@@ -2925,7 +2937,7 @@ class TensorParallel:
 
 
 def local_parameter(module: nn.Module, name: str) -> Tensor | None:
-    """Like `local_part`, for a module's parameter. Where all ranks hold it whole, its gradient is summed over them."""
+    """Like `local_part`, for a module's parameter, or what `cache_local_parameters` has kept of it."""
     from torch.distributed.tensor import Partial, Replicate
 
     if hasattr(module, "cached_parts"):
@@ -2934,7 +2946,7 @@ def local_parameter(module: nn.Module, name: str) -> Tensor | None:
     if parameter is None:
         return None
     # What every rank holds, a norm's weight, gets on each rank the gradient of that rank's tokens. `Partial` marks it
-    # as still to be summed over the ranks.
+    # as still to be summed over the ranks, which FSDP or `clip_gradients` does.
     grad_placements = [Partial()] if parameter.placements == (Replicate(),) else None
     return parameter.to_local(grad_placements=grad_placements)
 
@@ -3194,10 +3206,10 @@ def make_save_folder(folder: Path, parallel: Parallel) -> str:
     try:
         if (folder / "checkpoints").is_file():
             raise UserError(f"--save-model-dir {folder}: {folder / 'checkpoints'} is a file; give another folder")
-        goes_on = bool(complete_checkpoints(folder / "checkpoints"))
-        if not goes_on and folder.resolve() == Path(config.model_name_or_path).resolve():
+        if folder.resolve() == Path(config.model_name_or_path).resolve():
             raise UserError(f"--save-model-dir {folder} holds the model to train from; give another folder")
-        if not goes_on and (folder / "README.md").exists() and not (folder / "train_config.json").exists():
+        is_of_a_run = (folder / "train_config.json").exists() or complete_checkpoints(folder / "checkpoints")
+        if (folder / "README.md").exists() and not is_of_a_run:
             raise UserError(f"--save-model-dir {folder} holds a README.md that is of no run; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -3264,8 +3276,8 @@ class StopSignals(contextlib.ExitStack):
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
     A second signal ends the process at once, with two exceptions: within SAME_SIGNAL_SECONDS it is taken for the same
-    one, and a SIGTERM after Slurm's SIGUSR1 only leaves less time. Before `listen()` any signal ends the process,
-    because there is nothing to save yet.
+    one, and a SIGTERM after Slurm's SIGUSR1 only leaves less time. The end of its torchrun is to a rank like a first
+    signal. Before `listen()` any signal ends the process, because there is nothing to save yet.
     Agreement is an all-reduce of two CPU integers over gloo: about 0.1 ms, no device sync. Leaving this context manager
     restores the former handlers.
     """
@@ -3300,14 +3312,15 @@ class StopSignals(contextlib.ExitStack):
 
         A rank whose torchrun has died stops too: nothing else would end it, and it would block the next start.
         """
-        if not self.abandons_step:  # also after a stop: a SIGTERM that follows SIGUSR1 may abandon the step after all
+        # asked again when all have agreed to stop: a SIGTERM that follows SIGUSR1 may abandon the step after all
+        if not self.abandons_step:
             if self.torchrun not in (None, os.getppid()) and not self.signal_name:
-                self.signal_name = "the end of its torchrun"
+                self.signal_name, self.received_at = "the end of its torchrun", time.monotonic()
             # torchrun kills its ranks soon after it has passed one of these on
             passed_on = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP").split(",")
-            killed_soon = self.may_abandon_step and self.signal_name in passed_on
+            killed_soon = self.signal_name in passed_on
             too_long = killed_soon and self.seconds_to_finish_and_save > 0.8 * torchrun_grace_seconds()
-            mine = torch.tensor([bool(self.signal_name), bool(too_long)]).int()
+            mine = torch.tensor([bool(self.signal_name), too_long and self.may_abandon_step]).int()
             if self.group is not None:
                 dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
             self.stopping, self.abandons_step = map(bool, mine.tolist())
@@ -3489,7 +3502,7 @@ class Checkpoints:
         # after a restart, a checkpoint of this folder that was named at first is rightly no longer its newest
         if named != "auto" and not (is_restart and own):
             self.on_all_ranks(lambda: self.check_path(Path(named), own))
-        names_another = named != "auto" and Path(named).resolve().parent != self.folder.resolve()
+        names_another_folder = named != "auto" and Path(named).resolve().parent != self.folder.resolve()
         begins_elsewhere = named != "auto" and not own
         for folder in [Path(named)] if begins_elsewhere else own:
             try:
@@ -3506,7 +3519,7 @@ class Checkpoints:
             self.parallel.say(
                 f"resume    from {folder}, saved with world size {facts['world_size']} and parallelism "
                 + facts["strategy"]
-                + (f"; --resume {named} says only where a new run begins" if own and names_another else "")
+                + (f"; --resume {named} says only where a new run begins" if own and names_another_folder else "")
             )
             return state
         if own:  # and none is whole
@@ -3568,7 +3581,7 @@ class Checkpoints:
     def check_settings(self, facts: dict[str, Any], folder: Path) -> None:
         """Raises UserError if these flags would not give the losses that the run of the checkpoint would have had.
 
-        More steps are allowed.
+        More steps are allowed, although they stretch the schedule of the learning rate: this is how a run is prolonged.
         """
         saved = facts["curve"]
         changed = [name for name, value in self.settings.items() if saved.get(name) != value]
@@ -3581,6 +3594,7 @@ class Checkpoints:
             f"{flag_name(name)} is now {self.settings[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
             for name in changed
         ]
+        # a change of the data or the batch size, which is reported already, changes the number of steps too
         if self.total_steps < facts["total_steps"] and not changed:
             problems.append(
                 f"--num-train-epochs and --max-steps now give {self.total_steps} steps, but {folder} was trained "
@@ -3675,7 +3689,7 @@ def check_disk(folder: Path, checkpoint_bytes: int, parallel: Parallel) -> None:
     present = sum(file.stat().st_size for file in ours if file.is_file())
     free = shutil.disk_usage(folder.parent).free + present
     kept = parallel.config.keep_checkpoints + 1
-    final = parallel.shape.parameters * saved_dtype(parallel).itemsize
+    final = parallel.shape.parameters * saved_dtype(parallel.plan, parallel.config).itemsize
     need = kept * checkpoint_bytes + final
     if free < need:
         raise UserError(
@@ -3688,15 +3702,15 @@ def check_disk(folder: Path, checkpoint_bytes: int, parallel: Parallel) -> None:
 def check_host_memory(parallel: Parallel) -> None:
     """Raises UserError where a node's host memory cannot hold what the run will put there.
 
-    These are the states of all the node's ranks under --cpu-offload, and on rank 0's node also the final model's
-    weights while they are written. Any rank may call it alone.
+    These are the states of all the node's ranks under --cpu-offload, and where they are on GPUs otherwise, on rank 0's
+    node also the final model's weights while they are written. Any rank may call it alone.
     """
     plan, needs = parallel.plan, {}
     if plan.cpu_offload:
-        states_gib = host_memory_gib(parallel.shape, parallel.cluster, plan)
+        states_gib = offloaded_gib(parallel.shape, parallel.cluster, plan)
         needs["weights, gradients and moments under --cpu-offload"] = states_gib * GIB
     if parallel.is_main and parallel.device.type == "cuda":
-        needs["the final model, gathered"] = parallel.shape.parameters * saved_dtype(parallel).itemsize
+        needs["the final model, gathered"] = parallel.shape.parameters * saved_dtype(plan, parallel.config).itemsize
     if sum(needs.values()) > (free := free_host_memory()):
         parts = " and ".join(f"{size / GIB:.1f} GiB for {what}" for what, size in needs.items())
         raise UserError(
@@ -3822,7 +3836,8 @@ def save_model(
     `config.json` last, and the record is written anew.
     """
     folder = Path(parallel.config.save_model_dir)
-    record, identity = folder / "checkpoints" / "final-model.json", [weights_hash, str(saved_dtype(parallel))]
+    record = folder / "checkpoints" / "final-model.json"
+    identity = [weights_hash, str(saved_dtype(parallel.plan, parallel.config))]
 
     def is_written() -> bool:
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -3842,13 +3857,11 @@ def save_model(
         write_model(model, weights, tokenizer, written)
         sizes = {file.name: file.stat().st_size for file in written.iterdir() if file.is_file()}
         if not (weights_hash and record.exists() and weights_hash in record.read_text()):
-            (folder / "README.md").unlink(missing_ok=True)  # the card of another model
+            (folder / "README.md").unlink(missing_ok=True)  # the card of other weights, not of these in another dtype
         record.unlink(missing_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)
-        for old_weights in folder.glob("model*.safetensors*"):
-            old_weights.unlink()
-        for part in filter(Path.is_dir, written.iterdir()):  # a tokenizer's further chat templates
-            shutil.rmtree(folder / part.name, ignore_errors=True)
+        for pattern in ("config.json", "model*.safetensors*", "generation_config.json", *TOKENIZER_FILES):
+            for old in folder.glob(pattern):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         for file in sorted(written.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)
         sync_to_disk(folder)
@@ -3861,10 +3874,9 @@ def save_model(
     on_all_ranks(write, main_only=True)
 
 
-def saved_dtype(parallel: Parallel) -> torch.dtype:
-    """Returns the dtype of the final model's weights. Any rank may call it alone."""
-    save_dtype = parallel.config.save_dtype
-    chosen = parallel.plan.precision if save_dtype == "auto" else save_dtype
+def saved_dtype(plan: Plan, config: Config) -> torch.dtype:
+    """Returns the dtype of the final model's weights."""
+    chosen = plan.precision if config.save_dtype == "auto" else config.save_dtype
     return torch.float32 if chosen == "fp32" else torch.bfloat16
 
 
@@ -3873,7 +3885,7 @@ def gather_weights(model: PreTrainedModel, parallel: Parallel) -> dict[str, Tens
 
     One tensor at a time: a device holds its own share and a single whole matrix, never the model.
     """
-    weights, dtype = {}, saved_dtype(parallel)
+    weights, dtype = {}, saved_dtype(parallel.plan, parallel.config)
     tied = model.all_tied_weights_keys.keys()  # they are the same tensors under another name
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     for name, whole in parallel.pipeline.whole_tensors(tensors):
@@ -4007,7 +4019,8 @@ def write_model_card(parallel: Parallel, state: TrainingState, log: RunLog) -> N
         test = next((line for line in reversed(lines) if "test_samples" in line and line["step"] == state.step), None)
         systems = {"this model": "test_", "Lead-3: the article's first three sentences": "test_lead3_"} if test else {}
         results = {"optimizer steps": state.step, "tokens": f"{state.tokens:,}", "training loss": trained.get("loss")}
-        results |= {name.replace("eval_", "validation "): value for name, value in evaluated.items() if name != "step"}
+        scores = {name.removeprefix("eval_"): value for name, value in evaluated.items() if name != "step"}
+        results |= {f"validation {name}": value for name, value in scores.items()}
         results = {name: value for name, value in results.items() if value is not None}
         card = huggingface_hub.ModelCard.from_template(
             huggingface_hub.ModelCardData(
@@ -4093,8 +4106,8 @@ class RunLog:
         self.parallel, self.config = parallel, parallel.config
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.folder = Path(self.config.save_model_dir)
-        # how the `auto` flags that the plan does not decide were resolved
-        save_dtype = "bf16" if saved_dtype(parallel) == torch.bfloat16 else "fp32"
+        # what became of the `auto` flags that are settled after the plan is chosen
+        save_dtype = "bf16" if saved_dtype(parallel.plan, parallel.config) == torch.bfloat16 else "fp32"
         self.resolved = dict(compiled=parallel.plan.compiled, async_save=async_save, save_dtype=save_dtype)
         hidden = not parallel.shows_bars
         self.bar = tqdm(total=total_steps, initial=state.step, desc="training", unit="step", disable=hidden)
@@ -4137,7 +4150,9 @@ class RunLog:
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Leaves the body (an evaluation, a save) out of the step time and the throughput."""
+        """Leaves the body (an evaluation, a save) out of step time and throughput. Waits for the device first."""
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize()
         began = time.perf_counter()
         yield
         self.interval_began += time.perf_counter() - began
@@ -4147,7 +4162,10 @@ class RunLog:
         self.interval_waited, self.interval_began = 0.0, time.perf_counter()
 
     def timing_the_wait(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
-        """Yields the batches, and counts how long training waits for each of them."""
+        """Yields the batches, and counts the time in which this process builds them.
+
+        Training waits for it only where the device has nothing left to do: on a GPU this is an upper bound.
+        """
         while True:
             if self.steps_of_this_run == 1:
                 self.begin_second_step()
@@ -4170,7 +4188,10 @@ class RunLog:
         self.interval_began = time.perf_counter()
 
     def seconds_per_step(self) -> float:
-        """Returns the mean seconds of a step in the last interval; until one ends, of the steps after the first."""
+        """Returns the mean seconds of a step in the last interval; until one ends, of the steps after the first.
+
+        Before there is a second step, it returns next to nothing.
+        """
         return self.step_seconds or (time.perf_counter() - self.interval_began) / max(1, self.interval_steps)
 
     def step(self, state: TrainingState, result: StepResult | None) -> None:
@@ -4190,7 +4211,7 @@ class RunLog:
         if state.step % self.config.log_interval == 0 or state.step == self.total_steps:
             self.report_interval(state, result)
         elif self.steps_of_this_run == 1:
-            self.begin_interval()  # the first step allocates and compiles: it would spoil rate and time left
+            self.begin_interval()  # the first step allocates and compiles: it would spoil the next rate and time left
 
     def report_interval(self, state: TrainingState, result: StepResult) -> None:
         loss, grad_norm, skipped = torch.stack([result.loss, result.grad_norm, state.skipped]).tolist()
@@ -4281,7 +4302,8 @@ class RunLog:
         if not self.parallel.is_main:
             return
         with keep_going("the scores of the test split could not be written", self.parallel):
-            # all the new ones are written, so those of this step that other weights or flags have made can go
+            # All the new ones are written, so those of this step that other weights or flags have made can go. Those of
+            # the validation split have no mark, and stay.
             made_by = samples[0]["made_by"]
             self.samples.keep(lambda each: each["step"] != state.step or each.get("made_by", made_by) == made_by)
             before = [each for each in read_lines(self.folder / METRICS_FILE) if "test_samples" in each]
@@ -4330,10 +4352,10 @@ class RunLog:
             write_atomically(self.folder / "train_config.json", lambda path: path.write_text(text))
 
     def flush(self) -> None:
-        """Flushes `metrics.jsonl` to disk: the metrics up to a checkpoint must be on disk before it."""
-        if self.parallel.is_main:
-            with contextlib.suppress(OSError):  # a full disk was reported when writing
-                sync_to_disk(self.folder / METRICS_FILE)
+        """Flushes the lines to disk: those up to a checkpoint must be on disk before it."""
+        for name in (METRICS_FILE, SAMPLES_FILE) if self.parallel.is_main else ():
+            with contextlib.suppress(OSError):  # a full disk was reported when writing; there may be no samples
+                sync_to_disk(self.folder / name)
 
     def stopped(self, state: TrainingState, signal_name: str, saved: bool) -> None:
         self.bar.close()
@@ -4483,7 +4505,7 @@ def draw_curves(folder: Path) -> None:
 
 
 def run_description(parallel: Parallel, resolved: dict[str, Any], plan_check: dict[str, Any]) -> dict[str, Any]:
-    """Returns what `train_config.json` holds. `resolved`: what became of the `auto` flags the plan does not decide."""
+    """Returns what `train_config.json` holds. `resolved`: the `auto` flags settled after the plan."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
     choice = None
     if parallel.choice is not None:  # with the candidates that the table shows: all would be a megabyte
@@ -4507,8 +4529,9 @@ def run_description(parallel: Parallel, resolved: dict[str, Any], plan_check: di
 def compare_with_plan(parallel: Parallel, result: StepResult, seconds: float) -> dict[str, dict[str, Any]]:
     """Returns `predicted`, `measured` and the `band` that the prediction claims, for rank 0's memory and step time.
 
-    Predicts again for the documents of this step, because the plan assumes full blocks. On a CPU memory is not
-    measured, and the step's time is not judged, because cores are shared.
+    Predicts again for the documents of this step, because the plan assumes full blocks. Reserved is what nvidia-smi
+    shows as used, see `Memory`. On a CPU memory is not measured, and the step's time is not judged, because cores are
+    shared.
     """
     batch = result.batch
     tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
@@ -4546,7 +4569,7 @@ def lines_of_check(plan_check: dict[str, dict[str, Any]]) -> list[str]:
         if value["band"] and not value["band"][0] <= value["measured"] <= value["band"][1]:
             within = " to ".join(f"{limit:.2f}" for limit in value["band"])
             misses.append(f"WARNING   the plan missed: {quantity} {value['measured']:.2f} {unit} is outside {within}")
-    return [f"check     predicted / measured, step 2: {', '.join(parts)}", *misses] if parts else []
+    return [f"check     predicted / measured, second step: {', '.join(parts)}", *misses] if parts else []
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -4713,7 +4736,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan, what one optimizer step of it is predicted to take, and whether and why it is chosen."""
+    """A plan, what one optimizer step of it is predicted to take, whether it fits, and why it is chosen or not."""
 
     plan: Plan
     memory_gib: Memory
@@ -4730,7 +4753,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of planning: what is chosen (None where nothing fits), every candidate, and what would help."""
+    """The outcome of planning: what is chosen (None where nothing fits), every candidate, and what would help.
+
+    The first candidate is the chosen one or, where nothing fits, the nearest miss.
+    """
 
     chosen: Candidate | None
     candidates: list[Candidate]
@@ -4772,7 +4798,7 @@ def refuse_what_does_not_fit(choice: Choice, cluster: Cluster) -> None:
 
 
 def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
-    """Returns the fastest candidate that fits with headroom, or the preferred one of those too close to call with it.
+    """Chooses the fastest candidate that fits with headroom, or the preferred one of those too close to call with it.
 
     Raises UserError for flags that cannot work on the cluster, or with the model.
     """
@@ -4791,6 +4817,7 @@ def choose_plan(shape: ModelShape, cluster: Cluster, config: Config) -> Choice:
     for each in fitting:
         if each is not chosen:
             slower = f"{each.total_seconds / fastest.total_seconds - 1:.0%} slower than the fastest"
+            # a plan that is faster than the chosen one, but not among the close ones, cuts the model into more parts
             is_close = each in close or each.total_seconds < chosen.total_seconds
             words = "too close to call, and not preferred" if is_close else slower
             candidates.append(dataclasses.replace(each, reason=words))
@@ -4833,8 +4860,8 @@ def preferred(fitting: list[Candidate], cluster: Cluster) -> Candidate:
 def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     """Returns what decides between candidates that are too close to call, first things first; the lower value wins.
 
-    Less recomputation comes early: published runs gain 10 to 20% from it, while the extra time that is predicted for
-    small micro-batches is uncertain.
+    Less recomputation comes early. It often fits with smaller micro-batches only, and the extra time that is predicted
+    for those is uncertain, while published runs gain 10 to 20% from recomputing less.
     """
     plan = candidate.plan
     return {
@@ -4880,7 +4907,7 @@ def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> 
         reason = f"needs {memory.reserved:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
     elif plan.cpu_offload and (free := cluster.host_memory_gib) is not None:
         # rank 0's node will also hold the final model, gathered
-        host = host_memory_gib(shape, cluster, plan) + plan.compute_bytes * shape.parameters / GIB
+        host = offloaded_gib(shape, cluster, plan) + saved_dtype(plan, config).itemsize * shape.parameters / GIB
         reason = f"needs {host:.1f} GiB of a node's own memory, and {free:.1f} are free" if host > free else ""
     return Candidate(plan, memory, seconds, rate, mfu, not reason, reason)
 
@@ -4927,7 +4954,8 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
 def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
     if plan.gradient_accumulation_steps == 1:
         return ("step",)
-    if plan.strategy == "hsdp":  # its all-reduce across replicas waits for the last micro-batch anyway
+    # holding back would save reductions inside a group alone: the all-reduce across replicas waits in any case
+    if plan.strategy == "hsdp":
         return ("micro-batch",)
     return ("micro-batch", "step") if plan.dp_shard_size > 1 else ("step",)
 
@@ -4940,7 +4968,7 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     """
     check_given_cuts(shape, cluster, config)
     stage_counts, tensor_sizes = [config.pipeline_parallel_size or 1], [config.tensor_parallel_size or 1]
-    may_cut = config.parallelism not in ("none", "ddp")  # under none and ddp each process holds the whole model
+    may_cut = config.parallelism not in ("none", "ddp")  # which ask for the whole model in each process
     if may_cut and config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
         stage_counts += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
@@ -4994,7 +5022,7 @@ def layers_of_stages(shape: ModelShape, stages: int) -> list[int]:
     """
     if stages == 1:
         return [shape.layers]
-    head = shape.vocabulary * shape.hidden / shape.layer_parameters  # in layers
+    head = shape.vocabulary * shape.hidden / shape.active_layer_parameters  # in layers
 
     def slowest(of_last: int) -> float:
         return max(math.ceil((shape.layers - of_last) / (stages - 1)), of_last + head)
@@ -5010,7 +5038,10 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int, tensor:
     Raises UserError where they leave none, or where there are not equally many ranks for each part.
     """
     strategies, parts = [config.parallelism], stages * tensor
-    ranks, ranks_of_node = cluster.world_size // parts, cluster.ranks_per_node // tensor  # that hold the same part
+    ranks, ranks_of_node = (
+        cluster.world_size // parts,
+        cluster.ranks_per_node // tensor,
+    )  # that hold the same part, in all and in a node
     cuts = {"--pipeline-parallel-size": stages, "--tensor-parallel-size": tensor}
     shown = " and ".join(f"{name} {size}" for name, size in cuts.items() if size > 1)
     if cluster.world_size % parts:
@@ -5049,7 +5080,9 @@ def replicas_and_shards(strategy: str, ranks: int, shards: int, is_cut: bool) ->
             f"--parallelism none runs one process{of_part}, but there are {ranks}; use "
             f"{'' if is_cut else 'ddp, '}fsdp or auto"
         )
-    smallest = 1 if is_cut else 2  # groups of one rank are DDP, which parts of a model cannot have
+    smallest = (
+        1 if is_cut else 2
+    )  # a whole model in groups of one is plain DDP, for which HSDP stands in where the model is cut
     needed = {"none": 1, "ddp": 2, "fsdp": 2, "hsdp": 2 * smallest}[strategy]
     if ranks < needed:
         raise UserError(
@@ -5068,7 +5101,7 @@ def replicas_and_shards(strategy: str, ranks: int, shards: int, is_cut: bool) ->
 
 
 def packs(shape: ModelShape, cluster: Cluster, config: Config) -> bool:
-    """Returns whether rows are packed. Raises UserError for a --packing yes that would let documents see others.
+    """Returns whether rows are packed. Raises UserError for a --packing yes that cannot be had.
 
     torch's variable-length kernel needs head_dim <= 256 and divisible by 8 (flash_api.cpp); only SDPA pads other sizes.
     """
@@ -5088,7 +5121,8 @@ def micro_batch_sizes(documents: int, stages: int) -> list[int]:
     """Returns the micro-batch sizes to try, largest first: all documents, powers of two, and one and a half times them.
 
     Each is lowered to an even split. Five documents, at most four at a time, are split into three and two: the size is
-    three. With stages, sizes count that give at least twice as many micro-batches as stages, or the smallest of all.
+    three. With stages, only sizes that give at least twice as many micro-batches as stages are tried, or else the
+    smallest of all.
     """
     powers = [2**power for power in range(documents.bit_length())]
     sizes = {documents, *powers, *(min(documents, 3 * power // 2) for power in powers[1:])}
@@ -5201,7 +5235,7 @@ def model_shape(model_config: PretrainedConfig) -> ModelShape:
 
 
 def why_unpackable(model_config: PretrainedConfig, attention: str | None) -> str:
-    """Returns why the documents of a packed row could not be kept apart, or trained as padded ones; "" if they can."""
+    """Returns why packed documents would see each other, or be trained otherwise than padded ones; "" if neither."""
     text_config = model_config.get_text_config()
     if attends_partially(model_config):
         return "some of its layers do not attend to the whole document"
@@ -5214,7 +5248,7 @@ def why_unpackable(model_config: PretrainedConfig, attention: str | None) -> str
 def why_unsplittable(model: PreTrainedModel, attention: str | None) -> str:
     """Returns why the layers of a model on the meta device cannot be split for tensor parallelism; "" if they can."""
     if attention != "causal_attention":
-        return "its attention needs a mask"
+        return "its attention is not plain causal attention"
     if model.config.get_text_config().tie_word_embeddings:
         return "the model's embedding and head are one matrix"
     modules, norm = dict(model.named_modules()), getattr(model.base_model, "norm", None)
@@ -5272,10 +5306,10 @@ def attends_partially(model_config: PretrainedConfig) -> bool:
 
 # ---- The plan: memory ----------------------------------------------------------------------------------------
 
-# What reserved memory takes beyond the allocator's pools, as (low, expected, high). CONTEXT_GIB: CUDA context, cuBLAS
-# and NCCL buffers (0.5 to 1.6 GiB published). Gaps between tensors, with the expandable segments that the hook turns
-# on, are a share of the pools plus bytes per parameter of one layer, whose weights and gradients come and go: both are
-# fitted to the rows of tests/README.md, which all lie within the band.
+# What reserved memory takes beyond the tensors in the allocator's pools, as (low, expected, high). CONTEXT_GIB: CUDA
+# context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published). Gaps between tensors, with the expandable segments that
+# the hook turns on, are a share of the pools plus bytes per parameter of one layer, whose weights and gradients come
+# and go: both are fitted to the rows of tests/README.md, which all lie within the band.
 CONTEXT_GIB = (0.5, 1.0, 1.6)
 GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
@@ -5332,13 +5366,14 @@ def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     """Returns bytes by term in each phase of a step that may be the peak."""
     shape, plan = step.shape, step.plan
     phases = sharded_phases(step) if plan.uses_fsdp else replicated_phases(step)
-    # StochasticAdamW's temporaries for the largest parameter: fp32 copies and random bits, eight numbers of 4 bytes an
-    # element. Fused AdamW has none.
-    largest_parameter = max(shape.vocabulary, shape.intermediate) * shape.hidden
-    rounding = 8 * 4 * largest_parameter / plan.dp_shard_size if plan.precision == "bf16-states" else 0
+    # StochasticAdamW's temporaries for the largest matrix (of a Llama). Per element: gradient, new moments, denominator
+    # and new weight in fp32, two copies of its bits, and the result in bf16. Fused AdamW has none.
+    largest_matrix = max(shape.vocabulary, shape.intermediate) * shape.hidden
+    rounding = (7 * 4 + 2) * largest_matrix / plan.dp_shard_size if plan.precision == "bf16-states" else 0
     if plan.cpu_offload:  # transformers loads every shard through the device
         phases["loading"] = dict(weights=plan.shard_bytes(shape))
-    return {**phases, "optimizer": step.phase(temporaries=rounding, finished=shape.parameters)}
+    phases["optimizer"] = dict(step.resident(), gradients=step.gradients(shape.parameters), temporaries=rounding)
+    return phases
 
 
 def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
@@ -5372,7 +5407,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
         # The backward pass ends in layer 0: its input and four tensors as wide as the stream; its weights, their
-        # gradients before they are added in fp32, and as much as a layer gathered ahead.
+        # gradients before they are added in fp32, and as much as one more gathered layer, which the tracker counts.
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
@@ -5398,16 +5433,14 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     """
     shape, plan, copy_bytes, copied_before = step.shape, step.plan, step.copy_bytes, step.copied_before
     layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
-    # cosines and sines are in fp32 under autocast, twice what `StepMemory` counts
-    saved_before = [step.rotary + saved for saved in step.saved_before]
+    saved_before, is_split = step.saved_before, plan.tensor_parallel_size > 1
     all_saved, all_copied, head_copy = saved_before[-1], copied_before[-1], copy_bytes * head
     # a compiled layer casts for itself, and autocast caches no copies of the local parts of DTensors
-    split = plan.tensor_parallel_size > 1
-    cache = all_copied if plan.compiled or split else copy_bytes * shape.layers * layer
+    cache = all_copied if plan.compiled or is_split else copy_bytes * shape.layers * layer
     phases = {}
     if shape.has_head:
         chunk, loss_buffers = step.loss_buffers()
-        norm_backward = step.norm_backward + step.stream * split
+        norm_backward = step.norm_backward + step.stream * is_split
         at_end = all_saved + step.norm + step.stream
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
         in_loss = all_saved + step.norm + step.scalars
@@ -5462,8 +5495,8 @@ class StepMemory:
         width, split = plan.compute_bytes, plan.tensor_parallel_size
 
         # Bytes per token.
-        self.rotary = 4 * shape.head_dim  # cosines and sines of a position, shared by all layers
-        self.stream = 2 * h  # the residual stream, a selection of it for the head, or its gradient, in bf16
+        self.rotary = 2 * plan.stream_bytes * shape.head_dim  # cosines and sines of a position, shared by all layers
+        self.stream = width * h  # the residual stream, a selection of it for the head, or its gradient
         # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
         # gradient.
         self.scalars = 4 * 8 + 3 * 4
@@ -5473,9 +5506,9 @@ class StepMemory:
             self.norm = self.layer_input + width * h
             self.norm_backward = 2 * self.norm
         else:
-            # What a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h. Under autocast
-            # the three are in fp32.
-            self.norm = (12 if plan.autocasts else 8) * h
+            # What a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h. In fp32 and under
+            # autocast all three take 4h.
+            self.norm = (12 if plan.stream_bytes == 4 else 8) * h
             # A norm's backward pass: 8h of what it saved, and in fp32 the gradients of the normalised input, of the
             # input by way of the scale, of the input by way of the variance, and the sum of the last two, 4h each.
             self.norm_backward = (8 + 4 * 4) * h
@@ -5485,8 +5518,9 @@ class StepMemory:
             # and their product 3f. The rest is computed again from them.
             saved = self.layer_input + width * (2 * h + h / split + 2 * q + 2 * k + 3 * f)
         else:
-            # Two norms: 16h in bf16, 24h in fp32. Under autocast they save fp32 alone, 16h, and the inputs of five
-            # projections are copied to bf16, 10h. In elements: query and attention output 2q, key and value 2k, MLP 4f.
+            # Two norms: 16h in bf16, 24h in fp32. Under autocast the outputs, which projections read, are saved as bf16
+            # copies of five projections' inputs, 10h, beside the 16h of the rest. In elements: query and attention
+            # output 2q, key and value 2k, MLP 4f.
             norms = 2 * self.norm if split > 1 else (26 if plan.autocasts else 24 if width == 4 else 16) * h
             saved = norms + width * (2 * q + 2 * k + 4 * f)
         # What a layer keeps that is not recomputed: these, attention's log-sum-exp 4a, and the scales of two norms 8.
@@ -5511,16 +5545,17 @@ class StepMemory:
     def loss_buffers(self) -> tuple[float, float]:
         """Returns the bytes of a chunk of logits with its inputs, and of all that the head's loss needs at its peak."""
         shape, plan = self.shape, self.plan
-        split = plan.tensor_parallel_size > 1
+        is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy there is more than the logits in fp32. Bytes per logit: under tensor parallelism
-        # 16, as there are bf16 logits, their exponentials, and the gradients in fp32 and bf16, too; where all logits
-        # are computed at once 10, with bf16 logits and their log-softmax. With the 10, the prediction for a whole step
-        # is 2 to 11% above what PyTorch's tracker counts.
-        without_fused_loss = split or shape.computes_all_logits
-        per_logit = (16 if split else 10) if without_fused_loss else 4
+        # Without linear_cross_entropy there is more than the logits in fp32. Bytes per logit: in chunks 16, as there
+        # are bf16 logits, their exponentials, and the gradients in fp32 and bf16, too; where all logits are computed
+        # at once 10, with bf16 logits and their log-softmax. With the 10, the prediction for a whole step is 2 to 11%
+        # above what PyTorch's tracker counts.
+        without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
+        per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # the head's inputs are in fp32
-        # At the peak also the gradients of its logits and of the previous chunk's, in bf16, and the head's.
+        # At the peak also the head's gradient, and in bf16 the gradients of the chunk's logits and the previous one's,
+        # which in fp32 take the place of the logits.
         gradients = 0 if plan.compute_bytes == 4 or without_fused_loss else 2 * 2 * rows * shape.vocabulary
         return chunk, chunk + gradients + plan.compute_bytes * shape.head_and_norm_parameters
 
@@ -5533,6 +5568,8 @@ class StepMemory:
         h, f, q, k, width = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, plan.compute_bytes
         if not plan.compiled:
             kept = self.layer_input if recomputed else 0
+            # Beside what the layer saved, PyTorch's tracker counts in the MLP two gradients f wide and, except under
+            # autocast, one h wide; in the first norm, in half precision, the stream's.
             mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
             norm = self.norm_backward + (self.stream if width == 2 else 0)
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
@@ -5562,7 +5599,8 @@ class StepMemory:
         if plan.strategy == "ddp":  # its buckets, and beside them what earlier micro-batches add up
             return state * (parameters + (parameters - finished) * accumulates)
         if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
-            return 4 * (parameters - finished) + state * finished / plan.dp_shard_size
+            reduced = 0 if plan.cpu_offload else state * finished / plan.dp_shard_size
+            return 4 * (parameters - finished) + reduced
         if plan.strategy == "hsdp" and accumulates:  # FSDP2 keeps them on the device for the all-reduce, in fp32
             return 4 * parameters / plan.dp_shard_size
         return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
@@ -5576,14 +5614,14 @@ class StepMemory:
         with (FSDP's, or autocast's copies), and gradients about to be reduced. `finished` is the number of parameters
         whose gradients are complete.
         """
-        # FSDP holds gradients back until the last micro-batch; by then no other is under way.
+        # Where FSDP holds gradients back, they are finished in the last micro-batch only: no other is under way then.
         if not (self.plan.holds_gradients_back and finished):
             activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
         passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
 
 
-def host_memory_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
+def offloaded_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     """Returns what weights, gradients and moments take of a node's host memory under CPU offload, in GiB.
 
     Weights and gradients lie in pinned memory, of which torch takes a power of two for each tensor
@@ -5593,7 +5631,9 @@ def host_memory_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     matrices = shape.layers * [h * q, h * q, h * k, h * k, h * f, h * f, h * f] + [v * h]
     matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
     pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
-    of_rank = (2 * pinned + 2 * plan.shard_bytes(shape)) / plan.pipeline_parallel_size
+    shard_bytes = plan.shard_bytes(shape)  # of the whole model
+    pinned = max(pinned, shard_bytes)  # `intermediate` is that of the experts a token is sent to
+    of_rank = 2 * (pinned + shard_bytes) / plan.pipeline_parallel_size
     return of_rank * cluster.ranks_per_node / GIB
 
 
@@ -5651,7 +5691,8 @@ def predict_seconds(
     reduced_bytes = 4 if plan.uses_fsdp else plan.state_bytes
     all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * parameters / shards / replica_bus
     shard_bytes = max(map(plan.shard_bytes, parts))
-    copied_bytes = micro_batches * shard_bytes * (gathers + 1) if plan.cpu_offload else 0.0
+    gradient_copies = reductions if replicas == 1 else 1  # to the host, after the last reduction of each
+    copied_bytes = (micro_batches * gathers + gradient_copies) * shard_bytes if plan.cpu_offload else 0.0
     host_link = copied_bytes / (HOST_LINK_GB_PER_SECOND * 1e9)
     stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
     sent_bytes = micro_batches * 2 * tokens / split * (plan.stream_bytes * shape.hidden) if stages > 1 else 0.0
@@ -5764,6 +5805,7 @@ def changes_that_may_help(cluster: Cluster, config: Config, to_fit: bool) -> Ite
         words = f"{nodes * ranks} GPUs" if cluster.has_gpu else f"{nodes} such machines"
         yield "devices", words, config, dataclasses.replace(cluster, nodes=nodes, ranks_per_node=ranks)
     if freed:
+        # the words of --parallelism name --hsdp-shard-size already
         words = " ".join(words for name, words in freed.items() if name != "hsdp_shard_size")
         defaults = {name: FLAGS[name].default for name in PLAN_FLAGS}
         yield "all flags", words, dataclasses.replace(config, **defaults), cluster
@@ -5778,7 +5820,8 @@ def best_of(shape: ModelShape, cluster: Cluster, config: Config) -> Candidate | 
 
 
 def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memory: Memory, config: Config) -> str:
-    """Returns the flags for a run that ran out of memory: of a plan predicted to reserve a tenth less than the run's.
+    """Returns flags to add to the command of a run that ran out of memory: those of a plan that is predicted to reserve
+    a tenth less than the run's.
 
     Where there is none, the block is halved, up to three times. Failing that, the plan that reserves least is taken;
     among equals, the one with the longest block, then the smallest micro-batch. All flags of the plan are given,
@@ -5799,7 +5842,7 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
             tried, key=lambda pair: (pair[1].memory_gib.reserved, -pair[0], pair[1].plan.micro_batch_size)
         )
     flags = flags_of(found.plan, cluster)
-    if config.hsdp_shard_size and found.plan.strategy != "hsdp":  # which would be refused
+    if config.hsdp_shard_size and found.plan.strategy != "hsdp":  # the command's own would be refused
         flags += " --hsdp-shard-size auto"
     return flags + (f" --block-size {block} --resume-anyway" if block < config.block_size else "")
 
@@ -5863,7 +5906,7 @@ def describe_best(choice: Choice, shape: ModelShape, cluster: Cluster) -> list[s
         f"optimizer {seconds['optimizer']:.2f} s",
     ]
     if offloads:
-        host_gib = host_memory_gib(shape, cluster, best.plan)
+        host_gib = offloaded_gib(shape, cluster, best.plan)
         lines.append(f"  host      weights, gradients and moments take {host_gib:.1f} GiB of each node's own memory")
     assumed += "; overlap and reserved fitted" + ("; host link and memory guess" if offloads else "")
     return [*lines, f"  lever     {choice.lever}", f"  assumed   every document fills its block; {assumed}"]
@@ -5944,11 +5987,14 @@ class Cluster:
         """
         if self.nodes == 1 or self.ranks_per_node % (ranks * stride) == 0:  # else some ring lies on two nodes
             return self.gpu.link_gb_per_second
-        ring_ranks_of_node = max(1, self.ranks_per_node // stride)  # of one ring: its share of the node's network
+        ring_ranks_of_node = max(
+            1, self.ranks_per_node // stride
+        )  # of one ring, each with a GPU's share of the network
         return min(self.gpu.link_gb_per_second, ring_ranks_of_node * self.network_gb_per_second)
 
     @property
     def network_gb_per_second(self) -> float:
+        """What a GPU's share of its node's network carries."""
         return self.gpu.network_gbit_per_second / 8 * NETWORK_EFFICIENCY
 
 
@@ -5973,7 +6019,7 @@ def find_cluster() -> Cluster:
 
 
 def this_machine() -> Cluster:
-    """Returns the cluster that torchrun has made; without it, one with a rank for each GPU of this machine, or one."""
+    """Returns the cluster that torchrun has made; without it, this machine with a rank for each GPU, or with one."""
     check_launcher()
     if "LOCAL_RANK" not in os.environ:
         return cluster_like_this(1, max(1, torch.cuda.device_count()))
@@ -6040,7 +6086,7 @@ def measure_matmul_tflops(device: str, dtype: torch.dtype, size: int) -> float:
 def parse_cluster(text: str) -> Cluster:
     """Returns the cluster that `8xH100-80GB` or `2x8xA100-40GB,ib=200`, for example, describes.
 
-    `ib` is the network in Gbit/s per GPU. Raises UserError for one it cannot read, listing the GPUs it knows.
+    `ib` is the network in Gbit/s per GPU. Raises UserError for one it cannot read; for an unknown GPU it lists all.
     """
     pattern = r"(?:(\d{1,6}) ?x ?)?(\d{1,6}) ?x ?([^,]+)(?:, ?ib=(\d+(?:\.\d+)?))?"
     match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
@@ -6104,8 +6150,8 @@ GPUS = {  # memory GiB, bf16 TFLOP/s, HBM GB/s, efficiencies of matmuls and atte
     "A10-24GB": Gpu(22.0, 125, 600, 0.60, 0.75, 20, 12.5, 31.2, DATA_SHEET),
 }
 # Guesses: what pinned copies reach of a PCIe 4 x16 link's 32 GB/s, one rank's share of a host's memory bandwidth for an
-# offloaded optimizer, and the memory bandwidth of a GPU that is not in the table. PCIE_GB_PER_SECOND, among GPUs
-# linked by PCIe 4, is from nccl-tests.
+# offloaded optimizer, and the memory bandwidth of a GPU that is not in the table. PCIE_GB_PER_SECOND is from nccl-tests
+# on one machine of GPUs linked by PCIe 4, and a guess for any other.
 HOST_LINK_GB_PER_SECOND = 20
 HOST_MEMORY_GB_PER_SECOND = 20
 UNKNOWN_HBM_GB_PER_SECOND = 1000

@@ -221,7 +221,7 @@ def test_the_card_has_model_data_results_and_plan(typed_run):
     ):
         assert f"| {name} | {value} |" in card.text
     assert "Plan: none, micro-batch 2 x 1 on 1 x " in card.text
-    assert "predicted / measured, step 2" in card.text
+    assert "predicted / measured, second step" in card.text
     assert "Licence" not in card.text  # that of a model folder is not known
     assert "## Samples" not in card.text
     assert ("![curves](curves.png)" in card.text) == (typed_run.folder / "curves.png").exists()
@@ -310,7 +310,7 @@ def test_a_card_has_scores_check_curves_and_three_last_samples(tmp_path):
     write_card(tmp_path)
     text = ModelCard.load(tmp_path / "README.md").text
     assert "| rouge1 | 40.0000 |" in text and "| validation perplexity | 3.4903 |" in text
-    assert "predicted / measured, step 2: step 2.00 / 2.50 s\nWARNING   the plan missed" in text
+    assert "predicted / measured, second step: step 2.00 / 2.50 s\nWARNING   the plan missed" in text
     assert text.count("**Reference.**") == text.count("**Summary.**") == 3
     assert "**Reference.** Reference 9.0\n\n**Summary.** Summary 9.0" in text and "Summary 5" not in text
     assert "curves.png" not in text

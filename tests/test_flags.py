@@ -440,7 +440,7 @@ def test_weights_of_nan_are_told_in_one_line_before_training(tmp_path, capsys):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert command_line(small_run(tmp_path / "run", model_name_or_path=folder)) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: the loss is nan before any training; the model's weights are broken")
+    assert line.startswith("error: the loss is nan before the first step of this run, so the weights are broken")
 
 
 def test_a_save_folder_with_the_base_model_is_refused_unchanged(tmp_path, capsys):

@@ -1288,7 +1288,9 @@ def test_every_auto_is_resolved_and_written_down(executed):
 def test_the_plan_is_checked_once_after_the_second_step(executed):
     folder, console = executed["every-2"]
     lines = console.splitlines()
-    (check,) = [index for index, line in enumerate(lines) if line.startswith("check     predicted / measured, step 2")]
+    (check,) = [
+        index for index, line in enumerate(lines) if line.startswith("check     predicted / measured, second step")
+    ]
     steps = [index for index, line in enumerate(lines) if re.match(r"step [12]/3  loss", line)]
     assert steps[0] < check < steps[1] + 2
     assert "active" in lines[check] and "not measured on CPU" in lines[check]
@@ -1308,7 +1310,7 @@ def test_only_what_lies_outside_its_band_is_reported_missed():
     assert train_llama2.lines_of_check({}) == [], "before the second step has ended"
     first, *misses = train_llama2.lines_of_check(check)
     assert first == (
-        "check     predicted / measured, step 2: active 20.00 / 21.50 GiB, reserved 23.00 / 24.00 GiB, "
+        "check     predicted / measured, second step: active 20.00 / 21.50 GiB, reserved 23.00 / 24.00 GiB, "
         "step 3.00 / 9.00 s"
     )
     assert misses == [
