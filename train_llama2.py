@@ -5450,7 +5450,8 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     else:
         phases["end of forward"] = step.phase(all_saved + step.stream, gathered=cache)
     accumulates = plan.gradient_accumulation_steps > 1
-    # of a matrix of the MLP, in bf16 and fp32, before it is added to the one that is there
+    # Of a matrix of the MLP, in bf16 and fp32, before it is added to the one that is there: PyTorch's tracker counts it
+    # at the peak under autocast only.
     gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
         phases[f"backward of layer {i}"] = largest(

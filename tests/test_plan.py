@@ -1063,9 +1063,9 @@ def test_memory_of_the_first_stage_by_hand():
     parameters = 20 * PER_LAYER + 32000 * 5120
     part = train_llama2.shapes_of_stages(LLAMA_13B, 2)[0]
     assert part.parameters == parameters and part.embedding_parameters == 32000 * 5120
-    terms = train_llama2.memory_phases(train_llama2.StepMemory(part, PP2, 2048))["optimizer"]
-    assert terms["weights"] == 4 * parameters / 8 and terms["optimizer"] == 8 * parameters / 8
     step = train_llama2.StepMemory(part, PP2, 2048)
+    terms = step.phase()
+    assert terms["weights"] == 4 * parameters / 8 and terms["optimizer"] == 8 * parameters / 8
     one = 20 * step.whole_layer + step.rotary
     assert terms["activations"] == pytest.approx(2048 * (one + 5 * 2 * 5120))
     alone = dataclasses.replace(PP2, gradient_accumulation_steps=1)
