@@ -1069,10 +1069,13 @@ def test_memory_of_the_first_stage_by_hand():
     one = 20 * step.whole_layer + step.rotary
     assert terms["activations"] == pytest.approx(2048 * (one + 5 * 2 * 5120))
     alone = dataclasses.replace(PP2, gradient_accumulation_steps=1)
-    assert (
-        train_llama2.memory_phases(train_llama2.StepMemory(part, alone, 2048))["optimizer"]["activations"]
-        == 2048 * 2 * 2 * 5120
-    )
+    assert train_llama2.StepMemory(part, alone, 2048).phase()["activations"] == 2048 * 2 * 2 * 5120
+
+
+def test_no_micro_batch_is_under_way_in_the_optimizer():
+    part = train_llama2.shapes_of_stages(LLAMA_13B, 2)[0]
+    terms = train_llama2.memory_phases(train_llama2.StepMemory(part, PP2, 2048))["optimizer"]
+    assert sum(terms.values()) == 16 * part.parameters / 8
 
 
 def test_the_stage_that_takes_most_memory_counts():
