@@ -69,6 +69,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -314,7 +315,8 @@ class Config:
             value, read = getattr(self, name), field.metadata["read"]
             for each in value if isinstance(value, tuple) else [value]:
                 try:
-                    if each is not None and not isinstance(each, bool):
+                    is_open = each is None and field.metadata["unset"] is not None
+                    if not is_open and field.default is not False:
                         read.convert(str(each))
                 except ValueError as broken_rule:
                     raise UserError(f"{flag_name(name)} {each} {broken_rule}") from None
@@ -481,9 +483,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def command_line(argv: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns the exit code, which is 0 also for a run that a signal stopped.
+    """Runs `main` and returns the exit code, which is 0 also where a signal stopped the training.
 
-    All ranks learn of a mistake, and rank 0 reports it. The others wait before they exit, because torchrun kills the
+    A mistake known to all ranks is reported by rank 0. The others wait before they exit, because torchrun kills the
     remaining ranks, rank 0 too, as soon as one has failed.
     """
     try:
@@ -606,10 +608,10 @@ def training_step(
 ) -> StepResult | None:
     """Takes one optimizer step on a global batch. No host sync, except under CPU offload.
 
-    Returns None if all ranks agreed to abandon the step, because torchrun would not wait for it and a save; an ordinary
-    stop lets it finish. Weights, moments and `state` are unchanged then, but the run must end, because FSDP may hold
-    gradients. That happens only without pipeline stages: there each forward is followed by its backward, so no
-    micro-batch is left half done.
+    An ordinary stop lets the step finish. Returns None if all ranks agreed to abandon it, because torchrun would not
+    wait for it and a save: weights, moments and `state` are unchanged, but the run must end, because FSDP may hold
+    gradients. Only without pipeline stages, where each forward is followed by its backward, so no micro-batch is left
+    half done.
 
     DDP and FSDP average gradients over the data ranks, so each loss is multiplied by their number. A step whose loss
     or gradient norm is not finite changes nothing: AdamW leaves weights and moments alone where `found_inf` is 1, in
@@ -1211,7 +1213,7 @@ def on_all_ranks(
     """Runs `act` on every rank and returns its result; if it fails on any rank, raises the same error on all of them.
 
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. Out of memory, a broken
-    device and a lost connection are raised on this rank alone, because it cannot talk to the others any more. With
+    device and a connection that NCCL has lost are raised on this rank alone, because it cannot talk to the others any more. With
     `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned
     as a list. `act` must not wait for other ranks: if it failed on one, the others would wait for that one. Only an
     `act` that fails on all ranks alike may. Costs one exchange of messages in host memory.
@@ -1486,7 +1488,7 @@ def read_splits(config: Config) -> tuple[dict[str, Dataset], list[str]]:
     cache, paths, shown = Path(datasets.config.HF_DATASETS_CACHE), config.dataset_paths, shown_data(config)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        (cache / ".writable").touch()
+        tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         raise UserError(
             f"the Hugging Face cache {cache} cannot be written to ({error.strerror}); set HF_HOME to a folder that can"
@@ -1589,10 +1591,10 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
     roots = [folder.parent for folder in folders] if len(set(folders)) > 1 else folders
     for path, root in zip(map(Path, paths), roots, strict=True):
         if not path.exists():
-            raise UserError(f"{shown}: {path} does not exist; give a Hub id, or an existing folder or file")
+            raise UserError(f"{shown}: {path} does not exist; give one Hub id alone, or existing folders or files")
         # a clone of a Hub dataset has a folder for each of its configurations, with the same documents
         folder = own if (own := path / config.dataset_config).is_dir() else path
-        holds_data = False
+        holds_data, lines_before = False, len(lines)
         for file in sorted(folder.rglob("*")) if path.is_dir() else [path]:
             if path.is_dir() and any(part.startswith(".") for part in file.relative_to(folder).parts):
                 continue
@@ -1606,7 +1608,7 @@ def find_data_files(paths: list[str], config: Config) -> tuple[dict[str, list[Pa
             elif file.is_file() and format_of(file) in UNREAD_FORMATS:
                 lines.append(f"not read: {file}; save it as one of {', '.join(ROW_READERS)}")
         if not holds_data:
-            found = "".join(f" ({line})" for line in lines[:3])
+            found = "".join(f" ({line})" for line in lines[lines_before:][:3])
             raise UserError(f"{shown}: {path} holds no data{found}; give files in one of {', '.join(ROW_READERS)}")
     if config.test_samples == 0 and (unread := by_split.pop("test", {})):
         lines.append(f"not read: {len(unread)} file{'s' * (len(unread) > 1)} of a test split, without --test-samples")
@@ -2572,7 +2574,7 @@ def head_loss_sum(
             options = nn.LinearCrossEntropyOptions(
                 batch_chunk_size=HEAD_CHUNK_TOKENS,
                 chunking_method=None,  # the default, "auto", would choose a size of its own
-                # "balanced" would make the weight's gradient an fp32 matmul on CUDA: an estimated 5% more time for 13B
+                # "balanced" (torch 2.13) would make the weight's gradient an fp32 matmul: an estimated 5% more time for 13B
                 acc_policy="compact",
                 acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
             )
@@ -2615,8 +2617,8 @@ def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> No
             parallel.say("packing   no: the packed documents of this model would see each other, so rows are padded")
             parallel.plan = padded.plan
         if attention_leaks(model, padded):
-            # For a model that computes attention itself, and asks its config whether to make the mask: one that
-            # `set_attn_implementation` leaves as it is.
+            # Set in the config itself: `set_attn_implementation` does nothing to a model that computes attention itself
+            # and only asks its config whether to make the mask.
             parallel.accelerator.unwrap_model(model).config._attn_implementation = "eager"
             if attention_leaks(model, padded):
                 raise UserError(
@@ -2738,7 +2740,7 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> None:
     torch._dynamo.config.optimize_ddp = False
     for layer in decoder_layers(parallel.accelerator.unwrap_model(model)):
         if parallel.tensor_parallel.size > 1:
-            layer.register_forward_pre_hook(cache_local_parameters)  # not compiled itself, as `layer.compile` would
+            layer.register_forward_pre_hook(cache_local_parameters)  # which `layer.compile` would compile, too
             layer.forward = torch.compile(layer.forward, dynamic=True)
         else:
             layer.compile(dynamic=True)
@@ -2791,7 +2793,7 @@ class StochasticAdamW(Optimizer):
         device = self.param_groups[0]["params"][0].device
         taken = 1.0 - getattr(self, "found_inf", torch.zeros(())).to(device)  # 0 where the update is skipped
         generator = torch.Generator(device).manual_seed(self.rounding_seed)
-        self.rounding_seed += 1  # for a loop that does not set it, as `training_step` does
+        self.rounding_seed += 1  # for a loop that does not set it; `training_step` does
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -3060,7 +3062,7 @@ class Pipeline:
         return torch.zeros((), device=self.device)
 
     def backward(self, loss_scale: float) -> None:
-        """Takes the oldest micro-batch under way back through this stage; its loss is multiplied by `loss_scale`."""
+        """Takes the oldest waiting micro-batch back through this stage; its loss is multiplied by `loss_scale`."""
         stage_input, stage_output = self.awaiting_backward.popleft()
         if self.is_last:
             (stage_output * loss_scale).backward()
@@ -4248,7 +4250,7 @@ class RunLog:
         self.begin_interval()
 
     def check_the_plan(self, result: StepResult) -> None:
-        """Compares the second step of this run with the plan. Waits for the device."""
+        """Compares the second step of this run with the plan. Waits for the device. Rank 0 alone."""
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
         self.plan_check = compare_with_plan(self.parallel, result, time.perf_counter() - self.interval_began)
@@ -4410,7 +4412,7 @@ def peak_flops(cluster: Cluster, precision: str) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Returns the peak so far of this rank: allocated device memory, or resident host memory on CPU."""
+    """Returns this rank's peak: allocated device memory since it was reset, or resident host memory on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     # On Linux ru_maxrss begins at the peak of the parent process, so VmHWM is preferred.
@@ -4505,7 +4507,7 @@ def draw_curves(folder: Path) -> None:
 
 
 def run_description(parallel: Parallel, resolved: dict[str, Any], plan_check: dict[str, Any]) -> dict[str, Any]:
-    """Returns what `train_config.json` holds. `resolved`: the `auto` flags settled after the plan."""
+    """Returns what `train_config.json` holds. `resolved`: see `RunLog`. Rank 0 alone."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
     choice = None
     if parallel.choice is not None:  # with the candidates that the table shows: all would be a megabyte
@@ -4527,7 +4529,7 @@ def run_description(parallel: Parallel, resolved: dict[str, Any], plan_check: di
 
 
 def compare_with_plan(parallel: Parallel, result: StepResult, seconds: float) -> dict[str, dict[str, Any]]:
-    """Returns `predicted`, `measured` and the `band` that the prediction claims, for rank 0's memory and step time.
+    """Returns `predicted`, `measured` and the prediction's `band` for memory and step time. Rank 0 alone.
 
     Predicts again for the documents of this step, because the plan assumes full blocks. Reserved is what nvidia-smi
     shows as used, see `Memory`. On a CPU memory is not measured, and the step's time is not judged, because cores are
@@ -4583,8 +4585,8 @@ def lines_of_check(plan_check: dict[str, dict[str, Any]]) -> list[str]:
 USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
-# Times nearer than this are too close to call: the prediction of how much slower one published run is than a similar
-# one has an error of 6.6%.
+# Times nearer than this are too close to call: the predicted ratio of two similar published runs' times has an error of
+# 6.6%.
 TIME_BAND = 0.07
 # The same between plans that cut the model into more and into fewer parts, as stages or by tensor parallelism. The
 # median ratio of predicted to measured time, over the layouts of Hagemann et al. 2023 (arXiv 2311.05610), differs by
@@ -4745,6 +4747,7 @@ class Candidate:
     mfu: float
     fits: bool
     reason: str = ""
+    missing_gib: float = 0.0  # of the device's memory or of its node's, where it does not fit
 
     @property
     def total_seconds(self) -> float:
@@ -4887,7 +4890,7 @@ def weigh(shape: ModelShape, cluster: Cluster, config: Config) -> list[Candidate
     Those that fit come first, the fastest of them at the head. The others follow, beginning with the nearest miss.
     """
     candidates = [predict(shape, cluster, plan, config) for plan in candidate_plans(shape, cluster, config)]
-    return sorted(candidates, key=lambda c: (not c.fits, c.total_seconds if c.fits else c.memory_gib.reserved))
+    return sorted(candidates, key=lambda each: (not each.fits, each.missing_gib, each.total_seconds))
 
 
 def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> Candidate:
@@ -4903,13 +4906,15 @@ def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> 
     flops = training_flops(shape, step_tokens, config.batch_size * block**2) / cluster.world_size
     mfu = flops / seconds["total"] / cluster.flops_per_second(plan.precision)
     limit, reason = USABLE_SHARE * cluster.memory_gib, ""
-    if memory.reserved > limit:
+    missing_gib = max(0.0, memory.reserved - limit)
+    if missing_gib:
         reason = f"needs {memory.reserved:.1f} GiB, {limit:.1f} of {cluster.memory_gib:.1f} are usable"
     elif plan.cpu_offload and (free := cluster.host_memory_gib) is not None:
         # rank 0's node will also hold the final model, gathered
         host = offloaded_gib(shape, cluster, plan) + saved_dtype(plan, config).itemsize * shape.parameters / GIB
-        reason = f"needs {host:.1f} GiB of a node's own memory, and {free:.1f} are free" if host > free else ""
-    return Candidate(plan, memory, seconds, rate, mfu, not reason, reason)
+        missing_gib = max(0.0, host - free)
+        reason = f"needs {host:.1f} GiB of a node's own memory, and {free:.1f} are free" if missing_gib else ""
+    return Candidate(plan, memory, seconds, rate, mfu, not reason, reason, missing_gib)
 
 
 # ---- The plan: the candidates --------------------------------------------------------------------------------
@@ -5041,7 +5046,7 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int, tensor:
     ranks, ranks_of_node = (
         cluster.world_size // parts,
         cluster.ranks_per_node // tensor,
-    )  # that hold the same part, in all and in a node
+    )  # with the same part: in all, at most in a node
     cuts = {"--pipeline-parallel-size": stages, "--tensor-parallel-size": tensor}
     shown = " and ".join(f"{name} {size}" for name, size in cuts.items() if size > 1)
     if cluster.world_size % parts:
@@ -5239,6 +5244,9 @@ def why_unpackable(model_config: PretrainedConfig, attention: str | None) -> str
     text_config = model_config.get_text_config()
     if attends_partially(model_config):
         return "some of its layers do not attend to the whole document"
+    keys = (getattr(text_config, f"qk_{part}_head_dim", None) or 0 for part in ("nope", "rope"))
+    if (values := getattr(text_config, "v_head_dim", None)) and values != sum(keys):
+        return "its values are not as wide as its keys, which the kernel for packed rows cannot do"
     dropouts = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
     if any(getattr(text_config, name, None) for name in dropouts):
         return "it drops out attention, which the kernel for packed rows cannot do"
@@ -5370,8 +5378,8 @@ def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     # and new weight in fp32, two copies of its bits, and the result in bf16. Fused AdamW has none.
     largest_matrix = max(shape.vocabulary, shape.intermediate) * shape.hidden
     rounding = (7 * 4 + 2) * largest_matrix / plan.dp_shard_size if plan.precision == "bf16-states" else 0
-    if plan.cpu_offload:  # transformers loads every shard through the device
-        phases["loading"] = dict(weights=plan.shard_bytes(shape))
+    if plan.cpu_offload:  # transformers loads every shard through the device, and AdamW runs on the CPU
+        phases["loading"], rounding = dict(weights=plan.shard_bytes(shape)), 0
     phases["optimizer"] = dict(step.resident(), gradients=step.gradients(shape.parameters), temporaries=rounding)
     return phases
 
@@ -5666,7 +5674,7 @@ def predict_seconds(
 
     `attended` is the mean length of the document a token is in. FLOPs per token: matmuls 2 per parameter forward, 4
     backward, 2 more where a layer is recomputed; causal flash attention 2 * layers * query size * attended forward,
-    2.5 times that backward (Dao 2023). FSDP gathers bf16 weights once or twice a micro-batch and reduces fp32 gradients
+    2.5 times that backward (Dao 2023). FSDP gathers weights once or twice a micro-batch and reduces fp32 gradients
     (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
     twice that (Patarasu and Yuan 2009). The slowest pipeline stage sets the pace. In its bubble it waits for as many
     micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch and its gradient
@@ -5692,7 +5700,7 @@ def predict_seconds(
     reduced_bytes = 4 if plan.uses_fsdp else plan.state_bytes
     all_reduce = 2 * (replicas - 1) / replicas * reduced_bytes * parameters / shards / replica_bus
     shard_bytes = max(map(plan.shard_bytes, parts))
-    gradient_copies = reductions if replicas == 1 else 1  # to the host, after the last reduction of each
+    gradient_copies = reductions if replicas == 1 else 1  # to the host: per reduction, or per all-reduce
     copied_bytes = (micro_batches * gathers + gradient_copies) * shard_bytes if plan.cpu_offload else 0.0
     host_link = copied_bytes / (HOST_LINK_GB_PER_SECOND * 1e9)
     stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
@@ -5806,7 +5814,7 @@ def changes_that_may_help(cluster: Cluster, config: Config, to_fit: bool) -> Ite
         words = f"{nodes * ranks} GPUs" if cluster.has_gpu else f"{nodes} such machines"
         yield "devices", words, config, dataclasses.replace(cluster, nodes=nodes, ranks_per_node=ranks)
     if freed:
-        # the words of --parallelism name --hsdp-shard-size already
+        # those of --parallelism contain --hsdp-shard-size already
         words = " ".join(words for name, words in freed.items() if name != "hsdp_shard_size")
         defaults = {name: FLAGS[name].default for name in PLAN_FLAGS}
         yield "all flags", words, dataclasses.replace(config, **defaults), cluster
@@ -5933,7 +5941,7 @@ def best_of_each_kind(choice: Choice) -> list[Candidate]:
 
 
 def choice_as_json(choice: Choice, cluster: Cluster) -> dict[str, Any]:
-    """Returns what `--plan-format json` prints and `train_config.json` holds."""
+    """Returns what `--plan-format json` prints, and `choice` in `train_config.json`."""
 
     def flat(candidate: Candidate) -> dict[str, Any]:
         fields = dataclasses.asdict(candidate)
@@ -5984,13 +5992,11 @@ class Cluster:
     def bus_gb_per_second(self, ranks: int, stride: int = 1) -> float:
         """Returns the bandwidth of a ring of `ranks` ranks that lie `stride` places apart.
 
-        Inside a node it is the link's. Across nodes, `stride` such rings run at once and share each node's network.
+        Inside a node it is the link's. Across nodes, each of its ranks on a node has a GPU's share of the network.
         """
         if self.nodes == 1 or self.ranks_per_node % (ranks * stride) == 0:  # else some ring lies on two nodes
             return self.gpu.link_gb_per_second
-        ring_ranks_of_node = max(
-            1, self.ranks_per_node // stride
-        )  # of one ring, each with a GPU's share of the network
+        ring_ranks_of_node = max(1, self.ranks_per_node // stride)
         return min(self.gpu.link_gb_per_second, ring_ranks_of_node * self.network_gb_per_second)
 
     @property
@@ -6065,7 +6071,7 @@ def gpus_named(name: str) -> list[str]:
     """Returns the keys in GPUS that a name may mean, whether CUDA or a person wrote it."""
     # as the keys are written: "RTX 4090" becomes RTX4090, and "H100 80GB PCIe" H100PCIE
     words = re.sub(r"\b(?:(RTX) (?=\d)|(H100|H200)(?:[ -]\d+ ?GB)?[ -](?=PCIE|NVL))", r"\1\2", name.upper())
-    return [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9])", words)]
+    return [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key.split('-')[0]}(?![A-Z0-9]| TI\b| D\b)", words)]
 
 
 def with_its_link(gpu: Gpu, name: str) -> Gpu:
@@ -6113,7 +6119,7 @@ class Gpu:
     """What the plan knows of a kind of GPU."""
 
     memory_gib: float  # as CUDA reports it
-    peak_tflops: float  # dense bf16, from NVIDIA's data sheet, as are the next and `fp32_tflops`
+    peak_tflops: float  # dense bf16, from the data sheet like the next and `fp32_tflops`, or measured
     hbm_gb_per_second: float
     matmul_efficiency: float  # the share of the peak that large matmuls reach end to end
     attention_efficiency: float  # that of flash attention, relative to matmuls

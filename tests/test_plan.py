@@ -84,7 +84,7 @@ PLAN_KEYS = {
     "micro_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "reshard_after_forward",
     "cpu_offload", "gradient_sync", "precision", "packing", "compiled",
 }  # fmt: skip
-PREDICTION_KEYS = {"memory_gib", "step_seconds", "tokens_per_second_per_gpu", "mfu", "fits", "reason"}
+PREDICTION_KEYS = {"memory_gib", "step_seconds", "tokens_per_second_per_gpu", "mfu", "fits", "missing_gib", "reason"}
 MEMORY_KEYS = {"active", "reserved", "reserved_low", "reserved_high", "terms", "peak_moment"}
 
 
@@ -298,6 +298,14 @@ def test_offload_is_chosen_only_where_host_memory_holds_it():
     assert not choice.chosen.plan.cpu_offload
     [reason] = {each.reason for each in choice.candidates if each.plan.cpu_offload and "own memory" in each.reason}
     assert re.fullmatch(r"needs 1\d\d.\d GiB of a node's own memory, and 100.0 are free", reason)
+
+
+def test_the_nearest_miss_lacks_least_memory_whosever_it_is():
+    config, cluster = Config(parallelism="fsdp", tensor_parallel_size=1), parse_cluster("8xA10G-24GB")
+    choice = choose_plan(LLAMA_13B, dataclasses.replace(cluster, host_memory_gib=10.0), config)
+    assert choice.chosen is None
+    lacking = [float(x) - float(y) for x, y in (re.findall(r"\d+\.\d", each.reason)[:2] for each in choice.candidates)]
+    assert lacking == sorted(lacking) and lacking[0] < 2 and lacking[-1] > 100
 
 
 def test_the_link_that_limits_is_the_one_whose_bandwidth_counts():
