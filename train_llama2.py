@@ -1213,10 +1213,10 @@ def on_all_ranks(
     """Runs `act` on every rank and returns its result; if it fails on any rank, raises the same error on all of them.
 
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. Out of memory, a broken
-    device and a connection that NCCL has lost are raised on this rank alone, because it cannot talk to the others any more. With
-    `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are returned
-    as a list. `act` must not wait for other ranks: if it failed on one, the others would wait for that one. Only an
-    `act` that fails on all ranks alike may. Costs one exchange of messages in host memory.
+    device and a connection that NCCL has lost are raised on this rank alone, because it cannot talk to the others any
+    more. With `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are
+    returned as a list. `act` must not wait for other ranks: if it failed on one, the others would wait for that one.
+    Only an `act` that fails on all ranks alike may. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = failure = None
@@ -2574,7 +2574,7 @@ def head_loss_sum(
             options = nn.LinearCrossEntropyOptions(
                 batch_chunk_size=HEAD_CHUNK_TOKENS,
                 chunking_method=None,  # the default, "auto", would choose a size of its own
-                # "balanced" (torch 2.13) would make the weight's gradient an fp32 matmul: an estimated 5% more time for 13B
+                # "balanced" (torch 2.13) would make the weight's gradient an fp32 matmul: 5% more time for 13B, estimated
                 acc_policy="compact",
                 acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
             )
