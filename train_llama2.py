@@ -2574,7 +2574,7 @@ def head_loss_sum(
             options = nn.LinearCrossEntropyOptions(
                 batch_chunk_size=HEAD_CHUNK_TOKENS,
                 chunking_method=None,  # the default, "auto", would choose a size of its own
-                # "balanced" (torch 2.13) would make the weight's gradient an fp32 matmul: 5% more time for 13B, estimated
+                # "balanced" (torch 2.13) would make the weight's gradient an fp32 matmul: perhaps 5% more time for 13B
                 acc_policy="compact",
                 acc_dtype=torch.float32 if hidden.dtype == torch.bfloat16 else None,
             )
