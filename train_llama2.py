@@ -3400,11 +3400,12 @@ class Checkpoints:
 
     def save(self, model: nn.Module, optimizer: Optimizer, state: TrainingState) -> None:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
-        began = time.perf_counter()
+        called = time.perf_counter()
         self.wait()
-        # the write just waited for may have saved this very step: a stop may abandon the next step during that write
+        # That write may have been of this very step, which `main` could not see: a stop may abandon the next meanwhile.
         if self.saved_step == state.step:
             return
+        began = time.perf_counter()
         tensors = checkpoint_tensors(model, optimizer, copy=self.asynchronous)
         tensors[f"rng.{self.parallel.rank}"] = torch.get_rng_state()
         if self.parallel.device.type == "cuda":
@@ -3418,13 +3419,16 @@ class Checkpoints:
             "world_size": self.parallel.cluster.world_size,
         }
         if self.asynchronous:
-            self.pending = self.writer.submit(self.write, tensors, facts, began)
+            self.pending = self.writer.submit(self.write, tensors, facts, began, called)
         else:
-            self.write(tensors, facts, began)
+            self.write(tensors, facts, began, called)
 
-    def write(self, tensors: dict[str, Tensor], facts: dict[str, Any], began: float) -> None:
-        """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on."""
-        held = f", training held for {time.perf_counter() - began:.1f} s" if self.asynchronous else ""
+    def write(self, tensors: dict[str, Tensor], facts: dict[str, Any], began: float, called: float) -> None:
+        """Writes one checkpoint. A failure (a full disk, say) is reported; the old ones stay and the run goes on.
+
+        `began` is when this save began, and `called` when it was asked for: it may have waited for the one before.
+        """
+        held = f", training held for {time.perf_counter() - called:.1f} s" if self.asynchronous else ""
         device = self.parallel.device
         if device.type == "cuda" and device.index is not None:  # a new thread's current device is GPU 0
             torch.cuda.set_device(device)
@@ -3537,10 +3541,11 @@ class Checkpoints:
     def check_path(self, checkpoint: Path, own: list[Path]) -> None:
         """Raises UserError where `--resume PATH` names no checkpoint, or one of this folder that is not its newest.
 
-        `own` are the complete checkpoints of the save folder, newest first. Any rank may call it alone.
+        `own` are the complete checkpoints of the save folder, newest first. Where there are any, a path elsewhere is
+        not looked at: the run goes on from its own newest, wherever it began. Any rank may call it alone.
         """
         if own and checkpoint.resolve().parent != self.folder.resolve():
-            return  # the run has begun from it, and goes on from its own newest
+            return
         if not checkpoint.is_dir():
             problem = "is not a folder" if checkpoint.exists() else "does not exist"
             raise UserError(f"--resume {checkpoint} {problem}; give auto, or a checkpoint's folder")
@@ -3630,7 +3635,8 @@ class Checkpoints:
         except dcp.CheckpointException as error:  # derives from BaseException, and is raised on every rank
             cause, _ = next(iter(error.failures.values()))
             raise UserError(
-                f"{folder} does not fit this model ({first_line(cause)}); give the model it was trained from"
+                f"{folder} cannot be loaded into this model ({first_line(cause)}); give the model it was trained from, "
+                "or mend its disk"
             ) from None
         if rng in tensors:
             torch.set_rng_state(tensors[rng])
@@ -3704,8 +3710,8 @@ def check_disk(folder: Path, checkpoint_bytes: int, parallel: Parallel) -> None:
 def check_host_memory(parallel: Parallel) -> None:
     """Raises UserError where a node's host memory cannot hold what the run will put there.
 
-    These are the states of all the node's ranks under --cpu-offload, and where they are on GPUs otherwise, on rank 0's
-    node also the final model's weights while they are written. Any rank may call it alone.
+    These are the states of all the node's ranks under --cpu-offload and, on rank 0's node if it has GPUs, the final
+    model's weights while they are written. Any rank may call it alone.
     """
     plan, needs = parallel.plan, {}
     if plan.cpu_offload:

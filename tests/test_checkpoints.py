@@ -162,7 +162,7 @@ def test_the_writing_thread_uses_the_gpu_of_its_rank(small_checkpoints, monkeypa
     checkpoints, current = small_checkpoints(), []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
     monkeypatch.setattr(train_llama2.Parallel, "device", property(lambda self: torch.device(device)))
-    checkpoints.write({"model.weight": torch.zeros(2)}, {"step": 1}, time.perf_counter())
+    checkpoints.write({"model.weight": torch.zeros(2)}, {"step": 1}, time.perf_counter(), time.perf_counter())
     assert current == made
     assert checkpoints.saved_step == 1
 

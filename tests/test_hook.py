@@ -51,6 +51,8 @@ def test_on_moai_the_platforms_hook_comes_first_and_only_once(tmp_path):
     [
         (dict(precision="fp16"), "--precision fp16 is not one of auto, bf16, fp32, bf16-states"),
         (dict(batch_size=0), "--batch-size 0 must be at least 1"),
+        (dict(cpu_offload=True), "--cpu-offload True is not one of auto, yes, no"),
+        (dict(lr=None), "--lr None is not a number"),
         (dict(plan_format="json"), "--plan-format json goes with --plan"),
         (dict(hsdp_shard_size=4), "--hsdp-shard-size 4 needs --parallelism hsdp"),
     ],

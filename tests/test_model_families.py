@@ -152,6 +152,14 @@ def test_attention_dropout_rules_packing_out(families, tmp_path, capsys):
     assert "--packing yes cannot be had with this model: it drops out attention" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["minicpm3", "deepseek_v2", "deepseek_v3"])
+def test_values_narrower_than_keys_rule_packing_out(kind):
+    model_config = transformers.AutoConfig.for_model(kind)
+    assert "not as wide as its keys" in train_llama2.why_unpackable(model_config, "causal_attention")
+    model_config.v_head_dim = model_config.qk_nope_head_dim + model_config.qk_rope_head_dim
+    assert train_llama2.why_unpackable(model_config, "causal_attention") == ""
+
+
 def test_auto_says_why_it_does_not_pack_on_a_gpu(families, monkeypatch, capsys):
     monkeypatch.setattr(train_llama2, "find_cluster", lambda: train_llama2.parse_cluster("1xH100-80GB"))
     model = str(families["llama with dropout"])

@@ -413,6 +413,8 @@ def test_an_unknown_name_lists_the_known_ones(text):
         ("NVIDIA GeForce RTX 3090", 23.6, "RTX3090-24GB"),
         ("NVIDIA GeForce RTX 4090", 23.5, "RTX4090-24GB"),
         ("NVIDIA GeForce RTX 5090", 31.4, "RTX5090-32GB"),
+        ("NVIDIA GeForce RTX 3090 Ti", 23.6, None),
+        ("NVIDIA GeForce RTX 4090 D", 23.5, None),
         ("NVIDIA RTX A1000", 8.0, None),
         ("NVIDIA L40", 44.4, None),
         ("NVIDIA H20", 95.6, None),
