@@ -309,7 +309,7 @@ def test_a_card_names_model_data_and_licence_of_the_hub(tmp_path):
 def test_a_card_has_scores_check_curves_and_three_last_samples(tmp_path):
     write_card(tmp_path)
     text = ModelCard.load(tmp_path / "README.md").text
-    assert "| rouge1 | 40.0000 |" in text and "| validation perplexity | 3.4903 |" in text
+    assert "| validation rouge1 | 40.0000 |" in text and "| validation perplexity | 3.4903 |" in text
     assert "predicted / measured, second step: step 2.00 / 2.50 s\nWARNING   the plan missed" in text
     assert text.count("**Reference.**") == text.count("**Summary.**") == 3
     assert "**Reference.** Reference 9.0\n\n**Summary.** Summary 9.0" in text and "Summary 5" not in text
@@ -442,7 +442,7 @@ def test_a_folder_with_a_readme_of_no_run_is_refused(tmp_path, capsys):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_another_models_card_is_not_kept_beside_the_new_weights(tmp_path):
+def test_nothing_of_another_models_card_and_tokenizer_is_kept(tmp_path):
     """As after a kill between the model and its card: the next start finds no card, and writes one."""
     config = Config(model_name_or_path=str(TINY_LLAMA), save_model_dir=str(tmp_path), block_size=64)
     tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
@@ -453,8 +453,12 @@ def test_another_models_card_is_not_kept_beside_the_new_weights(tmp_path):
         parallel.config = dataclasses.replace(config, save_dtype="bf16")
         train_llama2.save_model(llama_of(FORMER), tokenizer, parallel, weights_hash="former")
         assert (tmp_path / "README.md").exists(), "the same weights in another precision"
+        for name in ("chat_template.jinja", "additional_chat_templates/tool.jinja", "added_tokens.json"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("{}")
         train_llama2.save_model(llama_of(NEW), tokenizer, parallel, weights_hash="new")
     assert model_in(tmp_path) == NEW and not (tmp_path / "README.md").exists()
+    assert not [*tmp_path.glob("*chat_template*"), *tmp_path.glob("added_tokens.json")]
 
 
 def crashes(act, k: int) -> str:

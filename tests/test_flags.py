@@ -447,9 +447,11 @@ def test_a_save_folder_with_the_base_model_is_refused_unchanged(tmp_path, capsys
     folder = tmp_path / "model"
     shutil.copytree(TINY_LLAMA, folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    [line] = told(capsys, *small_run(folder, model_name_or_path=f"{tmp_path}/./model"))
-    assert line == f"error: --save-model-dir {folder} holds the model to train from; give another folder"
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    for name in (".", "checkpoints/step-000001"):  # also where it holds checkpoints
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        [line] = told(capsys, *small_run(folder, model_name_or_path=f"{tmp_path}/./model"))
+        assert line == f"error: --save-model-dir {folder} holds the model to train from; give another folder"
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 
 
 # ----------------------------------------------------------------------------------------------------------------

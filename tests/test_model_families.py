@@ -185,6 +185,8 @@ def test_logits_that_are_more_than_a_product_are_refused(families, tmp_path, mon
 def test_a_routers_auxiliary_loss_is_trained_on_as_configured(families, tmp_path):
     """With one document a step, the loss is what transformers' own loss of that document is, the router's included."""
     (loss,), _ = train(tmp_path, families["mixtral"], batch_size=1, max_train_samples=1, block_size=512)
+    shape = train_llama2.read_model_shape(train_llama2.Config(model_name_or_path=str(families["mixtral"])))[1]
+    assert shape.computes_all_logits, "and the plan knows that its forward makes them"
     row = json.loads((NEWS / "train.jsonl").read_text().splitlines()[0])
     tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
     text = f"[SUMMARIZE] {row['article']} [/SUMMARIZE]\n{row['highlights']}"

@@ -361,6 +361,17 @@ def test_as_many_documents_are_summarised_together_as_memory_holds_caches(beams,
     assert train_llama2.prompts_at_a_time(parallel) == expected
 
 
+def test_ddps_buckets_leave_less_room_for_caches():
+    """7B in bf16 on two H100: 75.1 GiB are used, of which weights, moments and buckets take 8 bytes a parameter, 50.2,
+    and what is gathered 1.2. Four beams of a document take 8.6 GiB.
+    """
+    shape = train_llama2.model_shape(LlamaConfig(**train_llama2.LLAMA_2["7b"], max_position_embeddings=4096))
+    plan = train_llama2.Plan(dp_replicate_size=2, micro_batch_size=32, precision="bf16-states")
+    config, cluster = train_llama2.Config(num_beams=4, rouge_samples=100), train_llama2.parse_cluster("2xH100-80GB")
+    parallel = train_llama2.Parallel(config, None, cluster, None, shape, plan, None)
+    assert train_llama2.prompts_at_a_time(parallel) == (75.1 - 50.2 - 1.2) // 8.6 == 2
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The test split: eight documents, and an empty one in row 2. Two FSDP ranks are stopped after the first call of both,
 # and one process goes on.
