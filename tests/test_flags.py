@@ -324,8 +324,8 @@ STRANGE = {"text": "a b c", "title": "d"}
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        pytest.param({}, ["no file to train on", ".jsonl"], id="empty folder"),
-        pytest.param({"train.txt": "a"}, ["no file to train on", ".jsonl"], id="unknown format"),
+        pytest.param({}, ["holds no data", ".jsonl"], id="empty folder"),
+        pytest.param({"train.txt": "a"}, ["holds no data", ".jsonl"], id="unknown format"),
         pytest.param({"train.jsonl": ""}, ["no rows are in", "train.jsonl"], id="empty file"),
         pytest.param(
             {"train.jsonl": lines_of(PAIR) + '{"article'}, ["row 2 is not a JSON object"], id="malformed jsonl"

@@ -331,7 +331,7 @@ def test_models_are_cut_only_where_layers_pass_hidden_states_alone(kind, changes
             dict(attention_bias=True),
             "its model.layers.0.self_attn.o_proj.bias is in no module that can be split",
         ),
-        ("Mistral", dict(sliding_window=16), "needs a mask"),
+        ("Mistral", dict(sliding_window=16), "is not plain causal attention"),
         ("Qwen3", dict(head_dim=8), "its model.layers.0.self_attn.q_norm.weight is in no module that can be split"),
         ("Granite", dict(logits_scaling=2.0), "its head or its last norm is not that of Llama"),
         (
@@ -365,7 +365,7 @@ def test_norms_of_another_kind_are_not_split(monkeypatch):
     ],
 )
 def test_stages_are_as_even_as_whole_layers_and_head_allow(layers, vocabulary, stages, expected):
-    shape = SimpleNamespace(layers=layers, hidden=5120, vocabulary=vocabulary, layer_parameters=317_204_480)
+    shape = SimpleNamespace(layers=layers, hidden=5120, vocabulary=vocabulary, active_layer_parameters=317_204_480)
     assert layers_of_stages(shape, stages) == expected
 
 
