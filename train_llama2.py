@@ -2200,6 +2200,7 @@ def load_model(parallel: Parallel) -> nn.Module:
     """
     from transformers.distributed import DistributedConfig
 
+    check_weights(parallel)
     config, plan = parallel.config, parallel.plan
     distributed_config = None
     if plan.uses_fsdp or plan.model_parallel_size > 1:
@@ -2256,7 +2257,8 @@ def drops_out(model: nn.Module) -> bool:
 def check_weights(parallel: Parallel) -> None:
     """Downloads the weights, once per node. Raises UserError where they are not those of the model's config.
 
-    transformers compares names and shapes on the meta device, so only the headers of the files are read.
+    transformers compares names and shapes on the meta device, so only the headers of the files are read. `load_model`
+    does this first, and `main` before it tokenises, too.
     """
     name = parallel.config.model_name_or_path
 
@@ -2691,6 +2693,7 @@ def loss_differs_from_logits(model: nn.Module, parallel: Parallel) -> bool:
     row = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     ours = parallel.pipeline.forward(model, dict(row, predict_at=torch.arange(15), targets=ids[0, 1:]), parallel)
     parallel.pipeline.finish_sending()
+    parallel.pipeline.note("the stages before it, for logits")
     with generating(parallel.accelerator.unwrap_model(model), parallel):
         logits = model(**{name: tensor.to(parallel.device) for name, tensor in row.items()}, use_cache=False).logits
     own = torch.zeros_like(ours)
@@ -2947,8 +2950,8 @@ def local_parameter(module: nn.Module, name: str) -> Tensor | None:
     parameter = getattr(module, name)
     if parameter is None:
         return None
-    # What every rank holds, a norm's weight, gets on each rank the gradient of that rank's tokens. `Partial` marks it
-    # as still to be summed over the ranks, which FSDP or `clip_gradients` does.
+    # A norm's weight, whole on every rank, gets on each the gradient of that rank's tokens. `Partial` marks it as still
+    # to be summed over the ranks, which FSDP or `clip_gradients` does.
     grad_placements = [Partial()] if parameter.placements == (Replicate(),) else None
     return parameter.to_local(grad_placements=grad_placements)
 
@@ -3012,7 +3015,7 @@ class Pipeline:
     def __init__(self, plan: Plan, device: torch.device | None = None, timeout: timedelta | None = None):
         self.stages, self.device = plan.pipeline_parallel_size, device
         self.dtype = torch.float32 if plan.stream_bytes == 4 else torch.bfloat16
-        self.stage, self.ranks = 0, []  # the ranks that work on this rank's documents, one a stage
+        self.stage, self.ranks = 0, []  # the ranks at this one's place in each stage
         self.forward_group = self.backward_group = None
         if self.stages > 1:
             rank, world_size = dist.get_rank(), dist.get_world_size()

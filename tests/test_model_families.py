@@ -287,6 +287,17 @@ def with_a_smaller_matrix(folder: Path) -> str:
     return "(model.layers.1.mlp.up_proj.weight is 50 x 64 in the files, and 96 x 64 by config.json)"
 
 
+def test_another_script_is_refused_weights_that_do_not_fit(families, tmp_path):
+    """transformers would train on with what is missing at random."""
+    AutoModelForCausalLM.from_pretrained(families["llama"]).save_pretrained(tmp_path)
+    problem = without_a_matrix(tmp_path)
+    config = train_llama2.Config(model_name_or_path=str(tmp_path), block_size=64)
+    with train_llama2.enable_advanced_parallelization(config) as parallel:
+        with pytest.raises(train_llama2.UserError) as refused:
+            train_llama2.load_model(parallel)
+    assert problem in str(refused.value)
+
+
 @pytest.mark.parametrize("damage", [without_safetensors, without_a_matrix, with_a_smaller_matrix])
 def test_weights_that_do_not_fit_are_refused_before_tokenising(families, tmp_path, monkeypatch, capfd, damage):
     model = tmp_path / "model"
