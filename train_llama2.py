@@ -3175,7 +3175,7 @@ def number_layers_of_stage(model: PreTrainedModel) -> None:
 
 LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its save
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
-SAME_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice, from the terminal and from torchrun
+SAME_SIGNAL_SECONDS = 2.0  # a signal to a whole job reaches a rank twice, directly and through torchrun
 CHECKPOINT_FILE_BYTES = GIB // 8  # per rank; safetensors builds a whole file in memory while it holds the GIL
 WRITING, DELETING = ".writing", ".deleting"
 
@@ -3405,7 +3405,7 @@ class Checkpoints:
         """Saves; in the background, training goes on as soon as the tensors are copied. One write at a time."""
         called = time.perf_counter()
         self.wait()
-        # That write may have been of this very step, which `main` could not see: a stop may abandon the next meanwhile.
+        # That write may have been of this very step: if the next step was abandoned, `main` asks for it once more.
         if self.saved_step == state.step:
             return
         began = time.perf_counter()
@@ -3628,7 +3628,7 @@ class Checkpoints:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
         reader = HuggingFaceStorageReader(str(folder))
-        tensors = checkpoint_tensors(model, optimizer, copy=False)  # dcp.load reads into this memory of theirs
+        tensors = checkpoint_tensors(model, optimizer, copy=False)  # `dcp.load` fills them in place
         stored = reader.read_metadata().state_dict_metadata
         rng, cuda_rng = f"rng.{self.parallel.rank}", f"rng.cuda.{self.parallel.rank}"
         for name in {rng, cuda_rng} & stored.keys():  # present if the saving run had this rank
@@ -4201,7 +4201,7 @@ class RunLog:
     def seconds_per_step(self) -> float:
         """Returns the mean seconds of a step in the last interval; until one ends, of the steps after the first.
 
-        Before there is a second step, it returns next to nothing.
+        Before there is a second step: next to nothing, or the seconds of the first where that ended an interval.
         """
         return self.step_seconds or (time.perf_counter() - self.interval_began) / max(1, self.interval_steps)
 
@@ -4663,12 +4663,12 @@ class Plan:
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """The dtype of weights, gradients and moments."""
+        """The dtype of weights, moments and gradients, except those that FSDP adds up in fp32."""
         return torch.bfloat16 if self.precision == "bf16-states" else torch.float32
 
     @property
     def state_bytes(self) -> int:
-        """Bytes per element of weights, gradients and each moment."""
+        """Bytes per element in that dtype."""
         return self.state_dtype.itemsize
 
     @property
@@ -4877,7 +4877,7 @@ def preferences(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     """
     plan = candidate.plan
     return {
-        # equal for all that `too_close_to_call` returns; here for the reason, where the fastest of all has more parts
+        # equal for all that `too_close_to_call` returns; it words the reason, where the fastest of all has more parts
         "it cuts the model into fewer parts": plan.model_parallel_size,
         "its reserved memory surely fits": candidate.memory_gib.reserved_high
         > cluster.memory_gib,  # True, the worse, where it may not
@@ -5052,10 +5052,8 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int, tensor:
     Raises UserError where they leave none, or where there are not equally many ranks for each part.
     """
     strategies, parts = [config.parallelism], stages * tensor
-    ranks, ranks_of_node = (
-        cluster.world_size // parts,
-        cluster.ranks_per_node // tensor,
-    )  # with the same part: in all, at most in a node
+    # that hold one part: in all, and in a node at most
+    ranks, ranks_of_node = cluster.world_size // parts, cluster.ranks_per_node // tensor
     cuts = {"--pipeline-parallel-size": stages, "--tensor-parallel-size": tensor}
     shown = " and ".join(f"{name} {size}" for name, size in cuts.items() if size > 1)
     if cluster.world_size % parts:
@@ -5372,7 +5370,7 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
     the head. One layer is in the phases already, so one layer and the head are added.
     """
     plan, shape = step.plan, step.shape
-    # reduced gradients lie in another stream's pool than gradients that are held back
+    # gradients that are held back lie in the main pool; reduced ones in another, added below
     left_out = () if plan.holds_gradients_back else ("gradients",)
     main = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
     gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
@@ -5465,10 +5463,10 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
-        phases["end of forward"] = step.phase(all_saved + step.stream, gathered=cache)
+        phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=cache)
     accumulates = plan.gradient_accumulation_steps > 1
-    # Of a matrix of the MLP, in bf16 and fp32, before it is added to the one that is there: PyTorch's tracker counts it
-    # at the peak under autocast only.
+    # an MLP matrix's gradient in bf16 and fp32, before it is added to the one that is there: PyTorch's tracker counts
+    # it at the peak under autocast only
     gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
         phases[f"backward of layer {i}"] = largest(
@@ -5514,7 +5512,7 @@ class StepMemory:
 
         # Bytes per token.
         self.rotary = 2 * plan.stream_bytes * shape.head_dim  # cosines and sines of a position, shared by all layers
-        self.stream = width * h  # the residual stream, a selection of it for the head, or its gradient
+        self.stream = width * h  # the stream in compute precision: what the head selects, or a gradient
         # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
         # gradient.
         self.scalars = 4 * 8 + 3 * 4
@@ -6001,7 +5999,7 @@ class Cluster:
     def bus_gb_per_second(self, ranks: int, stride: int = 1) -> float:
         """Returns the bandwidth of a ring of `ranks` ranks that lie `stride` places apart.
 
-        Inside a node it is the link's. Across nodes, each of its ranks on a node has a GPU's share of the network.
+        Inside a node it is the link's. Across nodes, its ranks on a node add up their shares of the network.
         """
         if self.nodes == 1 or self.ranks_per_node % (ranks * stride) == 0:  # else some ring lies on two nodes
             return self.gpu.link_gb_per_second

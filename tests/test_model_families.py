@@ -292,9 +292,8 @@ def test_another_script_is_refused_weights_that_do_not_fit(families, tmp_path):
     AutoModelForCausalLM.from_pretrained(families["llama"]).save_pretrained(tmp_path)
     problem = without_a_matrix(tmp_path)
     config = train_llama2.Config(model_name_or_path=str(tmp_path), block_size=64)
-    with train_llama2.enable_advanced_parallelization(config) as parallel:
-        with pytest.raises(train_llama2.UserError) as refused:
-            train_llama2.load_model(parallel)
+    with pytest.raises(train_llama2.UserError) as refused, train_llama2.enable_advanced_parallelization(config) as ours:
+        train_llama2.load_model(ours)
     assert problem in str(refused.value)
 
 
