@@ -282,7 +282,7 @@ class Config:
     plan_format: str = flag("table", "how --plan prints it", one_of("table", "json"))
     save_dtype: str = flag(
         "auto", "weights of the final model; auto: those of the compute precision", one_of("auto", "bf16", "fp32"))
-    save_model_dir: str = flag("./llama2_summarization", "folder for everything the run writes", PATH)
+    save_model_dir: str = flag("./llama2_summarization", "folder for checkpoints, logs and the final model", PATH)
     log_interval: int = flag(10, "optimizer steps between two lines of metrics", POSITIVE)
     eval_interval: int = flag(500, "optimizer steps between two evaluations", POSITIVE)
     save_interval: int = flag(500, "optimizer steps between two checkpoints", POSITIVE)
@@ -610,7 +610,7 @@ def training_step(
 
     An ordinary stop lets the step finish. Returns None if all ranks agreed to abandon it, because torchrun would not
     wait for it and a save: weights, moments and `state` are unchanged, but the run must end, because FSDP may hold
-    gradients. Only without pipeline stages, where each forward is followed by its backward, so no micro-batch is left
+    gradients. Never under pipeline stages, whose forwards run ahead of their backwards: micro-batches would be left
     half done.
 
     DDP and FSDP average gradients over the data ranks, so each loss is multiplied by their number. A step whose loss
@@ -1215,8 +1215,8 @@ def on_all_ranks(
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. Out of memory, a broken
     device and a connection that NCCL has lost are raised on this rank alone, because it cannot talk to the others any
     more. With `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are
-    returned as a list. `act` must not wait for other ranks: if it failed on one, the others would wait for that one.
-    Only an `act` that fails on all ranks alike may. Costs one exchange of messages in host memory.
+    returned as a list. Only an `act` that fails on all ranks alike may wait for other ranks: if it failed on one, the
+    others would wait for that one. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = failure = None
@@ -1282,7 +1282,7 @@ def start_process_group(config: Config) -> None:
 
 
 def take_gpu() -> None:
-    """Makes the GPU of this rank's number on its node the current one. Raises UserError where there is none."""
+    """Makes GPU number LOCAL_RANK of this node the current one. Raises UserError where there is none."""
     gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
     if processes > gpus:
         raise UserError(
