@@ -4175,7 +4175,7 @@ class RunLog:
     def timing_the_wait(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
         """Yields the batches, and counts the time in which this process builds them.
 
-        Training waits for it only where the device has nothing left to do: on a GPU this is an upper bound.
+        On a GPU that is an upper bound of the wait, because the device mostly has work left meanwhile.
         """
         while True:
             if self.steps_of_this_run == 1:
@@ -4201,7 +4201,7 @@ class RunLog:
     def seconds_per_step(self) -> float:
         """Returns the mean seconds of a step in the last interval; until one ends, of the steps after the first.
 
-        Before there is a second step: next to nothing, or the seconds of the first where that ended an interval.
+        Before the second step, if the first ended no interval: next to nothing.
         """
         return self.step_seconds or (time.perf_counter() - self.interval_began) / max(1, self.interval_steps)
 
@@ -4345,13 +4345,14 @@ class RunLog:
                 tracker.writer.add_text(name, "\n\n".join(texts), step)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes a line to metrics.jsonl and to the trackers."""
+        """Writes a line to metrics.jsonl and to the trackers. Any rank may call it alone."""
         if self.parallel.is_main:
             with keep_going("metrics.jsonl could not be written, and its lines are kept for later", self.parallel):
                 self.metrics.write(line)
         self.track({name: value for name, value in line.items() if value is not None})
 
     def track(self, values: dict[str, Any]) -> None:
+        """Sends values to the trackers. Any rank may call it alone."""
         step = None if self.config.report_to == "wandb" else values.pop("step", None)  # W&B takes it as a value
         with keep_going(f"{self.config.report_to} could not be reached", self.parallel):
             self.parallel.accelerator.log(values, step=step)  # to no tracker where --report-to is none
@@ -5685,8 +5686,7 @@ def predict_seconds(
     (Rajbhandari et al. 2020, section 7); a ring of n ranks moves (n-1)/n of the bytes through each rank, an all-reduce
     twice that (Patarasu and Yuan 2009). The slowest pipeline stage sets the pace. In its bubble it waits for as many
     micro-batches as there are other stages (Narayanan et al. 2021, section 2.2), and each micro-batch and its gradient
-    are sent. A split layer gathers the stream twice and scatters it twice in each pass (Korthikanti et al. 2022,
-    section 4.2.2), and nothing hides that time.
+    are sent. A split layer gathers and scatters the stream twice a pass, all exposed (Korthikanti et al. 2022, 4.2.2).
     """
     gpu, micro_batches, stages = cluster.gpu, plan.gradient_accumulation_steps, plan.pipeline_parallel_size
     shards, replicas, split = plan.dp_shard_size, plan.dp_replicate_size, plan.tensor_parallel_size
@@ -5843,8 +5843,8 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
     among equals, the one with the longest block, then the smallest micro-batch. All flags of the plan are given,
     because the planner would otherwise use the freed memory elsewhere.
     """
-    too_small = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
-    smaller_cluster = dataclasses.replace(cluster, gpu=too_small)
+    smaller = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
+    smaller_cluster = dataclasses.replace(cluster, gpu=smaller)
     fixed = dict(batch_size=config.batch_size, precision=plan.precision)
     fixed |= dict(packing="yes" if plan.packing else "no", compile="yes" if plan.compiled else "no")
     shorter = [Config(block_size=max(1, config.block_size // divisor), **fixed) for divisor in (1, 2, 4, 8)]
