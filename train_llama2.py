@@ -1121,8 +1121,8 @@ class Parallel:
             if error is not None:
                 error.is_known_to_all = True  # to `command_line`, which finds no process group any more
             if self.accelerator.num_processes > 1:
-                # gloo's threads need the GIL to release their last message. Destroying a DDP model waits for them while
-                # it holds the GIL, and the end of Python aborts: see `leave`, which other scripts do not call.
+                # gloo's threads need the GIL to release their last message. Until then, destroying a DDP model, which
+                # waits with the GIL held, hangs, and the end of Python aborts: see `leave`, which other scripts lack.
                 time.sleep(0.1)
             self.accelerator.end_training()
         elif issubclass(error_type, torch.OutOfMemoryError):
