@@ -2605,10 +2605,10 @@ SANITY_BATCHES = 2  # evaluated before training, so that a broken set-up fails i
 def check_setup(model: nn.Module, eval_set: Documents, parallel: Parallel) -> None:
     """Proves before training that the loaded model, in its parallel form, computes what is meant.
 
-    Its loss is finite and equals that of its own logits, no token sees a later one, no packed document another. If
-    tokens see later ones, the model's own eager attention, with a mask and padded rows, is tried instead, and kept if
-    it passes. If packed documents see each other, rows are padded from here on. In both cases the plan is corrected.
-    Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
+    Its loss is finite and, on padded rows, equals that of its own logits, no token sees a later one, no packed document
+    another. If tokens see later ones, the model's own eager attention, with a mask and padded rows, is tried instead,
+    and kept if it passes. If packed documents see each other, rows are padded from here on. In both cases the plan is
+    corrected. Raises RunError for broken weights, and UserError for a model that cannot be trained rightly.
     """
     shown = f"--model-name-or-path {parallel.config.model_name_or_path}"
     padded = parallel.with_plan(packing=False)
@@ -3047,7 +3047,7 @@ class Pipeline:
     def forward(self, model: nn.Module, micro_batch: dict[str, Tensor], parallel: Parallel) -> Tensor:
         """Takes a micro-batch through this stage. Returns the sum of its token losses; 0 before the last stage."""
         stage_input, (rows, width) = None, micro_batch["input_ids"].shape
-        if parallel.tensor_parallel.size > 1:  # or a model would number this rank's tokens from 0
+        if parallel.tensor_parallel.size > 1:  # or a model would number this rank's tokens alone
             micro_batch = {"position_ids": torch.arange(width, device=parallel.device)[None], **micro_batch}
         if self.stage > 0:
             shape = (rows, width // parallel.tensor_parallel.size, parallel.shape.hidden)
@@ -3170,8 +3170,8 @@ def number_layers_of_stage(model: PreTrainedModel) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 # A checkpoint exists whole or not at all: it is written under another name, flushed (the tensors by torch's storage
 # writer), and renamed when it is complete. Any kill costs at most the steps since the last one. The same command
-# resumes from the newest, on any number of ranks and under any plan, with the losses of an uninterrupted run up to
-# rounding.
+# resumes from the newest, on any number of ranks and under any plan of the same precision, with the losses of an
+# uninterrupted run up to rounding.
 
 LOCK_WAIT_SECONDS = 90  # time for a previous run to finish its step and its save
 TORCHRUN_GRACE_SECONDS = 30.0  # torchrun's default delay between passing on a signal and SIGKILL
@@ -3317,7 +3317,7 @@ class StopSignals(contextlib.ExitStack):
 
         A rank whose torchrun has died stops too: nothing else would end it, and it would block the next start.
         """
-        # asked again when all have agreed to stop: a SIGTERM that follows SIGUSR1 may abandon the step after all
+        # asked even after all have agreed to stop: a SIGTERM that follows SIGUSR1 may abandon the step after all
         if not self.abandons_step:
             if self.torchrun not in (None, os.getppid()) and not self.signal_name:
                 self.signal_name, self.received_at = "the end of its torchrun", time.monotonic()
@@ -3508,22 +3508,22 @@ class Checkpoints:
         own = self.on_all_ranks(self.tidy_folder, main_only=True)
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # the agents of several nodes count differently
         is_restart = max(self.on_all_ranks(lambda: restarts, gathered=True)) > 0
-        # after a restart, a checkpoint of this folder that was named at first is rightly no longer its newest
+        # torchrun's restart repeats --resume PATH, which by then is rightly not this folder's newest
         if named != "auto" and not (is_restart and own):
             self.on_all_ranks(lambda: self.check_path(Path(named), own))
         names_another_folder = named != "auto" and Path(named).resolve().parent != self.folder.resolve()
-        begins_elsewhere = named != "auto" and not own
-        for folder in [Path(named)] if begins_elsewhere else own:
+        begins_at_named = named != "auto" and not own
+        for folder in [Path(named)] if begins_at_named else own:
             try:
                 facts = self.on_all_ranks(lambda folder=folder: self.verify(folder))
             except RunError as damage:
-                if begins_elsewhere:
+                if begins_at_named:
                     raise UserError(f"--resume {named} is not a whole checkpoint: {damage}; name another") from None
                 self.parallel.say(f"WARNING   {folder} is damaged ({damage}); trying the one before it")
                 continue
             self.on_all_ranks(lambda facts=facts, folder=folder: self.check_settings(facts, folder))
             self.load(folder, facts, model, optimizer, state)
-            if begins_elsewhere:  # or a tracker would draw this run into the other's curves
+            if begins_at_named:  # or a tracker would draw this run into the other's curves
                 state.run_id = self.on_all_ranks(lambda: uuid.uuid4().hex[:12], main_only=True)
             self.parallel.say(
                 f"resume    from {folder}, saved with world size {facts['world_size']} and parallelism "
@@ -3600,8 +3600,10 @@ class Checkpoints:
             changed = [name for name in changed if name != "dataset_name_or_path"]
         another = "give another --save-model-dir, " * (folder.parent == self.folder)
         remedy = f"set it back, {another}or add --resume-anyway"
+        choice_of_data = " (--dataset-config, the columns and --max-train-samples decide it, too)"
         problems = [
-            f"{flag_name(name)} is now {self.settings[name]}, but {folder} was trained with {saved.get(name)}; {remedy}"
+            f"{flag_name(name)} is now {self.settings[name]}, but {folder} was trained with {saved.get(name)}"
+            f"{choice_of_data * (name == 'dataset_name_or_path')}; {remedy}"
             for name in changed
         ]
         # a change of the data or the batch size, which is reported already, changes the number of steps too
@@ -3868,7 +3870,7 @@ def save_model(
         write_model(model, weights, tokenizer, written)
         sizes = {file.name: file.stat().st_size for file in written.iterdir() if file.is_file()}
         if not (weights_hash and record.exists() and weights_hash in record.read_text()):
-            (folder / "README.md").unlink(missing_ok=True)  # the card of other weights, not of these in another dtype
+            (folder / "README.md").unlink(missing_ok=True)  # of other weights; a card of these in another dtype stays
         record.unlink(missing_ok=True)
         for pattern in ("config.json", "model*.safetensors*", "generation_config.json", *TOKENIZER_FILES):
             for old in folder.glob(pattern):
@@ -4907,7 +4909,7 @@ def predict(shape: ModelShape, cluster: Cluster, plan: Plan, config: Config) -> 
     """Returns what a plan takes when every document fills its block: the worst case, which must fit."""
     block, micro_batches = config.block_size, plan.gradient_accumulation_steps
     rank_documents = math.ceil(config.batch_size / plan.data_parallel_size)  # of the busiest data rank
-    # The documents are dealt evenly to the micro-batches; a packed row may be filled up.
+    # The documents are dealt evenly to the micro-batches; a packed row may be full.
     most_documents = plan.micro_batch_size if plan.packing else math.ceil(rank_documents / micro_batches)
     memory = predict_memory(shape, plan, most_documents * block, cluster.has_gpu)
     seconds = predict_seconds(shape, cluster, plan, rank_documents / micro_batches * block, block)
@@ -4983,7 +4985,7 @@ def parallel_layouts(shape: ModelShape, cluster: Cluster, config: Config) -> lis
     """
     check_given_cuts(shape, cluster, config)
     stage_counts, tensor_sizes = [config.pipeline_parallel_size or 1], [config.tensor_parallel_size or 1]
-    may_cut = config.parallelism not in ("none", "ddp")  # which ask for the whole model in each process
+    may_cut = config.parallelism not in ("none", "ddp")  # with these it is cut on request only
     if may_cut and config.pipeline_parallel_size is None and not shape.uncuttable:
         most = min(cluster.nodes, shape.layers)
         stage_counts += [stages for stages in range(2, most + 1) if cluster.nodes % stages == 0]
@@ -5053,7 +5055,7 @@ def data_parallel_layouts(cluster: Cluster, config: Config, stages: int, tensor:
     Raises UserError where they leave none, or where there are not equally many ranks for each part.
     """
     strategies, parts = [config.parallelism], stages * tensor
-    # that hold one part: in all, and in a node at most
+    # ranks for each part: in all, and in a node at most
     ranks, ranks_of_node = cluster.world_size // parts, cluster.ranks_per_node // tensor
     cuts = {"--pipeline-parallel-size": stages, "--tensor-parallel-size": tensor}
     shown = " and ".join(f"{name} {size}" for name, size in cuts.items() if size > 1)
@@ -5459,7 +5461,8 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm_backward = step.norm_backward + step.stream * is_split
         at_end = all_saved + step.norm + step.stream
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        in_loss = all_saved + step.norm + step.scalars
+        # The head's input and its gradient have come, and the norm's output has gone: under autocast, as much as both.
+        in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.stream)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
@@ -5480,7 +5483,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
         )
     if shape.embedding_parameters:
-        phases["backward of the embedding"] = step.phase(4 * h, finished=shape.parameters)  # the stream's fp32 gradient
+        phases["backward of the embedding"] = step.phase(plan.stream_bytes * h, finished=shape.parameters)
     return phases
 
 
@@ -5570,7 +5573,7 @@ class StepMemory:
         # above what PyTorch's tracker counts.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
-        chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # the head's inputs are in fp32
+        chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # its inputs, copied to fp32
         # At the peak also the head's gradient, and in bf16 the gradients of the chunk's logits and the previous one's,
         # which in fp32 take the place of the logits.
         gradients = 0 if plan.compute_bytes == 4 or without_fused_loss else 2 * 2 * rows * shape.vocabulary
@@ -5667,7 +5670,7 @@ NETWORK_EFFICIENCY = 0.8  # of the network's nominal bandwidth; nccl-tests: 0.68
 
 
 def training_flops(shape: ModelShape, tokens: int, squared_lengths: int) -> float:
-    """Returns the FLOPs that training on these documents takes, without recomputation.
+    """Returns the FLOPs of training on `tokens` tokens in all, without recomputation.
 
     PaLM (Chowdhery et al. 2022, appendix B): 6 per matmul parameter and token, and 12 * layers * query size per pair of
     tokens in a document, not halved for causality. `squared_lengths` sums length**2 over the documents.
