@@ -2675,7 +2675,7 @@ def attention_leaks(model: nn.Module, parallel: Parallel) -> bool:
         if parallel.plan.packing:
             losses.append(loss_of(another, document, place=1))
         losses.append(parallel.pipeline.forward(model, two_rows, padded))
-    except (AttributeError, TypeError):  # of a model that needs its mask: `check_setup` goes on with eager attention
+    except (AttributeError, TypeError):  # a model that needs its mask: next are padded rows, then eager attention
         if parallel.accelerator.unwrap_model(model).config._attn_implementation == "eager":
             raise
         return True
@@ -2726,8 +2726,8 @@ def compile_layers(model: nn.Module, parallel: Parallel, steps: int) -> None:
         lacks_triton = any(on_all_ranks(lambda: not has_triton(), gathered=True))
         if lacks_triton and not fits_eager:
             raise UserError(
-                "--compile auto cannot compile the layers, because Triton does not run here, and without that the plan "
-                "does not fit; install Triton, or use --compile no"
+                "--compile auto cannot compile the layers, because Triton does not run here, and the plan does not fit "
+                "uncompiled; install Triton, or use --compile no, which chooses another plan"
             )
         if lacks_triton or (fits_eager and gained_seconds <= COMPILE_SECONDS):
             gain = f"{steps} steps would gain {gained_seconds:.0f} s, and compiling takes up to {COMPILE_SECONDS:.0f} s"

@@ -607,7 +607,7 @@ def test_compiling_is_decided_by_what_the_predicted_steps_gain(
             train_llama2.compile_layers(model, parallel, 1)
             assert parallel.plan.compiled
         else:
-            with pytest.raises(train_llama2.UserError, match="Triton does not run here, and without that the plan"):
+            with pytest.raises(train_llama2.UserError, match="Triton does not run here, and the plan does not fit"):
                 train_llama2.compile_layers(model, parallel, steps)
 
 
