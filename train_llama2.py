@@ -610,8 +610,7 @@ def training_step(
 
     An ordinary stop lets the step finish. Returns None if all ranks agreed to abandon it, because torchrun would not
     wait for it and a save: weights, moments and `state` are unchanged, but the run must end, because FSDP may hold
-    gradients. Never under pipeline stages, whose forwards run ahead of their backwards: micro-batches would be left
-    half done.
+    gradients. Never under pipeline stages: see `StopSignals.agreed_to_abandon_step`.
 
     DDP and FSDP average gradients over the data ranks, so each loss is multiplied by their number. A step whose loss
     or gradient norm is not finite changes nothing: AdamW leaves weights and moments alone where `found_inf` is 1, in
@@ -1121,8 +1120,9 @@ class Parallel:
             if error is not None:
                 error.is_known_to_all = True  # to `command_line`, which finds no process group any more
             if self.accelerator.num_processes > 1:
-                # gloo's threads need the GIL to release their last message. Until then, destroying a DDP model, which
-                # waits with the GIL held, hangs, and the end of Python aborts: see `leave`, which other scripts lack.
+                # gloo's threads need the GIL to release their last message. Until then two things fail: destroying a
+                # DDP model hangs, because it waits with the GIL held, and the end of Python aborts, which `leave`
+                # avoids, but other scripts do not call it.
                 time.sleep(0.1)
             self.accelerator.end_training()
         elif issubclass(error_type, torch.OutOfMemoryError):
