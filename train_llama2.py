@@ -3281,7 +3281,7 @@ class StopSignals(contextlib.ExitStack):
     """Turns SIGTERM, SIGUSR1, Ctrl-C and a lost terminal into a stop that all ranks agree on.
 
     A second signal ends the process at once, with two exceptions: within SAME_SIGNAL_SECONDS it is taken for the same
-    one, and a SIGTERM after Slurm's SIGUSR1 only leaves less time. The end of its torchrun is to a rank like a first
+    one, and a SIGTERM after Slurm's SIGUSR1 only leaves less time. A rank whose torchrun has ended acts as on a first
     signal. Before `listen()` any signal ends the process, because there is nothing to save yet.
     Agreement is an all-reduce of two CPU integers over gloo: about 0.1 ms, no device sync. Leaving this context manager
     restores the former handlers.
@@ -3683,9 +3683,9 @@ def saves_in_background(checkpoint_bytes: int, parallel: Parallel) -> bool:
     parts = plan.model_parallel_size * plan.dp_shard_size
     copy_gib = checkpoint_bytes / GIB / parts * parallel.cluster.ranks_per_node
     on_host = parallel.device.type == "cpu" or plan.cpu_offload
-    resident_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients, not allocated yet
+    to_come_gib = copy_gib * 4 / 3 if on_host else 0.0  # weights, moments and gradients of a model still to load
     usable_share = {"auto": 0.5, "yes": 0.9, "no": 0.0}[wanted]
-    usable_here_gib = usable_share * max(0.0, free_host_memory() / GIB - resident_gib)
+    usable_here_gib = usable_share * max(0.0, free_host_memory() / GIB - to_come_gib)
     usable_gib = min(on_all_ranks(lambda: usable_here_gib, gathered=True))  # of the node that has least
     in_background = copy_gib <= usable_gib
     if wanted != "no" and not in_background:
@@ -4203,7 +4203,7 @@ class RunLog:
     def seconds_per_step(self) -> float:
         """Returns the mean seconds of a step in the last interval; until one ends, of the steps after the first.
 
-        Before the second step, if the first ended no interval: next to nothing.
+        Before the second step it is about 0, unless the first step ended an interval.
         """
         return self.step_seconds or (time.perf_counter() - self.interval_began) / max(1, self.interval_steps)
 
@@ -5313,7 +5313,7 @@ def why_uncuttable(model: PreTrainedModel) -> str:
         passed = base(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
         if passed is hidden and not list(model.parameters()):
             return ""
-    return "more than Llama's embedding, layers, last norm and head make it up"
+    return "the model has parts besides Llama's embedding, layers, last norm and head"
 
 
 def attends_partially(model_config: PretrainedConfig) -> bool:
@@ -5420,7 +5420,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             all_saved + step.norm_backward, gathered=beside_head + head_and_gradient, finished=head
         )
     else:
-        # what is gathered already, then the all-gather's buffer of the last layer and its weights
+        # what is gathered already (`kept` has the last layer's weights, too, in place of the buffer before them), then
+        # the all-gather's buffer of the last layer and its weights
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
@@ -5461,7 +5462,8 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm_backward = step.norm_backward + step.stream * is_split
         at_end = all_saved + step.norm + step.stream
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # The head's input and its gradient have come, and the norm's output has gone: under autocast, as much as both.
+        # The head's input and that input's gradient have come, and the norm's output has gone: it is as large as both
+        # under autocast, and as one of them otherwise.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.stream)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
@@ -5927,7 +5929,7 @@ def describe_best(choice: Choice, shape: ModelShape, cluster: Cluster) -> list[s
     if offloads:
         host_gib = offloaded_gib(shape, cluster, best.plan)
         lines.append(f"  host      weights, gradients and moments take {host_gib:.1f} GiB of each node's own memory")
-    assumed += "; overlap and reserved fitted" + ("; host link and memory guess" if offloads else "")
+    assumed += "; overlap and reserved fitted" + ("; host link and host memory bandwidth guess" if offloads else "")
     return [*lines, f"  lever     {choice.lever}", f"  assumed   every document fills its block; {assumed}"]
 
 
@@ -6129,8 +6131,8 @@ class Gpu:
     """What the plan knows of a kind of GPU."""
 
     memory_gib: float  # as CUDA reports it
-    peak_tflops: float  # dense bf16, from the data sheet like the next and `fp32_tflops`, or measured
-    hbm_gb_per_second: float
+    peak_tflops: float  # dense bf16, from the data sheet, or measured
+    hbm_gb_per_second: float  # from the data sheet, as is `fp32_tflops`
     matmul_efficiency: float  # the share of the peak that large matmuls reach end to end
     attention_efficiency: float  # that of flash attention, relative to matmuls
     link_gb_per_second: float  # bus bandwidth of collectives among the GPUs of a node
