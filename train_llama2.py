@@ -5313,7 +5313,7 @@ def why_uncuttable(model: PreTrainedModel) -> str:
         passed = base(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
         if passed is hidden and not list(model.parameters()):
             return ""
-    return "the model has parts besides Llama's embedding, layers, last norm and head"
+    return "it computes more than Llama's embedding, layers, last norm and head"
 
 
 def attends_partially(model_config: PretrainedConfig) -> bool:
