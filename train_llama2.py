@@ -3630,7 +3630,7 @@ class Checkpoints:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
         reader = HuggingFaceStorageReader(str(folder))
-        tensors = checkpoint_tensors(model, optimizer, copy=False)  # `dcp.load` fills them in place
+        tensors = checkpoint_tensors(model, optimizer, copy=False)  # a new optimizer's moments, too; `dcp.load` fills all in place
         stored = reader.read_metadata().state_dict_metadata
         rng, cuda_rng = f"rng.{self.parallel.rank}", f"rng.cuda.{self.parallel.rank}"
         for name in {rng, cuda_rng} & stored.keys():  # present if the saving run had this rank
@@ -3756,7 +3756,8 @@ def checkpoint_tensors(model: nn.Module, optimizer: Optimizer, copy: bool) -> di
     """Returns this rank's share of weights and moments by name, as DTensors where they are sharded.
 
     With `copy` they are in host memory, safe from the training that goes on; without, they are the model's and the
-    optimizer's own. Scalars get one dimension, and of tied weights there is one, as safetensors wants it.
+    optimizer's own (`get_state_dict` makes the moments of an optimizer that has none yet). Scalars get one dimension,
+    and of tied weights there is one, as safetensors wants it.
     """
     from accelerate.utils import find_tied_parameters
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -3870,7 +3871,7 @@ def save_model(
         write_model(model, weights, tokenizer, written)
         sizes = {file.name: file.stat().st_size for file in written.iterdir() if file.is_file()}
         if not (weights_hash and record.exists() and weights_hash in record.read_text()):
-            (folder / "README.md").unlink(missing_ok=True)  # of other weights; a card of these in another dtype stays
+            (folder / "README.md").unlink(missing_ok=True)  # it describes other weights; where only the dtype differs, it stays
         record.unlink(missing_ok=True)
         for pattern in ("config.json", "model*.safetensors*", "generation_config.json", *TOKENIZER_FILES):
             for old in folder.glob(pattern):
