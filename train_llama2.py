@@ -3630,7 +3630,7 @@ class Checkpoints:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
         reader = HuggingFaceStorageReader(str(folder))
-        tensors = checkpoint_tensors(model, optimizer, copy=False)  # a new optimizer's moments, too; `dcp.load` fills all in place
+        tensors = checkpoint_tensors(model, optimizer, copy=False)  # `dcp.load` fills them in place
         stored = reader.read_metadata().state_dict_metadata
         rng, cuda_rng = f"rng.{self.parallel.rank}", f"rng.cuda.{self.parallel.rank}"
         for name in {rng, cuda_rng} & stored.keys():  # present if the saving run had this rank
@@ -3871,7 +3871,7 @@ def save_model(
         write_model(model, weights, tokenizer, written)
         sizes = {file.name: file.stat().st_size for file in written.iterdir() if file.is_file()}
         if not (weights_hash and record.exists() and weights_hash in record.read_text()):
-            (folder / "README.md").unlink(missing_ok=True)  # it describes other weights; where only the dtype differs, it stays
+            (folder / "README.md").unlink(missing_ok=True)  # of other weights, not of these in another dtype
         record.unlink(missing_ok=True)
         for pattern in ("config.json", "model*.safetensors*", "generation_config.json", *TOKENIZER_FILES):
             for old in folder.glob(pattern):
@@ -4316,8 +4316,8 @@ class RunLog:
         if not self.parallel.is_main:
             return
         with keep_going("the scores of the test split could not be written", self.parallel):
-            # All the new ones are written, so those of this step that other weights or flags have made can go. Those of
-            # the validation split have no mark, and stay.
+            # All the new summaries are in samples.jsonl by now, so those of this step that other weights or flags have
+            # made can go. Those of the validation split have no `made_by`, and stay.
             made_by = samples[0]["made_by"]
             self.samples.keep(lambda each: each["step"] != state.step or each.get("made_by", made_by) == made_by)
             before = [each for each in read_lines(self.folder / METRICS_FILE) if "test_samples" in each]
@@ -6005,11 +6005,11 @@ class Cluster:
     def bus_gb_per_second(self, ranks: int, stride: int = 1) -> float:
         """Returns the bandwidth of a ring of `ranks` ranks that lie `stride` places apart.
 
-        Inside a node it is the link's. Across nodes, its ranks on a node add up their shares of the network.
+        Inside a node it is the link's. Across nodes, the ring's ranks on a node add up their shares of the network.
         """
         if self.nodes == 1 or self.ranks_per_node % (ranks * stride) == 0:  # else some ring lies on two nodes
             return self.gpu.link_gb_per_second
-        ring_ranks_of_node = max(1, self.ranks_per_node // stride)
+        ring_ranks_of_node = max(1, min(ranks, self.ranks_per_node // stride))
         return min(self.gpu.link_gb_per_second, ring_ranks_of_node * self.network_gb_per_second)
 
     @property
