@@ -610,7 +610,7 @@ def training_step(
 
     An ordinary stop lets the step finish. Returns None if all ranks agreed to abandon it, because torchrun would not
     wait for it and a save: weights, moments and `state` are unchanged, but the run must end, because FSDP may hold
-    gradients. Never under pipeline stages: see `StopSignals.agreed_to_abandon_step`.
+    gradients that `zero_grad` does not reach. Never under pipeline stages: see `StopSignals.agreed_to_abandon_step`.
 
     DDP and FSDP average gradients over the data ranks, so each loss is multiplied by their number. A step whose loss
     or gradient norm is not finite changes nothing: AdamW leaves weights and moments alone where `found_inf` is 1, in
@@ -955,11 +955,11 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     end, because training computes plain causal attention without looking at the mask. Raises UserError where the model
     cannot be read, or the plan that was asked for cannot work.
 
-    `calls_training_step` says that the caller takes its steps with `training_step`, as `main` does. Pipeline stages
-    need it, because a stage alone has no loss, and tensor parallelism, because each of its ranks takes a part of the
-    tokens of every row, which must be a multiple of 8 tokens wide. Without it no plan with either is chosen or
-    accepted, rows are padded and layers not compiled unless the flags ask for it, and memory is planned for a loop that
-    computes all logits.
+    `calls_training_step` says that the caller takes its steps with `training_step` on batches of `training_batches`, as
+    `main` does. Pipeline stages need it, because a stage alone has no loss, and tensor parallelism, because each of its
+    ranks takes a part of the tokens of every row, whose width those batches make a multiple of 8. Without it no plan
+    with either is chosen or accepted, rows are padded and layers not compiled unless the flags ask for it, and memory
+    is planned for a loop that computes all logits.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -984,7 +984,7 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
     if not calls_training_step:
         # why it can have neither pipeline stages (uncuttable) nor tensor parallelism (unsplittable)
-        own_loop = "another script's loop has to take its steps with training_step, and then set calls_training_step"
+        own_loop = "another loop has to take its steps with training_step on training_batches, and set calls_training_step"
         shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop, computes_all_logits=True)
         settled = {name: "no" for name in ("packing", "compile") if getattr(config, name) == "auto"}
         config = dataclasses.replace(config, **settled)
