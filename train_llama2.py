@@ -984,7 +984,7 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
     if not calls_training_step:
         # why it can have neither pipeline stages (uncuttable) nor tensor parallelism (unsplittable)
-        own_loop = "another loop has to take its steps with training_step on training_batches, and set calls_training_step"
+        own_loop = "another loop has to take its steps with training_step on training_batches, and say that it does"
         shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop, computes_all_logits=True)
         settled = {name: "no" for name in ("packing", "compile") if getattr(config, name) == "auto"}
         config = dataclasses.replace(config, **settled)
@@ -4972,7 +4972,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
 def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
     if plan.gradient_accumulation_steps == 1:
         return ("step",)
-    # holding back would save reductions inside a group alone: the all-reduce across replicas waits in any case
+    # holding back would save only the reductions inside a group: the all-reduce across replicas waits in any case
     if plan.strategy == "hsdp":
         return ("micro-batch",)
     return ("micro-batch", "step") if plan.dp_shard_size > 1 else ("step",)
@@ -5371,7 +5371,7 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
     All reduced gradients are there at the end. Gathering has a pool of its own, with the buffers of two layers and of
-    the head. One layer is in the phases already, so one layer and the head are added.
+    the head. At most peaks the phase has a layer's already, so one layer and the head are added.
     """
     plan, shape = step.plan, step.shape
     # gradients that are held back lie in the main pool; reduced ones in another, added below
@@ -5421,8 +5421,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             all_saved + step.norm_backward, gathered=beside_head + head_and_gradient, finished=head
         )
     else:
-        # what is gathered already (`kept` has the last layer's weights, too, in place of the buffer before them), then
-        # the all-gather's buffer of the last layer and its weights
+        # The buffer of the layer before, for which `kept`, which has the last layer's weights already, counts them once
+        # more; then the all-gather's buffer of the last layer and its weights.
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
@@ -5596,9 +5596,9 @@ class StepMemory:
             mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
             norm = self.norm_backward + (self.stream if width == 2 else 0)
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
-        # The product, gate and up have a gradient of f each. Recomputed, all six are there at once; else the product is
-        # gone by then, and the gate's gradient overwrites the gate. Where layers are split, the stream's gradient is
-        # gathered.
+        # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the down
+        # projection's own gradient (h * f). Else the peak comes after that: the product is gone, and the gate's gradient
+        # overwrites the gate. Where layers are split, the stream's gradient is gathered.
         gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
@@ -5619,7 +5619,7 @@ class StepMemory:
         """Gradients once those of `finished` parameters are reduced."""
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
-        if plan.strategy == "ddp":  # its buckets, and beside them what earlier micro-batches add up
+        if plan.strategy == "ddp":  # its buckets, and earlier micro-batches' sums before they move there
             return state * (parameters + (parameters - finished) * accumulates)
         if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
             reduced = 0 if plan.cpu_offload else state * finished / plan.dp_shard_size
@@ -5655,7 +5655,7 @@ def offloaded_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
     pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
     shard_bytes = plan.shard_bytes(shape)  # of the whole model
-    pinned = max(pinned, shard_bytes)  # `intermediate` is that of the experts a token is sent to
+    pinned = max(pinned, shard_bytes)  # of experts, `matrices` has those a token is sent to
     of_rank = 2 * (pinned + shard_bytes) / plan.pipeline_parallel_size
     return of_rank * cluster.ranks_per_node / GIB
 
