@@ -5597,8 +5597,8 @@ class StepMemory:
             norm = self.norm_backward + (self.stream if width == 2 else 0)
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the down
-        # projection's own gradient (h * f). Else the peak comes after that: the product is gone, and the gate's gradient
-        # overwrites the gate. Where layers are split, the stream's gradient is gathered.
+        # projection's own gradient (h * f). Else the peak comes after that: the product is gone, and the gate's
+        # gradient overwrites the gate. Where layers are split, the stream's gradient is gathered.
         gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
