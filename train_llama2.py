@@ -956,8 +956,8 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     cannot be read, or the plan that was asked for cannot work.
 
     `calls_training_step` says that the caller takes its steps with `training_step` on batches of `training_batches`, as
-    `main` does. Pipeline stages need it, because a stage alone has no loss, and tensor parallelism, because each of its
-    ranks takes a part of the tokens of every row, whose width those batches make a multiple of 8. Without it no plan
+    `main` does. Pipeline stages need it, because a stage alone has no loss. Tensor parallelism needs it too, because each
+    rank takes a part of the tokens of every row, whose width those batches make a multiple of 8. Without it no plan
     with either is chosen or accepted, rows are padded and layers not compiled unless the flags ask for it, and memory
     is planned for a loop that computes all logits.
     """
@@ -1215,8 +1215,8 @@ def on_all_ranks(
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. Out of memory, a broken
     device and a connection that NCCL has lost are raised on this rank alone, because it cannot talk to the others any
     more. With `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are
-    returned as a list. Only an `act` that fails on all ranks alike may wait for other ranks: if it failed on one, the
-    others would wait for that one. Costs one exchange of messages in host memory.
+    returned as a list. `act` may wait for other ranks only if, whenever it fails, it fails on all of them: if it failed
+    on one, the others would wait for that one. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = failure = None
@@ -3871,7 +3871,8 @@ def save_model(
         write_model(model, weights, tokenizer, written)
         sizes = {file.name: file.stat().st_size for file in written.iterdir() if file.is_file()}
         if not (weights_hash and record.exists() and weights_hash in record.read_text()):
-            (folder / "README.md").unlink(missing_ok=True)  # of other weights, not of these in another dtype
+            # the card of other weights; that of the same weights in another dtype stays
+            (folder / "README.md").unlink(missing_ok=True)
         record.unlink(missing_ok=True)
         for pattern in ("config.json", "model*.safetensors*", "generation_config.json", *TOKENIZER_FILES):
             for old in folder.glob(pattern):
