@@ -854,7 +854,7 @@ def summarise(
             for row, r, s, ids in zip(rows["row"], references, summaries, answers, strict=True)
         ]
         written_by_rank = on_all_ranks(lambda written=written: written, gathered=True)
-        by_data_rank = written_by_rank[:: parallel.plan.tensor_parallel_size]  # ranks of one data rank write the same
+        by_data_rank = written_by_rank[:: parallel.plan.tensor_parallel_size]  # tensor ranks write the same; later stages repeat the list
         yield [by_data_rank[place % size][place // size] for place in range(len(positions_of_call))]
 
 
@@ -867,7 +867,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     plan, config = parallel.plan, parallel.config
     parts = shapes_of_stages(parallel.shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
-    step = StepMemory(shape, plan, tokens=1)  # only what is resident is asked for, whatever the tokens
+    step = StepMemory(shape, plan, tokens=1)  # nothing that is asked of it depends on the tokens
     # FSDP gathers two layers and the head at a time, and the second head is a margin. Autocast copies all weights.
     two_layers = 2 * (shape.layer_parameters + shape.head_and_norm_parameters)
     in_use = plan.compute_bytes * (shape.parameters if plan.autocasts else two_layers) + sum(step.resident().values())
@@ -956,10 +956,10 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     cannot be read, or the plan that was asked for cannot work.
 
     `calls_training_step` says that the caller takes its steps with `training_step` on batches of `training_batches`, as
-    `main` does. Pipeline stages need it, because a stage alone has no loss. Tensor parallelism needs it too, because each
-    rank takes a part of the tokens of every row, whose width those batches make a multiple of 8. Without it no plan
-    with either is chosen or accepted, rows are padded and layers not compiled unless the flags ask for it, and memory
-    is planned for a loop that computes all logits.
+    `main` does. Pipeline stages need it, because a stage alone has no loss. Tensor parallelism needs it too: each rank
+    takes a part of the tokens of every row, whose width those batches make a multiple of 8. Without it no plan with
+    either is chosen or accepted, rows are padded and layers not compiled unless the flags ask for it, and memory is
+    planned for a loop that computes all logits.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -3487,7 +3487,7 @@ class Checkpoints:
         writing.rename(final)
         sync_to_disk(self.folder)
         found = complete_checkpoints(self.folder)
-        here = found.index(final)  # newer ones are damaged and were skipped when resuming
+        here = found.index(final)  # those before it are newer: damaged, skipped when resuming, and deleted now
         for other in found[:here] + found[here + self.config.keep_checkpoints :]:
             try:
                 discard(other)
@@ -4150,14 +4150,14 @@ class RunLog:
             self.parallel.accelerator.init_trackers(
                 "train_llama2",
                 {name: str(value) for name, value in settings.items()},
-                init_kwargs={  # a resumed run continues its own curves, without the steps it repeats
+                init_kwargs={  # a resumed run continues its own curves
                     "wandb": {"id": state.run_id, "resume": "allow"},
-                    "tensorboard": {"purge_step": state.step + 1},
+                    "tensorboard": {"purge_step": state.step + 1},  # without the steps that are repeated
                 },
             )
             if self.config.report_to == "wandb":
                 run = self.parallel.accelerator.get_tracker("wandb", unwrap=True)
-                run.define_metric("*", step_metric="step")  # wandb's own counter takes no step twice
+                run.define_metric("*", step_metric="step")  # W&B's own counter would drop repeated steps
         except Exception as error:  # each tracker has errors of its own
             raise UserError(
                 f"--report-to {self.config.report_to} cannot be started ({first_line(error)}); set it up, or use none"
@@ -4596,7 +4596,7 @@ def lines_of_check(plan_check: dict[str, dict[str, Any]]) -> list[str]:
 # padding included. A "phase" is a part of the step in which memory may peak.
 # Nothing in this section talks to other ranks, except where the devices are found.
 
-USABLE_SHARE = 0.95  # share of a device's memory that the expected reserved memory may take; the rest is for its band
+USABLE_SHARE = 0.95  # of a device's memory, for the expected reserved memory; the rest is a margin for `reserved_high`
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
 STEP_FACTOR = 1.35  # predicted and measured time differ by at most this, as for published runs (tests/check_plan.py)
 # Times nearer than this are too close to call: the predicted ratio of two similar published runs' times has an error of
@@ -4973,7 +4973,7 @@ def candidate_plans(shape: ModelShape, cluster: Cluster, config: Config) -> list
 def useful_gradient_syncs(plan: Plan) -> tuple[str, ...]:
     if plan.gradient_accumulation_steps == 1:
         return ("step",)
-    # holding back would save only the reductions inside a group: the all-reduce across replicas waits in any case
+    # holding back would save only the reductions inside a group: the one across replicas is made once a step anyway
     if plan.strategy == "hsdp":
         return ("micro-batch",)
     return ("micro-batch", "step") if plan.dp_shard_size > 1 else ("step",)
@@ -5025,7 +5025,7 @@ def why_not_split(shape: ModelShape, cluster: Cluster, size: int) -> str:
     if shape.unsplittable:
         return f"{shape.unsplittable}; leave it out"
     if PAD_MULTIPLE % size:
-        return f"rows of a multiple of {PAD_MULTIPLE} tokens are shared out; use a divisor of {PAD_MULTIPLE}"
+        return f"it does not divide {PAD_MULTIPLE}, of which the tokens to share out are a multiple; use a divisor"
     if (ranks := cluster.ranks_per_node) % size:
         return f"it does not divide the {ranks} rank(s) of a node; use a divisor, or another --nproc_per_node"
     sizes = dict(heads=shape.heads, intermediate_size=shape.intermediate, vocab_size=shape.vocabulary)
@@ -5293,7 +5293,7 @@ def why_unsplittable(model: PreTrainedModel, attention: str | None) -> str:
 def why_uncuttable(model: PreTrainedModel) -> str:
     """Returns why the layers of a model on the meta device cannot be cut into pipeline stages; "" if they can.
 
-    transformers shares out embedding, layers, last norm and head by Llama's names. Without them no parameter may be
+    transformers shares out embedding, layers, last norm and head by Llama's names. Without these no parameter may be
     left, and hidden states must pass through untouched: what a model does to them besides, each stage would do again.
     """
     from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
@@ -5852,7 +5852,8 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
     """
     smaller = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=smaller)
-    fixed = dict(batch_size=config.batch_size, precision=plan.precision)
+    # the run's other flags of the plan do not restrict the search: those returned override them
+    fixed = dict(batch_size=config.batch_size, precision=plan.precision, save_dtype=config.save_dtype)
     fixed |= dict(packing="yes" if plan.packing else "no", compile="yes" if plan.compiled else "no")
     shorter = [Config(block_size=max(1, config.block_size // divisor), **fixed) for divisor in (1, 2, 4, 8)]
     for each in shorter:
