@@ -854,7 +854,8 @@ def summarise(
             for row, r, s, ids in zip(rows["row"], references, summaries, answers, strict=True)
         ]
         written_by_rank = on_all_ranks(lambda written=written: written, gathered=True)
-        by_data_rank = written_by_rank[:: parallel.plan.tensor_parallel_size]  # tensor ranks write the same; later stages repeat the list
+        # tensor-parallel ranks write the same, and each later stage repeats the list
+        by_data_rank = written_by_rank[:: parallel.plan.tensor_parallel_size]
         yield [by_data_rank[place % size][place // size] for place in range(len(positions_of_call))]
 
 

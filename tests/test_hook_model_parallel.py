@@ -275,7 +275,7 @@ def test_a_model_that_cannot_be_cut_is_refused_once(tmp_path):
         ),
         (PP2 | dict(parallelism="hsdp", hsdp_shard_size=4), "groups of at least 1 ranks for each part of the model"),
         (dict(parallelism="hsdp", hsdp_shard_size=1, tensor_parallel_size=1), "groups of at least 2 ranks"),
-        (dict(tensor_parallel_size=3), "3 cannot be had here: it does not divide 8, of which the tokens to share out are"),
+        (dict(tensor_parallel_size=3), "3 cannot be had here: it does not divide 8, of which the tokens"),
         (dict(tensor_parallel_size=8), "8 cannot be had here: it does not divide the model's 4 heads"),
         (TP2 | dict(parallelism="ddp"), "--parallelism ddp does not go with --tensor-parallel-size 2; use hsdp"),
         (
