@@ -5369,14 +5369,16 @@ def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, s
 
 
 def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> float:
-    """Returns what the allocator's pools hold under FSDP, one per stream, after each has been at its peak.
+    """Returns what the allocator's pools hold under FSDP, one per CUDA stream, after each has been at its peak.
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
     All reduced gradients are there at the end. Gathering has a pool of its own, with the buffers of two layers and of
-    the head. At most peaks the phase has a layer's already, so one layer and the head are added.
+    the head. In most phases that may be the peak one layer's buffer is counted already, so one layer's and the head's
+    are added.
     """
     plan, shape = step.plan, step.shape
-    # gradients that are held back lie in the main pool; reduced ones in another, added below
+    # gradients that are held back lie in the main pool; reduced ones in another, added below (those that are reduced in
+    # the last micro-batch of a plan that holds back count twice)
     left_out = () if plan.holds_gradients_back else ("gradients",)
     main = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
     gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
@@ -5423,8 +5425,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             all_saved + step.norm_backward, gathered=beside_head + head_and_gradient, finished=head
         )
     else:
-        # The buffer of the layer before, for which `kept`, which has the last layer's weights already, counts them once
-        # more; then the all-gather's buffer of the last layer and its weights.
+        # The all-gather's buffers of the layer before and of the last one, and the last one's weights, which `kept`
+        # includes.
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
@@ -5465,8 +5467,8 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm_backward = step.norm_backward + step.stream * is_split
         at_end = all_saved + step.norm + step.stream
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # The head's input and that input's gradient have come, and the norm's output has gone: it is as large as both
-        # under autocast, and as one of them otherwise.
+        # The head's input and that input's gradient have come, and the norm's output has gone. That is as large as both
+        # under autocast, so they cancel, and as one of them otherwise.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.stream)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
@@ -5521,7 +5523,7 @@ class StepMemory:
 
         # Bytes per token.
         self.rotary = 2 * plan.stream_bytes * shape.head_dim  # cosines and sines of a position, shared by all layers
-        self.stream = width * h  # the stream in compute precision: what the head selects, or a gradient
+        self.stream = width * h  # as wide as the residual stream, in compute precision: what the head selects
         # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
         # gradient.
         self.scalars = 4 * 8 + 3 * 4
@@ -5534,8 +5536,8 @@ class StepMemory:
             # What a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h. In fp32 and under
             # autocast all three take 4h.
             self.norm = (12 if plan.stream_bytes == 4 else 8) * h
-            # A norm's backward pass: 8h of what it saved, and in fp32 the gradients of the normalised input, of the
-            # input by way of the scale, of the input by way of the variance, and the sum of the last two, 4h each.
+            # A norm's backward pass: 8h of what it saved, and in any precision four gradients in fp32, 4h each: of the
+            # normalised input, of the input by way of the scale and of the variance, and the sum of the last two.
             self.norm_backward = (8 + 4 * 4) * h
         if plan.compiled:
             # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, attention's
