@@ -984,8 +984,8 @@ def enable_advanced_parallelization(config: Config, calls_training_step: bool = 
     cluster = find_cluster()
     model_config, shape = on_all_ranks(lambda: read_model_shape(config))
     if not calls_training_step:
-        # why it can have neither pipeline stages (uncuttable) nor tensor parallelism (unsplittable)
-        own_loop = "another loop has to take its steps with training_step on training_batches, and say that it does"
+        # why the caller's loop can have neither pipeline stages (uncuttable) nor tensor parallelism (unsplittable)
+        own_loop = "a loop of your own has to take training_step on training_batches, and pass calls_training_step=True"
         shape = dataclasses.replace(shape, uncuttable=own_loop, unsplittable=own_loop, computes_all_logits=True)
         settled = {name: "no" for name in ("packing", "compile") if getattr(config, name) == "auto"}
         config = dataclasses.replace(config, **settled)
@@ -1122,8 +1122,8 @@ class Parallel:
                 error.is_known_to_all = True  # to `command_line`, which finds no process group any more
             if self.accelerator.num_processes > 1:
                 # gloo's threads need the GIL to release their last message. Until then two things fail: destroying a
-                # DDP model hangs, because it waits with the GIL held, and the end of Python aborts, which `leave`
-                # avoids, but other scripts do not call it.
+                # DDP model hangs, because it waits with the GIL held; and Python aborts as it ends (only in other
+                # scripts: this one ends with `leave`).
                 time.sleep(0.1)
             self.accelerator.end_training()
         elif issubclass(error_type, torch.OutOfMemoryError):
@@ -1172,7 +1172,7 @@ class Parallel:
 
         DDP waits for the last micro-batch. FSDP reduces each one, unless the plan's `gradient_sync` is `step`: then it
         keeps an unsharded fp32 gradient (4 bytes per parameter) until the last. HSDP does the same inside the sharded
-        group. Its all-reduce across replicas, in which each rank sends its own gradient shard alone, always waits for
+        group. Its all-reduce across replicas, in which each rank sends only its own gradient shard, always waits for
         the last micro-batch.
         """
         if self.plan.uses_fsdp:
@@ -3558,7 +3558,10 @@ class Checkpoints:
                 f"--resume {checkpoint} holds checkpoints but is none; name one, such as {inside[0]}, or leave "
                 "--resume out to go on from the newest in --save-model-dir"
             )
-        if later := [str(each) for each in itertools.takewhile(lambda each: not each.samefile(checkpoint), own)]:
+        later = [str(each) for each in itertools.takewhile(lambda each: not each.samefile(checkpoint), own)]
+        if later and len(later) == len(own):
+            raise UserError(f"--resume {checkpoint} is no complete checkpoint; name one, such as {own[0]}")
+        if later:
             raise UserError(
                 f"--resume {checkpoint} is not the newest checkpoint of {self.folder}; to go back to it, delete "
                 f"{' and '.join(later)}"
@@ -5855,7 +5858,7 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
     """
     smaller = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=smaller)
-    # the run's other flags of the plan do not restrict the search: those returned override them
+    # the rest of the plan is searched freely, whatever the command's flags: those returned replace them
     fixed = dict(batch_size=config.batch_size, precision=plan.precision, save_dtype=config.save_dtype)
     fixed |= dict(packing="yes" if plan.packing else "no", compile="yes" if plan.compiled else "no")
     shorter = [Config(block_size=max(1, config.block_size // divisor), **fixed) for divisor in (1, 2, 4, 8)]
@@ -6154,9 +6157,9 @@ MEASURED_FIGURES = DATA_SHEET | dict.fromkeys(("memory", "peak"), "measured")
 # RTX Blackwell white papers for the GeForce cards. Networks: DGX A100 and H100, AWS p4d for the A100-40GB, or guesses.
 # Efficiencies of A100 and H100: hardware FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in
 # the benchmark table of mosaicml/llm-foundry (0.79, 0.59 of the peak with all overheads). Attention: FlashAttention-2
-# reaches 0.50 to 0.73 of an A100 and 0.35 of an H100 (Dao 2023; Shah et al. 2024). Links: nccl-tests all-gather and
-# all-reduce bus bandwidth published for 8 GPUs. H200 and GH200 have the H100's chip; every other efficiency is a guess
-# from these.
+# reaches 0.50 to 0.73 of an A100's peak and 0.35 of an H100's (Dao 2023; Shah et al. 2024), here divided by the
+# efficiency of matmuls. Links: nccl-tests all-gather and all-reduce bus bandwidth published for 8 GPUs. H200 and GH200
+# have the H100's chip; every other efficiency is a guess from these.
 GPUS = {  # memory GiB, bf16 TFLOP/s, HBM GB/s, efficiencies of matmuls and attention, link GB/s, network, fp32 TFLOP/s
     "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 50, 19.5, PUBLISHED),
     "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200, 19.5, PUBLISHED),

@@ -259,6 +259,16 @@ def test_a_path_to_the_runs_newest_checkpoint_resumes_it(stopped, copy_of, monke
     assert_same_run(folder, uninterrupted)
 
 
+def test_a_folder_that_is_no_checkpoint_is_not_to_be_gone_back_to(stopped, copy_of, capsys):
+    """Nor is anything to be deleted for it."""
+    folder = copy_of(stopped)
+    path = folder / "checkpoints" / "step-000004.bak"
+    path.mkdir()
+    assert start(folder, resume=path) == 2
+    newest = folder / "checkpoints" / "step-000005"
+    assert error_of(capsys) == f"error: --resume {path} is no complete checkpoint; name one, such as {newest}"
+
+
 @pytest.mark.parametrize(("named", "later"), [("step-000004", ["5"]), ("step-000002", ["5", "4"])])
 def test_a_path_that_the_run_has_left_behind_is_refused(stopped, copy_of, uninterrupted, capsys, named, later):
     """The line names the folders to delete; without them the same command goes back and gives the same losses."""
