@@ -5375,13 +5375,12 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
     """Returns what the allocator's pools hold under FSDP, one per CUDA stream, after each has been at its peak.
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
-    All reduced gradients are there at the end. Gathering has a pool of its own, with the buffers of two layers and of
-    the head. In most phases that may be the peak one layer's buffer is counted already, so one layer's and the head's
-    are added.
+    At the end every reduced gradient is there. Gathering has a pool of its own, with the buffers of two layers and of
+    the head. Most phases count one layer's buffer already, so one layer's and the head's are added.
     """
     plan, shape = step.plan, step.shape
-    # gradients that are held back lie in the main pool; reduced ones in another, added below (those that are reduced in
-    # the last micro-batch of a plan that holds back count twice)
+    # gradients that are held back lie in the main pool; reduced ones in another, added below (under holding back one
+    # term has both, so reduced ones are counted twice, which is too many)
     left_out = () if plan.holds_gradients_back else ("gradients",)
     main = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
     gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
@@ -5420,8 +5419,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
         # buffer, which FSDP2 keeps until the next gathering, counts too.
         gathering = kept + width * (layer + 2 * head)
-        phases["gathering the head"] = step.phase(all_saved + step.stream, gathered=gathering)
-        in_loss = all_saved + step.norm + step.stream + step.scalars
+        phases["gathering the head"] = step.phase(all_saved + step.hidden_states, gathered=gathering)
+        in_loss = all_saved + step.norm + step.hidden_states + step.scalars
         phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
         head_and_gradient = (width + 4) * head  # 4: the head's gradient in fp32, about to be reduced
         phases["backward of the last norm"] = step.phase(
@@ -5467,12 +5466,12 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     phases = {}
     if shape.has_head:
         chunk, loss_buffers = step.loss_buffers()
-        norm_backward = step.norm_backward + step.stream * is_split
-        at_end = all_saved + step.norm + step.stream
+        norm_backward = step.norm_backward + step.hidden_states * is_split
+        at_end = all_saved + step.norm + step.hidden_states
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # The head's input and that input's gradient have come, and the norm's output has gone. That is as large as both
-        # under autocast, so they cancel, and as one of them otherwise.
-        in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.stream)
+        # Beside what the norm saved there are the head's input and that input's gradient, without the norm's output,
+        # which has gone. Under autocast it is as large as the two, so they cancel; otherwise as one of them.
+        in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
@@ -5526,7 +5525,7 @@ class StepMemory:
 
         # Bytes per token.
         self.rotary = 2 * plan.stream_bytes * shape.head_dim  # cosines and sines of a position, shared by all layers
-        self.stream = width * h  # as wide as the residual stream, in compute precision: what the head selects
+        self.hidden_states = width * h  # in compute precision: the head's input, or a gradient
         # Four int64 (ids, positions, `predict_at`, `targets`), and in fp32 the last norm's scale, the losses and their
         # gradient.
         self.scalars = 4 * 8 + 3 * 4
@@ -5548,9 +5547,9 @@ class StepMemory:
             # and their product 3f. The rest is computed again from them.
             saved = self.layer_input + width * (2 * h + h / split + 2 * q + 2 * k + 3 * f)
         else:
-            # Two norms: 16h in bf16, 24h in fp32. Under autocast the outputs, which projections read, are saved as bf16
-            # copies of five projections' inputs, 10h, beside the 16h of the rest. In elements: query and attention
-            # output 2q, key and value 2k, MLP 4f.
+            # Two norms: 16h in bf16, 24h in fp32. Under autocast 26h: of the fp32 24h the outputs, 8h, are saved as bf16
+            # copies, the inputs of five projections, 10h. In elements: query and attention output 2q, key and value 2k,
+            # MLP 4f.
             norms = 2 * self.norm if split > 1 else (26 if plan.autocasts else 24 if width == 4 else 16) * h
             saved = norms + width * (2 * q + 2 * k + 4 * f)
         # What a layer keeps that is not recomputed: these, attention's log-sum-exp 4a, and the scales of two norms 8.
@@ -5599,9 +5598,9 @@ class StepMemory:
         if not plan.compiled:
             kept = self.layer_input if recomputed else 0
             # Beside what the layer saved, PyTorch's tracker counts in the MLP two gradients f wide and, except under
-            # autocast, one h wide; in the first norm, in half precision, the stream's.
+            # autocast, one h wide; in the first norm, unless in fp32, the stream's gradient, under autocast too.
             mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
-            norm = self.norm_backward + (self.stream if width == 2 else 0)
+            norm = self.norm_backward + (self.hidden_states if width == 2 else 0)
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the down
         # projection's own gradient (h * f). Else the peak comes after that: the product is gone, and the gate's
