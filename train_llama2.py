@@ -5547,9 +5547,9 @@ class StepMemory:
             # and their product 3f. The rest is computed again from them.
             saved = self.layer_input + width * (2 * h + h / split + 2 * q + 2 * k + 3 * f)
         else:
-            # Two norms: 16h in bf16, 24h in fp32. Under autocast 26h: of the fp32 24h the outputs, 8h, are saved as bf16
-            # copies, the inputs of five projections, 10h. In elements: query and attention output 2q, key and value 2k,
-            # MLP 4f.
+            # Two norms: 16h in bf16, 24h in fp32. Under autocast 26h: of the fp32 24h the outputs, 8h, are saved as
+            # bf16 copies, the inputs of five projections, 10h. In elements: query and attention output 2q, key and
+            # value 2k, MLP 4f.
             norms = 2 * self.norm if split > 1 else (26 if plan.autocasts else 24 if width == 4 else 16) * h
             saved = norms + width * (2 * q + 2 * k + 4 * f)
         # What a layer keeps that is not recomputed: these, attention's log-sum-exp 4a, and the scales of two norms 8.
@@ -6140,8 +6140,8 @@ class Gpu:
 
     memory_gib: float  # as CUDA reports it
     peak_tflops: float  # dense bf16, from the data sheet, or measured
-    hbm_gb_per_second: float  # from the data sheet, as is `fp32_tflops`
-    matmul_efficiency: float  # the share of the peak that large matmuls reach end to end
+    hbm_gb_per_second: float  # from the data sheet, as is `fp32_tflops`, or a guess
+    matmul_efficiency: float  # the share of the peak that large matmuls reach within a step
     attention_efficiency: float  # that of flash attention, relative to matmuls
     link_gb_per_second: float  # bus bandwidth of collectives among the GPUs of a node
     network_gbit_per_second: float  # usual network of a node, per GPU
@@ -6155,10 +6155,10 @@ MEASURED_FIGURES = DATA_SHEET | dict.fromkeys(("memory", "peak"), "measured")
 # Data sheets: NVIDIA's for A100, H100, H200, GH200, L40S, A10 and HGX B200; AWS's for the A10G (G5); the GA102, Ada and
 # RTX Blackwell white papers for the GeForce cards. Networks: DGX A100 and H100, AWS p4d for the A100-40GB, or guesses.
 # Efficiencies of A100 and H100: hardware FLOPs, recomputation included, of MPT-13B at 40,960 tokens a micro-batch, in
-# the benchmark table of mosaicml/llm-foundry (0.79, 0.59 of the peak with all overheads). Attention: FlashAttention-2
-# reaches 0.50 to 0.73 of an A100's peak and 0.35 of an H100's (Dao 2023; Shah et al. 2024), here divided by the
-# efficiency of matmuls. Links: nccl-tests all-gather and all-reduce bus bandwidth published for 8 GPUs. H200 and GH200
-# have the H100's chip; every other efficiency is a guess from these.
+# the benchmark table of mosaicml/llm-foundry (0.79, 0.59 of the peak with all overheads, so a little more without).
+# Attention: FlashAttention-2 reaches 0.50 to 0.73 of an A100's peak and 0.35 of an H100's (Dao 2023; Shah et al. 2024),
+# here divided by the efficiency of matmuls. Links: nccl-tests all-gather and all-reduce bus bandwidth published for 8
+# GPUs. H200 and GH200 have the H100's chip; every other efficiency is a guess from these.
 GPUS = {  # memory GiB, bf16 TFLOP/s, HBM GB/s, efficiencies of matmuls and attention, link GB/s, network, fp32 TFLOP/s
     "A100-40GB": Gpu(39.5, 312, 1555, 0.80, 0.75, 231, 50, 19.5, PUBLISHED),
     "A100-80GB": Gpu(79.1, 312, 2039, 0.80, 0.75, 231, 200, 19.5, PUBLISHED),
