@@ -1214,8 +1214,8 @@ def on_all_ranks(
     """Runs `act` on every rank and returns its result; if it fails on any rank, raises the same error on all of them.
 
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. Out of memory, a broken
-    device and a connection that NCCL has lost are raised on this rank alone, because it cannot talk to the others any
-    more. With `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are
+    device and a connection that NCCL has lost are raised on this rank alone, at once: it ends, and torchrun ends the
+    others. With `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are
     returned as a list. `act` may wait for other ranks only if, whenever it fails, it fails on all of them: if it failed
     on one, the others would wait for that one. Costs one exchange of messages in host memory.
     """
