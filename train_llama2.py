@@ -1215,9 +1215,9 @@ def on_all_ranks(
 
     A UserError or RunError is raised as it is, anything else as a RunError that names the rank. Out of memory, a broken
     device and a connection that NCCL has lost are raised on this rank alone, at once: it ends, and torchrun ends the
-    others. With `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks are
-    returned as a list. `act` may wait for other ranks only if, whenever it fails, it fails on all of them: if it failed
-    on one, the others would wait for that one. Costs one exchange of messages in host memory.
+    others. With `main_only` rank 0 acts alone, and all ranks get its result. With `gathered` the results of all ranks
+    are returned as a list. `act` may wait for other ranks only if, whenever it fails, it fails on all of them: if it
+    failed on one, the others would wait for that one. Costs one exchange of messages in host memory.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     result = failure = None
@@ -5379,8 +5379,8 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
     the head. Most phases count one layer's buffer already, so one layer's and the head's are added.
     """
     plan, shape = step.plan, step.shape
-    # gradients that are held back lie in the main pool; reduced ones in another, added below (under holding back one
-    # term has both, so reduced ones are counted twice, which is too many)
+    # gradients that are held back lie in the main pool; reduced ones in another, added below (where they are held
+    # back, the term "gradients" has both, so the reduced ones count twice: an overestimate, accepted)
     left_out = () if plan.holds_gradients_back else ("gradients",)
     main = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
     gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
@@ -5433,7 +5433,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
         # The backward pass ends in layer 0: its input and four tensors as wide as the stream; its weights, their
-        # gradients before they are added in fp32, and as much as one more gathered layer, which the tracker counts.
+        # gradients before they are added in fp32, and by PyTorch's memory tracker as much as one more gathered layer.
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
@@ -5469,8 +5469,8 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm_backward = step.norm_backward + step.hidden_states * is_split
         at_end = all_saved + step.norm + step.hidden_states
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # Beside what the norm saved there are the head's input and that input's gradient, without the norm's output,
-        # which has gone. Under autocast it is as large as the two, so they cancel; otherwise as one of them.
+        # `step.norm` includes the norm's output, whose place the head's input has taken by now. That input's gradient
+        # comes on top, except under autocast: there the output was in fp32, and its place has room for both.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
@@ -5597,8 +5597,8 @@ class StepMemory:
         h, f, q, k, width = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, plan.compute_bytes
         if not plan.compiled:
             kept = self.layer_input if recomputed else 0
-            # Beside what the layer saved, PyTorch's tracker counts in the MLP two gradients f wide and, except under
-            # autocast, one h wide; in the first norm, unless in fp32, the stream's gradient, under autocast too.
+            # Beside what the layer saved, PyTorch's memory tracker counts in the MLP two gradients f wide and, except
+            # under autocast, one h wide; in the first norm one h wide in bf16, and none with --precision fp32.
             mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
             norm = self.norm_backward + (self.hidden_states if width == 2 else 0)
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
