@@ -5852,8 +5852,8 @@ def flags_for_less_memory(shape: ModelShape, cluster: Cluster, plan: Plan, memor
     a tenth less than the run's.
 
     Where there is none, the block is halved, up to three times. Failing that, the plan that reserves least is taken;
-    among equals, the one with the longest block, then the smallest micro-batch. All flags of the plan are given,
-    because the planner would otherwise use the freed memory elsewhere.
+    among equals, the one with the longest block, then the smallest micro-batch. All flags that were searched are given,
+    because the planner would otherwise use the freed memory elsewhere; precision, packing and compiling are kept.
     """
     smaller = dataclasses.replace(cluster.gpu, memory_gib=0.9 * memory.reserved / USABLE_SHARE)
     smaller_cluster = dataclasses.replace(cluster, gpu=smaller)
