@@ -5441,7 +5441,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
         reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of layer i + 1, or of the head
         ways = [dict(gathered=gathered + reducing, finished=head + (layers - 1 - i) * layer)]
-        if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:  # a micro-batch between first and last
+        # in a micro-batch between first and last all gradients are there, unsharded, and none is being reduced
+        if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:
             ways.append(dict(gathered=gathered))
         phases[f"backward of layer {i}"] = largest(
             step.phase(saved_before[i] + in_layer, width * computed, **way)
@@ -5466,11 +5467,12 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     phases = {}
     if shape.has_head:
         chunk, loss_buffers = step.loss_buffers()
+        # split layers without FSDP: PyTorch's memory tracker counts one more tensor h wide
         norm_backward = step.norm_backward + step.hidden_states * is_split
         at_end = all_saved + step.norm + step.hidden_states
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # `step.norm` includes the norm's output, whose place the head's input has taken by now. That input's gradient
-        # comes on top, except under autocast: there the output was in fp32, and its place has room for both.
+        # `step.norm` includes the norm's output, which is freed by now: its bytes stand for the head's input. That
+        # input's gradient comes on top, except under autocast: there the output was in fp32, and its bytes cover both.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
@@ -5499,8 +5501,8 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
 def layers_that_may_peak(layers: int, plan: Plan) -> list[int]:
     """Returns the layers whose backward pass has to be looked at, the last one first.
 
-    Recomputed layers stand at equal distances. Among layers at the same place between two of them, memory changes
-    linearly with the layer's number, so it peaks at the lowest or the highest. The very first and the very last layer
+    Recomputed layers stand at equal distances. Among layers equally far behind the last recomputed one before them,
+    memory changes linearly with the layer's number, so it peaks at the lowest or the highest. The very first and the very last layer
     are exceptions, so one layer more than a distance is taken at each end.
     """
     period = max(1, plan.recompute_every) + 1
@@ -5547,9 +5549,9 @@ class StepMemory:
             # and their product 3f. The rest is computed again from them.
             saved = self.layer_input + width * (2 * h + h / split + 2 * q + 2 * k + 3 * f)
         else:
-            # Two norms: 16h in bf16, 24h in fp32. Under autocast 26h: of the fp32 24h the outputs, 8h, are saved as
-            # bf16 copies, the inputs of five projections, 10h. In elements: query and attention output 2q, key and
-            # value 2k, MLP 4f.
+            # Two norms: 16h in bf16, 24h in fp32. Under autocast 24h - 8h + 10h: in place of the two outputs, each of
+            # the five projections that read them saves its own bf16 copy, 2h. In elements: query and attention output
+            # 2q, key and value 2k, MLP 4f.
             norms = 2 * self.norm if split > 1 else (26 if plan.autocasts else 24 if width == 4 else 16) * h
             saved = norms + width * (2 * q + 2 * k + 4 * f)
         # What a layer keeps that is not recomputed: these, attention's log-sum-exp 4a, and the scales of two norms 8.
@@ -5641,7 +5643,7 @@ class StepMemory:
 
         `activations` are bytes per token of the micro-batch being worked on. `gathered` are whole weights to compute
         with (FSDP's, or autocast's copies), and gradients about to be reduced. `finished` is the number of parameters
-        whose gradients are complete.
+        whose gradients are complete, and where they are held back, reduced.
         """
         # Where FSDP holds gradients back, they are finished in the last micro-batch only: no other is under way then.
         if not (self.plan.holds_gradients_back and finished):
