@@ -5502,8 +5502,8 @@ def layers_that_may_peak(layers: int, plan: Plan) -> list[int]:
     """Returns the layers whose backward pass has to be looked at, the last one first.
 
     Recomputed layers stand at equal distances. Among layers equally far behind the last recomputed one before them,
-    memory changes linearly with the layer's number, so it peaks at the lowest or the highest. The very first and the very last layer
-    are exceptions, so one layer more than a distance is taken at each end.
+    memory changes linearly with the layer's number, so it peaks at the lowest or the highest. The very first and the
+    very last layer are exceptions, so one layer more than a distance is taken at each end.
     """
     period = max(1, plan.recompute_every) + 1
     return [i for i in reversed(range(layers)) if i < period or i >= layers - period]
