@@ -5471,8 +5471,9 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm_backward = step.norm_backward + step.hidden_states * is_split
         at_end = all_saved + step.norm + step.hidden_states
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # `step.norm` includes the norm's output, which is freed by now: its bytes stand for the head's input. That
-        # input's gradient comes on top, except under autocast: there the output was in fp32, and its bytes cover both.
+        # `step.norm` includes the norm's output, which is freed once its rows at `predict_at` are copied: its bytes stand
+        # for that copy, the head's input. The copy's gradient comes on top, except under autocast: there the output was
+        # in fp32, and its bytes cover both.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
@@ -5501,12 +5502,12 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
 def layers_that_may_peak(layers: int, plan: Plan) -> list[int]:
     """Returns the layers whose backward pass has to be looked at, the last one first.
 
-    Recomputed layers stand at equal distances. Among layers equally far behind the last recomputed one before them,
-    memory changes linearly with the layer's number, so it peaks at the lowest or the highest. The very first and the
-    very last layer are exceptions, so one layer more than a distance is taken at each end.
+    With one layer in n recomputed, memory changes linearly along every n-th layer (i, i + n, i + 2n, ...), so it peaks
+    among the first n or the last n layers. The very first and the very last layer are exceptions, so n + 1 are taken at
+    each end.
     """
-    period = max(1, plan.recompute_every) + 1
-    return [i for i in reversed(range(layers)) if i < period or i >= layers - period]
+    taken = max(1, plan.recompute_every) + 1
+    return [i for i in reversed(range(layers)) if i < taken or i >= layers - taken]
 
 
 def largest(phases: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -5540,8 +5541,9 @@ class StepMemory:
             # What a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h. In fp32 and under
             # autocast all three take 4h.
             self.norm = (12 if plan.stream_bytes == 4 else 8) * h
-            # A norm's backward pass: 8h of what it saved, and in any precision four gradients in fp32, 4h each: of the
-            # normalised input, of the input by way of the scale and of the variance, and the sum of the last two.
+            # A norm's backward pass, in any precision: 8h of what it saved (in fp32 not its output), and four gradients
+            # in fp32, 4h each: of the normalised input, of the input by way of the scale and of the variance, and the
+            # sum of the last two.
             self.norm_backward = (8 + 4 * 4) * h
         if plan.compiled:
             # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, attention's
