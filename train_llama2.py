@@ -5471,9 +5471,9 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm_backward = step.norm_backward + step.hidden_states * is_split
         at_end = all_saved + step.norm + step.hidden_states
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # `step.norm` includes the norm's output, which is freed once its rows at `predict_at` are copied: its bytes stand
-        # for that copy, the head's input. The copy's gradient comes on top, except under autocast: there the output was
-        # in fp32, and its bytes cover both.
+        # `step.norm` includes the norm's output, which is freed once its rows at `predict_at` are copied: its bytes
+        # stand for that copy, the head's input. The copy's gradient comes on top, except under autocast: there the
+        # output was in fp32, and its bytes cover both.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
@@ -6020,7 +6020,7 @@ class Cluster:
         """
         if self.nodes == 1 or self.ranks_per_node % (ranks * stride) == 0:  # else some ring lies on two nodes
             return self.gpu.link_gb_per_second
-        ring_ranks_of_node = max(1, min(ranks, self.ranks_per_node // stride))
+        ring_ranks_of_node = max(1, self.ranks_per_node // stride)
         return min(self.gpu.link_gb_per_second, ring_ranks_of_node * self.network_gb_per_second)
 
     @property

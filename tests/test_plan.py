@@ -1037,7 +1037,7 @@ def test_only_loops_that_train_stages_are_given_them(monkeypatch, calls_training
     if not calls_training_step:
         given = dataclasses.replace(config, pipeline_parallel_size=2)
         with pytest.raises(
-            UserError, match=r"--pipeline-parallel-size 2 cannot be had here: .* set calls_training_step"
+            UserError, match=r"--pipeline-parallel-size 2 cannot be had here: .* pass calls_training_step"
         ):
             train_llama2.enable_advanced_parallelization(given)
 
