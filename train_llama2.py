@@ -5471,6 +5471,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm_backward = step.norm_backward + step.hidden_states * is_split
         at_end = all_saved + step.norm + step.hidden_states
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
+        # "loss" is its backward pass, when autocast's cache is gone.
         # `step.norm` includes the norm's output, which is freed once its rows at `predict_at` are copied: its bytes
         # stand for that copy, the head's input. The copy's gradient comes on top, except under autocast: there the
         # output was in fp32, and its bytes cover both.
@@ -5576,7 +5577,7 @@ class StepMemory:
             self.other_micro_batches += streams_kept * self.layer_input
 
     def loss_buffers(self) -> tuple[float, float]:
-        """Returns the bytes of a chunk of logits with its inputs, and of all that the head's loss needs at its peak."""
+        """Returns the bytes of a chunk of logits with its inputs (forward), and of all that the loss needs (backward)."""
         shape, plan = self.shape, self.plan
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
@@ -5613,8 +5614,8 @@ class StepMemory:
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
         # The layer's input, and the gradient of its output. In elements: the first norm's output and attention's
-        # projection, query and attention's output 2q, key and value 2k; gradients of the MLP's inputs 2h, of
-        # attention's output and query 2q, of key and value 2k. Flash attention adds up the query's in fp32, 4q bytes.
+        # projection, query and attention's output 2q, key and value 2k; gradients that gate and up give their input 2h,
+        # of attention's output and query 2q, of key and value 2k. Flash attention adds up the query's in fp32, 4q bytes.
         attention = (2 * self.layer_input + width * (4 * h + 4 * q + 4 * k) + 4 * q, 3 * h * f)
         # Again its input and its output's gradient. The first norm's output, the gradients of the three that read it,
         # and their sum: 5h.
