@@ -5577,7 +5577,7 @@ class StepMemory:
             self.other_micro_batches += streams_kept * self.layer_input
 
     def loss_buffers(self) -> tuple[float, float]:
-        """Returns the bytes of a chunk of logits with its inputs (forward), and of all that the loss needs (backward)."""
+        """Returns the bytes of a chunk of logits with its inputs (forward), and of all the loss needs (backward)."""
         shape, plan = self.shape, self.plan
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
@@ -5615,7 +5615,7 @@ class StepMemory:
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
         # The layer's input, and the gradient of its output. In elements: the first norm's output and attention's
         # projection, query and attention's output 2q, key and value 2k; gradients that gate and up give their input 2h,
-        # of attention's output and query 2q, of key and value 2k. Flash attention adds up the query's in fp32, 4q bytes.
+        # of attention's output and query 2q, of key and value 2k. Flash attention sums the query's in fp32, 4q bytes.
         attention = (2 * self.layer_input + width * (4 * h + 4 * q + 4 * k) + 4 * q, 3 * h * f)
         # Again its input and its output's gradient. The first norm's output, the gradients of the three that read it,
         # and their sum: 5h.
