@@ -5417,7 +5417,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     phases = {}
     if shape.has_head:
         # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
-        # buffer, which FSDP2 keeps until the next gathering, counts too.
+        # buffer, which FSDP2 keeps until the next gathering, counts too (with a shard size of 1, too: an overestimate).
         gathering = kept + width * (layer + 2 * head)
         phases["gathering the head"] = step.phase(all_saved + step.hidden_states, gathered=gathering)
         in_loss = all_saved + step.norm + step.hidden_states + step.scalars
@@ -5469,14 +5469,14 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         chunk, loss_buffers = step.loss_buffers()
         # split layers without FSDP: PyTorch's memory tracker counts one more tensor h wide
         norm_backward = step.norm_backward + step.hidden_states * is_split
-        at_end = all_saved + step.norm + step.hidden_states
+        at_end = all_saved + step.norm + step.hidden_states  # the head's input lies beside the norm's output
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # "loss" is its backward pass, when autocast's cache is gone.
-        # `step.norm` includes the norm's output, which is freed once its rows at `predict_at` are copied: its bytes
-        # stand for that copy, the head's input. The copy's gradient comes on top, except under autocast: there the
+        # "loss" is its backward pass. Autocast's cache is gone then, and so is the norm's output, whose bytes in
+        # `step.norm` stand for the head's input. That input's gradient comes on top, except under autocast: there the
         # output was in fp32, and its bytes cover both.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
+        # under autocast; by PyTorch's memory tracker as much per token as at the end of forward
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
@@ -5581,10 +5581,10 @@ class StepMemory:
         shape, plan = self.shape, self.plan
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy there is more than the logits in fp32. Bytes per logit: in chunks 16, as there
-        # are bf16 logits, their exponentials, and the gradients in fp32 and bf16, too; where all logits are computed
-        # at once 10, with bf16 logits and their log-softmax. With the 10, the prediction for a whole step is 2 to 11%
-        # above what PyTorch's tracker counts.
+        # Without linear_cross_entropy there is more than the logits in fp32, and forward is taken to need as much as
+        # backward. Bytes per logit: in chunks 16, as there are bf16 logits, their exponentials, and the gradients in
+        # fp32 and bf16, too; where all logits are computed at once 10, with bf16 logits and their log-softmax. With the
+        # 10, the prediction for a whole step is 2 to 11% above what PyTorch's memory tracker counts.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # its inputs, copied to fp32
@@ -5609,7 +5609,8 @@ class StepMemory:
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the down
         # projection's own gradient (h * f). Else the peak comes after that: the product is gone, and the gate's
-        # gradient overwrites the gate. Where layers are split, the stream's gradient is gathered.
+        # gradient overwrites the gate, which leaves four, one more than were saved. Where layers are split, the stream's
+        # gradient is gathered.
         gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
