@@ -5422,7 +5422,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["gathering the head"] = step.phase(all_saved + step.hidden_states, gathered=gathering)
         in_loss = all_saved + step.norm + step.hidden_states + step.scalars
         phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
-        head_and_gradient = (width + 4) * head  # 4: the head's gradient in fp32, about to be reduced
+        head_and_gradient = (width + 4) * head  # 4: the head's gradient in fp32, being reduced
         phases["backward of the last norm"] = step.phase(
             all_saved + step.norm_backward, gathered=beside_head + head_and_gradient, finished=head
         )
@@ -5439,7 +5439,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     for i in layers_that_may_peak(layers, plan):
         ahead = layer if i else embedding  # gathered before its turn
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
-        reducing = 4 * (layer if i < layers - 1 else head)  # fp32 gradients of layer i + 1, or of the head
+        reducing = 4 * (layer if i < layers - 1 else head)  # in fp32: the gradients of layer i + 1, or of the head
         ways = [dict(gathered=gathered + reducing, finished=head + (layers - 1 - i) * layer)]
         # in a micro-batch between first and last all gradients are there, unsharded, and none is being reduced
         if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:
@@ -5476,7 +5476,8 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         # output was in fp32, and its bytes cover both.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
-        # under autocast; by PyTorch's memory tracker as much per token as at the end of forward
+        # Under autocast (else "loss" takes more) the head's gradient in bf16, as large as its copy, beside the one in
+        # fp32; by PyTorch's memory tracker as much per token as at the end of forward.
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
@@ -5609,8 +5610,8 @@ class StepMemory:
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the down
         # projection's own gradient (h * f). Else the peak comes after that: the product is gone, and the gate's
-        # gradient overwrites the gate, which leaves four, one more than were saved. Where layers are split, the stream's
-        # gradient is gathered.
+        # gradient overwrites the gate, which leaves four, one more than were saved. Where layers are split, the
+        # stream's gradient is gathered.
         gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
@@ -5646,10 +5647,11 @@ class StepMemory:
         """Returns the terms of a phase in bytes: what is always there, gradients, and what is there for a while.
 
         `activations` are bytes per token of the micro-batch being worked on. `gathered` are whole weights to compute
-        with (FSDP's, or autocast's copies), and gradients about to be reduced. `finished` is the number of parameters
-        whose gradients are complete, and where they are held back, reduced.
+        with (FSDP's, or autocast's copies), and gradients being reduced, whose results count as `finished`: the number
+        of parameters whose gradients are complete, and under FSDP reduced.
         """
         # Where FSDP holds gradients back, they are finished in the last micro-batch only: no other is under way then.
+        # (What was sent and received is left out with them; it is small.)
         if not (self.plan.holds_gradients_back and finished):
             activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
         passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
