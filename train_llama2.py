@@ -5471,8 +5471,8 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm_backward = step.norm_backward + step.hidden_states * is_split
         at_end = all_saved + step.norm + step.hidden_states  # the head's input lies beside the norm's output
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # "loss" is its backward pass. Autocast's cache is gone then, and so is the norm's output, whose bytes in
-        # `step.norm` stand for the head's input. That input's gradient comes on top, except under autocast: there the
+        # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose bytes
+        # in `step.norm` stand for the head's input. That input's gradient comes on top, except under autocast: there the
         # output was in fp32, and its bytes cover both.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
@@ -5582,8 +5582,8 @@ class StepMemory:
         shape, plan = self.shape, self.plan
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy there is more than the logits in fp32, and forward is taken to need as much as
-        # backward. Bytes per logit: in chunks 16, as there are bf16 logits, their exponentials, and the gradients in
+        # Without linear_cross_entropy there is more than the logits in fp32, and for a chunk forward is taken to need
+        # as much as backward. Bytes per logit: in chunks 16, as there are bf16 logits, their exponentials, and the gradients in
         # fp32 and bf16, too; where all logits are computed at once 10, with bf16 logits and their log-softmax. With the
         # 10, the prediction for a whole step is 2 to 11% above what PyTorch's memory tracker counts.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
