@@ -5420,7 +5420,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         # buffer, which FSDP2 keeps until the next gathering, counts too (with a shard size of 1, too: an overestimate).
         gathering = kept + width * (layer + 2 * head)
         phases["gathering the head"] = step.phase(all_saved + step.hidden_states, gathered=gathering)
-        in_loss = all_saved + step.norm + step.hidden_states + step.scalars
+        in_loss = all_saved + step.norm + step.hidden_states + step.scalars  # see `replicated_phases`
         phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
         head_and_gradient = (width + 4) * head  # 4: the head's gradient in fp32, being reduced
         phases["backward of the last norm"] = step.phase(
@@ -5432,8 +5432,9 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
-        # The backward pass ends in layer 0: its input and four tensors as wide as the stream; its weights, their
-        # gradients before they are added in fp32, and by PyTorch's memory tracker as much as one more gathered layer.
+        # The first micro-batch's backward pass ends in layer 0, and only then are all gradients there, unsharded. Beside
+        # them: the layer's input and four tensors as wide as the stream; its weights, their gradients before they are
+        # added in fp32, and by PyTorch's memory tracker as much as one more gathered layer.
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
@@ -5471,9 +5472,9 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         norm_backward = step.norm_backward + step.hidden_states * is_split
         at_end = all_saved + step.norm + step.hidden_states  # the head's input lies beside the norm's output
         phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
-        # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose bytes
-        # in `step.norm` stand for the head's input. That input's gradient comes on top, except under autocast: there the
-        # output was in fp32, and its bytes cover both.
+        # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose
+        # bytes in `step.norm` stand for the head's input. That input's gradient comes on top, except under autocast:
+        # there the output was in fp32, and its bytes cover both.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         # Under autocast (else "loss" takes more) the head's gradient in bf16, as large as its copy, beside the one in
@@ -5490,7 +5491,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases[f"backward of layer {i}"] = largest(
             step.phase(
                 saved_before[i] + in_layer,
-                plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # DDP moves them to a bucket
+                plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # beside DDP's buckets at first
                 gathered=copied_before[i] + copy_bytes * (layer - computed),
                 finished=head + (shape.layers - 1 - i) * layer + computed,
             )
@@ -5544,8 +5545,8 @@ class StepMemory:
             # autocast all three take 4h.
             self.norm = (12 if plan.stream_bytes == 4 else 8) * h
             # A norm's backward pass, in any precision: 8h of what it saved (in fp32 not its output), and four gradients
-            # in fp32, 4h each: of the normalised input, of the input by way of the scale and of the variance, and the
-            # sum of the last two.
+            # in fp32, 4h each: of the normalised input, of the input directly and by way of the variance, and the sum
+            # of the last two.
             self.norm_backward = (8 + 4 * 4) * h
         if plan.compiled:
             # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, attention's
@@ -5583,9 +5584,10 @@ class StepMemory:
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
         # Without linear_cross_entropy there is more than the logits in fp32, and for a chunk forward is taken to need
-        # as much as backward. Bytes per logit: in chunks 16, as there are bf16 logits, their exponentials, and the gradients in
-        # fp32 and bf16, too; where all logits are computed at once 10, with bf16 logits and their log-softmax. With the
-        # 10, the prediction for a whole step is 2 to 11% above what PyTorch's memory tracker counts.
+        # as much as backward. Bytes per logit: in chunks 16, as there are bf16 logits, their exponentials, and the
+        # gradients in fp32 and bf16, too; where all logits are computed at once 10, with bf16 logits and their
+        # log-softmax. With the 10, the prediction for a whole step is 2 to 11% above what PyTorch's memory tracker
+        # counts.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # its inputs, copied to fp32
