@@ -5432,8 +5432,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
-        # The first micro-batch's backward pass ends in layer 0, and only then are all gradients there, unsharded. Beside
-        # them: the layer's input and four tensors as wide as the stream; its weights, their gradients before they are
+        # The first micro-batch's backward pass ends in layer 0, and only then are all gradients there, unsharded. With
+        # them are the layer's input and four tensors as wide as the stream; its weights, their gradients before they are
         # added in fp32, and by PyTorch's memory tracker as much as one more gathered layer.
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
