@@ -5331,9 +5331,10 @@ def attends_partially(model_config: PretrainedConfig) -> bool:
 # ---- The plan: memory ----------------------------------------------------------------------------------------
 
 # What reserved memory takes beyond the tensors in the allocator's pools, as (low, expected, high). CONTEXT_GIB: CUDA
-# context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published). Gaps between tensors, with the expandable segments that
-# the hook turns on, are a share of the pools plus bytes per parameter of one layer, whose weights and gradients come
-# and go: both are fitted to the rows of tests/README.md, which all lie within the band.
+# context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published). The gaps between tensors, measured with the expandable
+# segments that the hook turns on, are GAPS_SHARE of the pools plus GAPS_PER_LAYER_PARAMETER bytes per parameter of one
+# layer, whose weights and gradients come and go. These two are fitted to the rows of tests/README.md, which all lie
+# between low and high.
 CONTEXT_GIB = (0.5, 1.0, 1.6)
 GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
@@ -5433,8 +5434,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
         # The first micro-batch's backward pass ends in layer 0, and only then are all gradients there, unsharded. With
-        # them are the layer's input and four tensors as wide as the stream; its weights, their gradients before they are
-        # added in fp32, and by PyTorch's memory tracker as much as one more gathered layer.
+        # them are the layer's input and four tensors as wide as the stream; its weights, their gradients before they
+        # are added in fp32, and by PyTorch's memory tracker as much as one more gathered layer.
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
