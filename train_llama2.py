@@ -5433,9 +5433,10 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
-        # The first micro-batch's backward pass ends in layer 0, and only then are all gradients there, unsharded. With
-        # them are the layer's input and four tensors as wide as the stream; its weights, their gradients before they
-        # are added in fp32, and by PyTorch's memory tracker as much as one more gathered layer.
+        # The first micro-batch's backward pass ends in layer 0, and only then are all gradients there, unsharded, while
+        # the gathered layers are freed, `kept` or not. Beside the gradients are the layer's input and four tensors
+        # as wide as the stream; its weights, their gradients before they are added in fp32, and by PyTorch's memory
+        # tracker as much as one more gathered layer.
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
@@ -5464,15 +5465,16 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
     saved_before, is_split = step.saved_before, plan.tensor_parallel_size > 1
     all_saved, all_copied, head_copy = saved_before[-1], copied_before[-1], copy_bytes * head
-    # a compiled layer casts for itself, and autocast caches no copies of the local parts of DTensors
-    cache = all_copied if plan.compiled or is_split else copy_bytes * shape.layers * layer
+    # only the saved ones where autocast caches none: a compiled layer casts for itself, and local parts of DTensors are
+    # not cached
+    copies = all_copied if plan.compiled or is_split else copy_bytes * shape.layers * layer
     phases = {}
     if shape.has_head:
         chunk, loss_buffers = step.loss_buffers()
         # split layers without FSDP: PyTorch's memory tracker counts one more tensor h wide
         norm_backward = step.norm_backward + step.hidden_states * is_split
-        at_end = all_saved + step.norm + step.hidden_states  # the head's input lies beside the norm's output
-        phases["end of forward"] = step.phase(at_end, chunk, gathered=cache + head_copy)
+        at_end = all_saved + step.norm + step.hidden_states  # the head's input is a copy of rows of the norm's output
+        phases["end of forward"] = step.phase(at_end, chunk, gathered=copies + head_copy)
         # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose
         # bytes in `step.norm` stand for the head's input. That input's gradient comes on top, except under autocast:
         # there the output was in fp32, and its bytes cover both.
@@ -5483,7 +5485,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
-        phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=cache)
+        phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=copies)
     accumulates = plan.gradient_accumulation_steps > 1
     # an MLP matrix's gradient in bf16 and fp32, before it is added to the one that is there: PyTorch's tracker counts
     # it at the peak under autocast only
@@ -5492,7 +5494,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases[f"backward of layer {i}"] = largest(
             step.phase(
                 saved_before[i] + in_layer,
-                plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # beside DDP's buckets at first
+                plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # DDP: until they are in buckets
                 gathered=copied_before[i] + copy_bytes * (layer - computed),
                 finished=head + (shape.layers - 1 - i) * layer + computed,
             )
