@@ -5524,7 +5524,8 @@ class StepMemory:
     """What the phases of a step have in common, for micro-batches of `tokens` tokens.
 
     Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
-    shows how closely). h hidden, f intermediate, q query size, k key and value size, a heads.
+    shows how closely). `shape` is the rank's part of the model: of h hidden, f intermediate, q query size, k key and
+    value size, a heads, tensor parallelism divides all but h.
     """
 
     def __init__(self, shape: ModelShape, plan: Plan, tokens: int, stage: int = 0):
@@ -5586,16 +5587,15 @@ class StepMemory:
         shape, plan = self.shape, self.plan
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy there is more than the logits in fp32, and for a chunk forward is taken to need
-        # as much as backward. Bytes per logit: in chunks 16, as there are bf16 logits, their exponentials, and the
-        # gradients in fp32 and bf16, too; where all logits are computed at once 10, with bf16 logits and their
-        # log-softmax. With the 10, the prediction for a whole step is 2 to 11% above what PyTorch's memory tracker
-        # counts.
+        # Without linear_cross_entropy there is more than the 4 bytes per logit in fp32, and for a chunk forward is taken
+        # to need as much as backward. In chunks 16: besides, bf16 logits 2, exponentials 4, gradients in fp32 4 and in
+        # bf16 2. All computed at once 10: besides, bf16 logits 2 and their log-softmax 4. With the 10, the prediction
+        # for a whole step is 2 to 11% above what PyTorch's memory tracker counts.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # its inputs, copied to fp32
-        # At the peak also the head's gradient, and in bf16 the gradients of the chunk's logits and the previous one's,
-        # which in fp32 take the place of the logits.
+        # At the peak also the head's gradient. With linear_cross_entropy, where compute is in bf16, the bf16 gradients
+        # of this chunk's logits and of the previous one's, too; with --precision fp32 they take the place of the logits.
         gradients = 0 if plan.compute_bytes == 4 or without_fused_loss else 2 * 2 * rows * shape.vocabulary
         return chunk, chunk + gradients + plan.compute_bytes * shape.head_and_norm_parameters
 
@@ -5652,8 +5652,9 @@ class StepMemory:
         """Returns the terms of a phase in bytes: what is always there, gradients, and what is there for a while.
 
         `activations` are bytes per token of the micro-batch being worked on. `gathered` are whole weights to compute
-        with (FSDP's, or autocast's copies), and gradients being reduced, whose results count as `finished`: the number
-        of parameters whose gradients are complete, and under FSDP reduced.
+        with (FSDP's, or autocast's copies), and the unsharded gradients being reduced. `finished` is the number of
+        parameters whose gradients are complete: under FSDP those reduced, and those being reduced, whose results are
+        there already.
         """
         # Where FSDP holds gradients back, they are finished in the last micro-batch only: no other is under way then.
         # (What was sent and received is left out with them; it is small.)
@@ -5673,7 +5674,7 @@ def offloaded_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     matrices = shape.layers * [h * q, h * q, h * k, h * k, h * f, h * f, h * f] + [v * h]
     matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
     pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
-    shard_bytes = plan.shard_bytes(shape)  # of the whole model
+    shard_bytes = plan.shard_bytes(shape)  # of all stages together, like `pinned`; divided below
     pinned = max(pinned, shard_bytes)  # of experts, `matrices` has those a token is sent to
     of_rank = 2 * (pinned + shard_bytes) / plan.pipeline_parallel_size
     return of_rank * cluster.ranks_per_node / GIB
