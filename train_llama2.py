@@ -5588,9 +5588,9 @@ class StepMemory:
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
         # Without linear_cross_entropy there is more than the 4 bytes per logit in fp32, and for a chunk forward is
-        # taken to need as much as backward. In chunks 16: besides, bf16 logits 2, exponentials 4, gradients in fp32 4 and in
-        # bf16 2. All computed at once 10: besides, bf16 logits 2 and their log-softmax 4. With the 10, the prediction
-        # for a whole step is 2 to 11% above what PyTorch's memory tracker counts.
+        # taken to need as much as backward. In chunks 16: besides, bf16 logits 2, exponentials 4, gradients in fp32 4
+        # and in bf16 2. All computed at once 10: besides, bf16 logits 2 and their log-softmax 4. With the 10, the
+        # prediction for a whole step is 2 to 11% above what PyTorch's memory tracker counts.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # its inputs, copied to fp32
