@@ -5377,15 +5377,16 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
     At the end every reduced gradient is there. Gathering has a pool of its own, with the buffers of two layers and of
-    the head. Most phases count one layer's buffer already, so one layer's and the head's are added.
+    the head. The largest phase, which also has what is gathered, mostly counts one layer's buffer of it already, so the
+    other layer's and the head's are added.
     """
     plan, shape = step.plan, step.shape
     # gradients that are held back lie in the main pool; reduced ones in another, added below (where they are held
     # back, the term "gradients" has both, so the reduced ones count twice: an overestimate, accepted)
     left_out = () if plan.holds_gradients_back else ("gradients",)
-    main = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
+    peak = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
     gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
-    return main + step.gradients(shape.parameters) + (gathering if plan.dp_shard_size > 1 else 0)
+    return peak + step.gradients(shape.parameters) + (gathering if plan.dp_shard_size > 1 else 0)
 
 
 def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
