@@ -5434,10 +5434,10 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
-        # The first micro-batch's backward pass ends in layer 0, and only then are all gradients there, unsharded, while
-        # the gathered layers are freed, `kept` or not. Beside the gradients are the layer's input and four tensors
-        # as wide as the stream; its weights, their gradients before they are added in fp32, and by PyTorch's memory
-        # tracker as much as one more gathered layer.
+        # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
+        # counted whole, as none is `finished`. The other layers were freed after theirs, so `kept` does not count. Per
+        # token: the layer's input and four tensors as wide as the stream. Besides: layer 0's weights, their gradients
+        # before they are added in fp32, and by PyTorch's memory tracker as much as one more gathered layer.
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
@@ -5481,8 +5481,9 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         # there the output was in fp32, and its bytes cover both.
         in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
-        # Under autocast (else "loss" takes more) the head's gradient in bf16, as large as its copy, beside the one in
-        # fp32; by PyTorch's memory tracker as much per token as at the end of forward.
+        # Matters under autocast only (without it "loss" is larger): the head's gradient in bf16, as large as
+        # `head_copy`, beside the one in fp32 (`finished`); by PyTorch's memory tracker as much per token as at the end
+        # of forward.
         phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
@@ -5588,10 +5589,10 @@ class StepMemory:
         shape, plan = self.shape, self.plan
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy there is more than the 4 bytes per logit in fp32, and for a chunk forward is
-        # taken to need as much as backward. In chunks 16: besides, bf16 logits 2, exponentials 4, gradients in fp32 4
-        # and in bf16 2. All computed at once 10: besides, bf16 logits 2 and their log-softmax 4. With the 10, the
-        # prediction for a whole step is 2 to 11% above what PyTorch's memory tracker counts.
+        # Without linear_cross_entropy there is more than the 4 bytes per logit in fp32, and a chunk's forward pass is
+        # taken to need as much as its backward pass. In chunks 16: besides, bf16 logits 2, exponentials 4, gradients in
+        # fp32 4 and in bf16 2. All computed at once 10: besides, bf16 logits 2 and their log-softmax 4. With the 10,
+        # the prediction for a whole step is 2 to 11% above what PyTorch's memory tracker counts.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # its inputs, copied to fp32
@@ -5610,7 +5611,7 @@ class StepMemory:
         if not plan.compiled:
             kept = self.layer_input if recomputed else 0
             # Beside what the layer saved, PyTorch's memory tracker counts in the MLP two gradients f wide and, except
-            # under autocast, one h wide; in the first norm one h wide in bf16, and none with --precision fp32.
+            # under autocast, one h wide; in the first norm, beside `norm_backward`, one in bf16, none in fp32.
             mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
             norm = self.norm_backward + (self.hidden_states if width == 2 else 0)
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
@@ -5622,11 +5623,12 @@ class StepMemory:
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
         # The layer's input, and the gradient of its output. In elements: the first norm's output and attention's
-        # projection, query and attention's output 2q, key and value 2k; gradients that gate and up give their input 2h,
-        # of attention's output and query 2q, of key and value 2k. Flash attention sums the query's in fp32, 4q bytes.
+        # projection 2h, query and attention's output 2q, key and value 2k; gradients that gate and up give their input
+        # 2h, of attention's output and query 2q, of key and value 2k. Flash attention sums the query's in fp32, 4q
+        # bytes.
         attention = (2 * self.layer_input + width * (4 * h + 4 * q + 4 * k) + 4 * q, 3 * h * f)
-        # Again its input and its output's gradient. The first norm's output, the gradients of the three that read it,
-        # and their sum: 5h.
+        # Again its input and its output's gradient. The first norm's output, the gradients that three projections give
+        # it, and their sum: 5h.
         return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
     def resident(self) -> dict[str, float]:
@@ -5658,7 +5660,7 @@ class StepMemory:
         there already.
         """
         # Where FSDP holds gradients back, they are finished in the last micro-batch only: no other is under way then.
-        # (What was sent and received is left out with them; it is small.)
+        # (`other_micro_batches` also has what was sent and received. It is left out then, too, as it is small.)
         if not (self.plan.holds_gradients_back and finished):
             activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
         passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
