@@ -5376,9 +5376,9 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
     """Returns what the allocator's pools hold under FSDP, one per CUDA stream, after each has been at its peak.
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
-    At the end every reduced gradient is there. Gathering has a pool of its own, with the buffers of two layers and of
-    the head. The largest phase, which also has what is gathered, mostly counts one layer's buffer of it already, so the
-    other layer's and the head's are added.
+    The reducing stream's pool is largest at the end of the backward pass, with every reduced gradient. The gathering
+    stream's has the buffers of two layers and of the head. Of these the largest phase mostly counts one layer's
+    already, in its term "gathered", so the other layer's and the head's are added.
     """
     plan, shape = step.plan, step.shape
     # gradients that are held back lie in the main pool; reduced ones in another, added below (where they are held
@@ -5397,7 +5397,7 @@ def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     # and new weight in fp32, two copies of its bits, and the result in bf16. Fused AdamW has none.
     largest_matrix = max(shape.vocabulary, shape.intermediate) * shape.hidden
     rounding = (7 * 4 + 2) * largest_matrix / plan.dp_shard_size if plan.precision == "bf16-states" else 0
-    if plan.cpu_offload:  # transformers loads every shard through the device, and AdamW runs on the CPU
+    if plan.cpu_offload:  # a rank's whole share is loaded to the device, then moved to the CPU, where AdamW runs
         phases["loading"], rounding = dict(weights=plan.shard_bytes(shape)), 0
     phases["optimizer"] = dict(step.resident(), gradients=step.gradients(shape.parameters), temporaries=rounding)
     return phases
@@ -5435,9 +5435,10 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
     if plan.holds_gradients_back:
         # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
-        # counted whole, as none is `finished`. The other layers were freed after theirs, so `kept` does not count. Per
-        # token: the layer's input and four tensors as wide as the stream. Besides: layer 0's weights, their gradients
-        # before they are added in fp32, and by PyTorch's memory tracker as much as one more gathered layer.
+        # counted whole, as none is `finished`. The other layers' gathered weights were freed after their backward
+        # passes, so `kept` does not count. Per token: the layer's input and four tensors as wide as the stream.
+        # Besides: layer 0's weights, their gradients before they are added in fp32, and by PyTorch's memory tracker as
+        # much as one more gathered layer.
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
@@ -5477,9 +5478,9 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         at_end = all_saved + step.norm + step.hidden_states  # the head's input is a copy of rows of the norm's output
         phases["end of forward"] = step.phase(at_end, chunk, gathered=copies + head_copy)
         # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose
-        # bytes in `step.norm` stand for the head's input. That input's gradient comes on top, except under autocast:
-        # there the output was in fp32, and its bytes cover both.
-        in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts else step.hidden_states)
+        # bytes in `step.norm` stand for the head's input. That input's gradient comes on top, except under autocast
+        # without split layers: there the output was in fp32, and its bytes cover both.
+        in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts and not is_split else step.hidden_states)
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         # Matters under autocast only (without it "loss" is larger): the head's gradient in bf16, as large as
         # `head_copy`, beside the one in fp32 (`finished`); by PyTorch's memory tracker as much per token as at the end
