@@ -5592,8 +5592,9 @@ class StepMemory:
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
         # Without linear_cross_entropy there is more than the 4 bytes per logit in fp32, and a chunk's forward pass is
         # taken to need as much as its backward pass. In chunks 16: besides, bf16 logits 2, exponentials 4, gradients in
-        # fp32 4 and in bf16 2. All computed at once 10: besides, bf16 logits 2 and their log-softmax 4. With the 10,
-        # the prediction for a whole step is 2 to 11% above what PyTorch's memory tracker counts.
+        # fp32 4 and in bf16 2. All computed at once 10, what forward holds: besides, bf16 logits 2 and their
+        # log-softmax 4. With the 10, the prediction for a whole step is 2 to 11% above what PyTorch's memory tracker
+        # counts.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # its inputs, copied to fp32
@@ -5616,10 +5617,10 @@ class StepMemory:
             mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
             norm = self.norm_backward + (self.hidden_states if width == 2 else 0)
             return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
-        # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the down
-        # projection's own gradient (h * f). Else the peak comes after that: the product is gone, and the gate's
-        # gradient overwrites the gate, which leaves four, one more than were saved. Where layers are split, the
-        # stream's gradient is gathered.
+        # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the gradient
+        # of the down projection's weight (h * f parameters). Else the peak comes after that: the product is gone, and
+        # the gate's gradient overwrites the gate, which leaves four, one more than were saved. Where layers are split,
+        # the stream's gradient is gathered.
         gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
@@ -5657,8 +5658,8 @@ class StepMemory:
 
         `activations` are bytes per token of the micro-batch being worked on. `gathered` are whole weights to compute
         with (FSDP's, or autocast's copies), and the unsharded gradients being reduced. `finished` is the number of
-        parameters whose gradients are complete: under FSDP those reduced, and those being reduced, whose results are
-        there already.
+        parameters whose gradients are complete: under FSDP those reduced, and those being reduced, whose sharded
+        outputs are allocated already.
         """
         # Where FSDP holds gradients back, they are finished in the last micro-batch only: no other is under way then.
         # (`other_micro_batches` also has what was sent and received. It is left out then, too, as it is small.)
@@ -5679,7 +5680,7 @@ def offloaded_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
     pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
     shard_bytes = plan.shard_bytes(shape)  # of all stages together, like `pinned`; divided below
-    pinned = max(pinned, shard_bytes)  # of experts, `matrices` has those a token is sent to
+    pinned = max(pinned, shard_bytes)  # `matrices` lacks the experts that a token is not sent to
     of_rank = 2 * (pinned + shard_bytes) / plan.pipeline_parallel_size
     return of_rank * cluster.ranks_per_node / GIB
 
