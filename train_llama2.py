@@ -13,7 +13,7 @@ processes that torchrun started, the model's config and the devices, and sets up
 The file goes from the overview to the details, roughly in the order in which `main()` uses them:
     1. This header             the words used, imports, the two kinds of error
     2. Flags                   every setting with its default, its help and its rule
-    3. The run                 main(), and the exit codes
+    3. The run                 main()
     4. Training and evaluation the step, the learning rate, the validation loss, summaries and ROUGE
     5. The hook                what makes a script for one device run on many
     6. Data                    documents, tokens, masks, and how they are dealt to ranks and micro-batches
@@ -22,6 +22,7 @@ The file goes from the overview to the details, roughly in the order in which `m
     9. The final model         a Hugging Face folder with its model card
    10. Reporting               progress, metrics.jsonl, curves, and whether the plan was right
    11. The plan                memory and time of every way to execute a step, the choice, the devices
+   12. The command line        parsing the flags, and the exit code of every way a run can end
 
 Words used throughout:
     rank          one process, with one device. Rank 0 prints and writes the logs; the others are silent.
@@ -353,81 +354,11 @@ def shown_default(field: dataclasses.Field) -> Any:
     return "off" if field.default is False else field.default
 
 
-def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """Returns the configuration that the flags describe. Raises UserError with all problems of values at once."""
-    given, unknown = build_parser().parse_known_args(argv)
-    # A word without a dash is reported only if it comes first: after an unknown flag it is that flag's value.
-    problems = [unknown_flag(word) for place, word in enumerate(unknown) if word.startswith("-") or place == 0]
-    values = {}
-    for name, found in vars(given).items():
-        words, settings = found if isinstance(found, list) else [found], FLAGS[name].metadata
-        leave_out = f"leave it out for the default, {shown_default(FLAGS[name])}"
-        if words == [True]:  # a switch
-            values[name] = True
-        elif words == [None]:
-            problems.append(f"{flag_name(name)} needs a value; {leave_out}")
-        elif "" in words:
-            problems.append(f"{flag_name(name)} is empty; {leave_out}")
-        else:
-            try:
-                read = [None if word == settings["unset"] else settings["read"].convert(word) for word in words]
-                values[name] = read[0] if len(read) == 1 else tuple(read)
-            except ValueError as broken_rule:
-                problems.append(f"{flag_name(name)} {words[0]} {broken_rule}; {leave_out}")
-    if problems:
-        raise UserError(*problems)
-    return Config(**values)  # it also checks the rules between flags
-
-
-def unknown_flag(word: str) -> str:
-    known, name = list(map(flag_name, FLAGS)), word.split("=")[0]
-    # --learning-rate: --lr
-    initials = "--" + "".join(part[:1] for part in name.strip("-").replace("_", "-").split("-"))
-    close = [initials] if initials in known else difflib.get_close_matches(name, known, n=1)
-    return f"{word} is not a flag of this script; " + (f"did you mean {close[0]}?" if close else "see --help")
-
-
-def launched_rank() -> int:
-    """Returns this process's rank as torchrun set it. It is known before there is a process group.
-
-    A RANK without torchrun's MASTER_ADDR does not count: `check_launcher` refuses it, and this process reports that.
-    """
-    rank = os.environ.get("RANK", "") if "MASTER_ADDR" in os.environ else ""
-    return int(rank) if rank.isdigit() else 0
-
-
-class FlagParser(argparse.ArgumentParser):
-    """Splits the command line into flags and words. Raises its errors as UserError; only rank 0 prints the help."""
-
-    def print_help(self, file=None) -> None:
-        if launched_rank() == 0:
-            super().print_help(file)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        usage="%(prog)s [flags]",
-        description="Fully fine-tune a causal LM on summarisation, in parallel by one line.",
-        allow_abbrev=False,
-    )
-    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
-    for name, field in FLAGS.items():
-        read, bare = field.metadata["read"], field.metadata["bare"]
-        words = dict(nargs="+") if name == "dataset_name_or_path" else dict(nargs="?", const=bare)
-        kind = dict(action="store_true") if field.default is False else dict(metavar=read.metavar, **words)
-        help = f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%")
-        parser.add_argument(flag_name(name), default=argparse.SUPPRESS, help=help, **kind)
-    return parser
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # 3. The run
 # ----------------------------------------------------------------------------------------------------------------
 # `main()` is the whole run and reads like a script for one device. What differs between one device and many is decided
-# by the hook and kept behind `Parallel`. `command_line()` turns every way a run can end into an exit code and a line.
+# by the hook and kept behind `Parallel`.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -480,71 +411,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if stop.stopping:  # in the loop, or while test documents were summarised
             return log.stopped(state, stop.signal_name, saved=checkpoints.saved_step == state.step)
         log.done(state)
-
-
-def command_line(argv: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns the exit code, which is 0 also where a signal stopped the training.
-
-    A mistake known to all ranks is reported by rank 0. The others wait before they exit, because torchrun kills the
-    remaining ranks, rank 0 too, as soon as one has failed.
-    """
-    try:
-        main(argv)
-    except (UserError, RunError) as error:
-        problems = error.problems if isinstance(error, UserError) else [error]
-        if isinstance(error, RunError) and error.__cause__ is not None:  # only the rank that failed has the cause
-            traceback.print_exception(error.__cause__)
-        is_known_to_all = hasattr(error, "is_known_to_all") or dist.is_initialized()
-        # before the ranks have met, an error may be of this node alone, and its first process reports it
-        speaks_for_its_node = not is_known_to_all and os.environ.get("LOCAL_RANK", "0") == "0"
-        if launched_rank() == 0 or speaks_for_its_node:
-            print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)
-        return 2 if isinstance(error, UserError) else 1
-    except torch.OutOfMemoryError as error:
-        if not hasattr(error, "explained"):  # it came before there was a plan
-            words = f"error: the GPU ran out of memory before training began ({first_line(error)})"
-            print(words + "; end what else runs on it", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        if launched_rank() == 0:
-            print("stopped   by Ctrl-C outside of training; what was saved is kept", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        words = (
-            f"error: rank {launched_rank()} has lost the others ({first_line(error)}): a rank or its node has died, "
-            "the network is down, or a wait took longer than --dist-timeout-minutes; run the same command again to "
-            "resume from the newest checkpoint, if there is one"
-        )
-        print(words, file=sys.stderr, flush=True)
-        return 1
-    return 0
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process as `sys.exit` does, except that a rank skips the end of the Python interpreter.
-
-    Modules and models keep gloo's threads alive beyond `destroy_process_group`. A thread that asks for the GIL while
-    Python ends, to release its last message, aborts the process: "terminate called without an active exception".
-    """
-    if "LOCAL_RANK" not in os.environ:
-        sys.exit(code)
-    threading._shutdown()  # waits for threads, then atexit and flushing: what Python does first
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
-            stream.flush()
-    os._exit(code)
-
-
-def lost_contact(error: RuntimeError) -> bool:
-    """Returns whether another rank is out of reach. NCCL and the store raise DistError, gloo a RuntimeError."""
-    words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    out_of_memory = "out of memory" in str(error)  # NCCL's own buffers
-    return not out_of_memory and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -6202,6 +6068,148 @@ HOST_LINK_GB_PER_SECOND = 20
 HOST_MEMORY_GB_PER_SECOND = 20
 UNKNOWN_HBM_GB_PER_SECOND = 1000
 PCIE_GB_PER_SECOND = 20
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 12. The command line
+# ----------------------------------------------------------------------------------------------------------------
+# How the process begins and ends: the flags become a `Config`, and every way a run can end becomes an exit code and a
+# line.
+
+
+def command_line(argv: Sequence[str] | None = None) -> int:
+    """Runs `main` and returns the exit code, which is 0 also where a signal stopped the training.
+
+    A mistake known to all ranks is reported by rank 0. The others wait before they exit, because torchrun kills the
+    remaining ranks, rank 0 too, as soon as one has failed.
+    """
+    try:
+        main(argv)
+    except (UserError, RunError) as error:
+        problems = error.problems if isinstance(error, UserError) else [error]
+        if isinstance(error, RunError) and error.__cause__ is not None:  # only the rank that failed has the cause
+            traceback.print_exception(error.__cause__)
+        is_known_to_all = hasattr(error, "is_known_to_all") or dist.is_initialized()
+        # before the ranks have met, an error may be of this node alone, and its first process reports it
+        speaks_for_its_node = not is_known_to_all and os.environ.get("LOCAL_RANK", "0") == "0"
+        if launched_rank() == 0 or speaks_for_its_node:
+            print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)
+        return 2 if isinstance(error, UserError) else 1
+    except torch.OutOfMemoryError as error:
+        if not hasattr(error, "explained"):  # it came before there was a plan
+            words = f"error: the GPU ran out of memory before training began ({first_line(error)})"
+            print(words + "; end what else runs on it", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        if launched_rank() == 0:
+            print("stopped   by Ctrl-C outside of training; what was saved is kept", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        words = (
+            f"error: rank {launched_rank()} has lost the others ({first_line(error)}): a rank or its node has died, "
+            "the network is down, or a wait took longer than --dist-timeout-minutes; run the same command again to "
+            "resume from the newest checkpoint, if there is one"
+        )
+        print(words, file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process as `sys.exit` does, except that a rank skips the end of the Python interpreter.
+
+    Modules and models keep gloo's threads alive beyond `destroy_process_group`. A thread that asks for the GIL while
+    Python ends, to release its last message, aborts the process: "terminate called without an active exception".
+    """
+    if "LOCAL_RANK" not in os.environ:
+        sys.exit(code)
+    threading._shutdown()  # waits for threads, then atexit and flushing: what Python does first
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+            stream.flush()
+    os._exit(code)
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Returns whether another rank is out of reach. NCCL and the store raise DistError, gloo a RuntimeError."""
+    words = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    out_of_memory = "out of memory" in str(error)  # NCCL's own buffers
+    return not out_of_memory and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """Returns the configuration that the flags describe. Raises UserError with all problems of values at once."""
+    given, unknown = build_parser().parse_known_args(argv)
+    # A word without a dash is reported only if it comes first: after an unknown flag it is that flag's value.
+    problems = [unknown_flag(word) for place, word in enumerate(unknown) if word.startswith("-") or place == 0]
+    values = {}
+    for name, found in vars(given).items():
+        words, settings = found if isinstance(found, list) else [found], FLAGS[name].metadata
+        leave_out = f"leave it out for the default, {shown_default(FLAGS[name])}"
+        if words == [True]:  # a switch
+            values[name] = True
+        elif words == [None]:
+            problems.append(f"{flag_name(name)} needs a value; {leave_out}")
+        elif "" in words:
+            problems.append(f"{flag_name(name)} is empty; {leave_out}")
+        else:
+            try:
+                read = [None if word == settings["unset"] else settings["read"].convert(word) for word in words]
+                values[name] = read[0] if len(read) == 1 else tuple(read)
+            except ValueError as broken_rule:
+                problems.append(f"{flag_name(name)} {words[0]} {broken_rule}; {leave_out}")
+    if problems:
+        raise UserError(*problems)
+    return Config(**values)  # it also checks the rules between flags
+
+
+def unknown_flag(word: str) -> str:
+    known, name = list(map(flag_name, FLAGS)), word.split("=")[0]
+    # --learning-rate: --lr
+    initials = "--" + "".join(part[:1] for part in name.strip("-").replace("_", "-").split("-"))
+    close = [initials] if initials in known else difflib.get_close_matches(name, known, n=1)
+    return f"{word} is not a flag of this script; " + (f"did you mean {close[0]}?" if close else "see --help")
+
+
+def launched_rank() -> int:
+    """Returns this process's rank as torchrun set it. It is known before there is a process group.
+
+    A RANK without torchrun's MASTER_ADDR does not count: `check_launcher` refuses it, and this process reports that.
+    """
+    rank = os.environ.get("RANK", "") if "MASTER_ADDR" in os.environ else ""
+    return int(rank) if rank.isdigit() else 0
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Splits the command line into flags and words. Raises its errors as UserError; only rank 0 prints the help."""
+
+    def print_help(self, file=None) -> None:
+        if launched_rank() == 0:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = FlagParser(
+        usage="%(prog)s [flags]",
+        description="Fully fine-tune a causal LM on summarisation, in parallel by one line.",
+        allow_abbrev=False,
+    )
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes -1e-5 for a flag
+    for name, field in FLAGS.items():
+        read, bare = field.metadata["read"], field.metadata["bare"]
+        words = dict(nargs="+") if name == "dataset_name_or_path" else dict(nargs="?", const=bare)
+        kind = dict(action="store_true") if field.default is False else dict(metavar=read.metavar, **words)
+        help = f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%")
+        parser.add_argument(flag_name(name), default=argparse.SUPPRESS, help=help, **kind)
+    return parser
 
 
 if __name__ == "__main__":
