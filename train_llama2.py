@@ -742,8 +742,8 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - in_use
     # under autocast keys leave the rotary embedding in fp32; the values, in bf16, are counted as much
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
-    copies_to_reorder = 2 if config.num_beams > 1 else 1  # beam search copies the cache to reorder it
-    document_tokens = (config.block_size + config.max_summary_tokens) * config.num_beams * copies_to_reorder
+    margin = 2 if config.num_beams > 1 else 1  # beam search copies the whole cache at every token, tensor by tensor
+    document_tokens = (config.block_size + config.max_summary_tokens) * config.num_beams * margin
     return max(1, min(plan.micro_batch_size, int(free_bytes // (token_bytes * document_tokens))))
 
 
@@ -5231,7 +5231,7 @@ def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, s
     pools = bytes_of_pools(step, phases) / GIB if has_gpu and plan.uses_fsdp else active
     layer = shape.layer_parameters / GIB
     low, expected, high = (
-        pools * (1 + share) + layer * gaps + context * has_gpu
+        pools * (1 + share) + layer * gaps + context * has_gpu  # without a GPU the gaps are a margin
         for share, gaps, context in zip(GAPS_SHARE, GAPS_PER_LAYER_PARAMETER, CONTEXT_GIB, strict=True)
     )
     of_stage = f"stage {stage + 1}, " if plan.pipeline_parallel_size > 1 else ""
@@ -5247,8 +5247,9 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
     already, in its term "gathered", so the other layer's and the head's are added.
     """
     plan, shape = step.plan, step.shape
-    # gradients that are held back lie in the main pool; reduced ones in another, added below (where they are held
-    # back, the term "gradients" has both, so the reduced ones count twice: an overestimate, accepted)
+    # Reduced gradients are added below, so the term "gradients" is left out of the main pool. Not so where a plan holds
+    # gradients back: the term also has the unsharded ones, which do lie in the main pool. The reduced ones then count
+    # twice, an overestimate.
     left_out = () if plan.holds_gradients_back else ("gradients",)
     peak = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
     gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
@@ -5285,9 +5286,11 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     phases = {}
     if shape.has_head:
         # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
-        # buffer, which FSDP2 keeps until the next gathering, counts too (with a shard size of 1, too: an overestimate).
+        # buffer counts too, as FSDP2 lets go of it only at the end of the next gathering (`wait_for_unshard`), when the
+        # head's weights are there already. (With a shard size of 1 there is no buffer: an overestimate.)
         gathering = kept + width * (layer + 2 * head)
-        phases["gathering the head"] = step.phase(all_saved + step.hidden_states, gathered=gathering)
+        last_output = step.layer_input  # of the last layer, as wide as its input
+        phases["gathering the head"] = step.phase(all_saved + last_output, gathered=gathering)
         in_loss = all_saved + step.norm + step.hidden_states + step.scalars  # see `replicated_phases`
         phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
         head_and_gradient = (width + 4) * head  # 4: the head's gradient in fp32, being reduced
@@ -5298,22 +5301,17 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         # The all-gather's buffers of the layer before and of the last one, and the last one's weights, which `kept`
         # includes.
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
-        phases["gathering the last layer"] = step.phase(saved_before[-2], gathered=last_gathered)
-    if plan.holds_gradients_back:
-        # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
-        # counted whole, as none is `finished`. The other layers' gathered weights were freed after their backward
-        # passes, so `kept` does not count. Per token: the layer's input and four tensors as wide as the stream.
-        # Besides: layer 0's weights, their gradients before they are added in fp32, and by PyTorch's memory tracker as
-        # much as one more gathered layer.
-        held = step.layer_input + 4 * width * shape.hidden + step.rotary
-        phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
+        phases["gathering the last layer"] = step.phase(saved_before[-2] + step.layer_input, gathered=last_gathered)
     for i in layers_that_may_peak(layers, plan):
-        ahead = layer if i else embedding  # gathered before its turn
+        # Gathered before its turn. Where gradients are held back, PyTorch's memory tracker counts as much as a layer in
+        # layer 0, too.
+        ahead = layer if i or plan.holds_gradients_back else embedding
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
         reducing = 4 * (layer if i < layers - 1 else head)  # in fp32: the gradients of layer i + 1, or of the head
         ways = [dict(gathered=gathered + reducing, finished=head + (layers - 1 - i) * layer)]
-        # in a micro-batch between first and last all gradients are there, unsharded, and none is being reduced
-        if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:
+        # Held back, all gradients may be there, unsharded, while none is reduced: in layer 0 at the end of a
+        # micro-batch before the last, and in every layer of one between first and last.
+        if plan.holds_gradients_back and (i == 0 or plan.gradient_accumulation_steps > 2):
             ways.append(dict(gathered=gathered))
         phases[f"backward of layer {i}"] = largest(
             step.phase(saved_before[i] + in_layer, width * computed, **way)
@@ -5344,14 +5342,9 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         at_end = all_saved + step.norm + step.hidden_states  # the head's input is a copy of rows of the norm's output
         phases["end of forward"] = step.phase(at_end, chunk, gathered=copies + head_copy)
         # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose
-        # bytes in `step.norm` stand for the head's input. That input's gradient comes on top, except under autocast
-        # without split layers: there the output was in fp32, and its bytes cover both.
-        in_loss = all_saved + step.norm + step.scalars + (0 if plan.autocasts and not is_split else step.hidden_states)
+        # bytes in `step.norm` stand for the head's input. That input's gradient comes on top.
+        in_loss = all_saved + step.norm + step.hidden_states + step.scalars
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
-        # Matters under autocast only (without it "loss" is larger): the head's gradient in bf16, as large as
-        # `head_copy`, beside the one in fp32 (`finished`); by PyTorch's memory tracker as much per token as at the end
-        # of forward.
-        phases["cast of the head's gradient"] = step.phase(at_end, head_copy, gathered=all_copied, finished=head)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
         phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=copies)
@@ -5393,8 +5386,9 @@ class StepMemory:
     """What the phases of a step have in common, for micro-batches of `tokens` tokens.
 
     Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
-    shows how closely). `shape` is the rank's part of the model: of h hidden, f intermediate, q query size, k key and
-    value size, a heads, tensor parallelism divides all but h.
+    shows how closely). A phase that raises the peak of no full-size model by more than 0.6% is left out. `shape` is the
+    rank's part of the model: of h hidden, f intermediate, q query size, k key and value size, a heads, tensor
+    parallelism divides all but h.
     """
 
     def __init__(self, shape: ModelShape, plan: Plan, tokens: int, stage: int = 0):
@@ -5417,9 +5411,9 @@ class StepMemory:
             # What a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h. In fp32 and under
             # autocast all three take 4h.
             self.norm = (12 if plan.stream_bytes == 4 else 8) * h
-            # A norm's backward pass, in any precision: 8h of what it saved (in fp32 not its output), and four gradients
-            # in fp32, 4h each: of the normalised input, of the input directly and by way of the variance, and the sum
-            # of the last two.
+            # A norm's backward pass, as PyTorch's memory tracker counts it in any precision: four gradients in fp32,
+            # 4h each (of the normalised input, of the input directly and by way of the variance, and the sum of the
+            # last two), and 8h beside them.
             self.norm_backward = (8 + 4 * 4) * h
         if plan.compiled:
             # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, attention's
@@ -5447,23 +5441,23 @@ class StepMemory:
         stages, micro_batches = plan.pipeline_parallel_size, plan.gradient_accumulation_steps
         others = min(stages - stage, micro_batches) - 1  # 1F1B (Narayanan et al. 2021)
         self.other_micro_batches, self.other_copies = others * self.saved_before[-1], others * self.copied_before[-1]
-        if stages > 1:  # what was sent, which `Pipeline.send` keeps for a while, and the gradient received
-            streams_kept = min(micro_batches, 2 * stages) + 1
-            self.other_micro_batches += streams_kept * self.layer_input
+        if stages > 1:  # what was sent, which `Pipeline.send` keeps for a while, and what is received
+            sent = micro_batches * (2 if 0 < stage < stages - 1 else 1)  # in the middle forward and back
+            self.other_micro_batches += (min(sent, 2 * stages) + 1) * self.layer_input
 
     def loss_buffers(self) -> tuple[float, float]:
-        """Returns the bytes of a chunk of logits with its inputs (forward), and of all the loss needs (backward)."""
+        """Returns the bytes of a chunk of logits (forward), and of all the loss needs (backward)."""
         shape, plan = self.shape, self.plan
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
         # Without linear_cross_entropy there is more than the 4 bytes per logit in fp32, and a chunk's forward pass is
         # taken to need as much as its backward pass. In chunks 16: besides, bf16 logits 2, exponentials 4, gradients in
-        # fp32 4 and in bf16 2. All computed at once 10, what forward holds: besides, bf16 logits 2 and their
-        # log-softmax 4. With the 10, the prediction for a whole step is 2 to 11% above what PyTorch's memory tracker
-        # counts.
+        # fp32 4 and in bf16 2. All computed at once 10, which forward holds: besides, bf16 logits 2 and their
+        # log-softmax 4. Backward holds other tensors, but with the 10 for both, the prediction for a whole step is
+        # above what PyTorch's memory tracker counts, by 2 to 11%.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
-        chunk = rows * (per_logit * shape.vocabulary + 4 * shape.hidden)  # its inputs, copied to fp32
+        chunk = rows * per_logit * shape.vocabulary
         # At the peak also the head's gradient. With linear_cross_entropy, where compute is in bf16, the bf16 gradients
         # of this chunk's logits and of the previous one's, too; with --precision fp32 they take the logits' place.
         gradients = 0 if plan.compute_bytes == 4 or without_fused_loss else 2 * 2 * rows * shape.vocabulary
@@ -5472,17 +5466,16 @@ class StepMemory:
     def backward_of_layer(self, recomputed: bool) -> list[tuple[float, float]]:
         """Returns where the backward pass of a layer may peak: bytes per token, and parameters with a gradient by then.
 
-        An eager layer peaks in its MLP, or at the end in its first norm; a compiled one may also peak in its attention.
+        That is in its MLP, or at the end in its first norm.
         """
         shape, plan = self.shape, self.plan
-        h, f, q, k, width = shape.hidden, shape.intermediate, shape.query_size, shape.kv_size, plan.compute_bytes
+        h, f, width = shape.hidden, shape.intermediate, plan.compute_bytes
         if not plan.compiled:
             kept = self.layer_input if recomputed else 0
             # Beside what the layer saved, PyTorch's memory tracker counts in the MLP two gradients f wide and, except
-            # under autocast, one h wide; in the first norm, beside `norm_backward`, one in bf16, none in fp32.
+            # under autocast, one h wide.
             mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
-            norm = self.norm_backward + (self.hidden_states if width == 2 else 0)
-            return [(kept + mlp, h * f), (kept + norm, shape.layer_parameters)]
+            return [(kept + mlp, h * f), (kept + self.norm_backward, shape.layer_parameters)]
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the gradient
         # of the down projection's weight (h * f parameters). Else the peak comes after that: the product is gone, and
         # the gate's gradient overwrites the gate, which leaves four, one more than were saved. Where layers are split,
@@ -5490,14 +5483,9 @@ class StepMemory:
         gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
-        # The layer's input, and the gradient of its output. In elements: the first norm's output and attention's
-        # projection 2h, query and attention's output 2q, key and value 2k; gradients that gate and up give their input
-        # 2h, of attention's output and query 2q, of key and value 2k. Flash attention sums the query's in fp32, 4q
-        # bytes.
-        attention = (2 * self.layer_input + width * (4 * h + 4 * q + 4 * k) + 4 * q, 3 * h * f)
-        # Again its input and its output's gradient. The first norm's output, the gradients that three projections give
-        # it, and their sum: 5h.
-        return [mlp, attention, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
+        # In the first norm: the layer's input and its output's gradient. In elements: the norm's output, the gradients
+        # that three projections give it, and their sum, 5h.
+        return [mlp, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
     def resident(self) -> dict[str, float]:
         """Weights and moments. Under CPU offload a shard that was copied in is freed before the peaks."""
