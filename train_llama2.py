@@ -4567,8 +4567,10 @@ class Plan:
         level = self.activation_checkpointing
         return {"none": 0, "full": 1}[level] if level in ("none", "full") else int(level.removeprefix("every-"))
 
-    def recomputes_layer(self, layer: int) -> bool:
-        return self.recompute_every > 0 and layer % self.recompute_every == 0
+    def recomputed_layers(self, layers: int) -> range:
+        """Returns which of a rank's layers are recomputed."""
+        every = self.recompute_every
+        return range(0, layers, every) if every else range(0)
 
     @property
     def holds_gradients_back(self) -> bool:
@@ -5243,8 +5245,8 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
     The reducing stream's pool is largest at the end of the backward pass, with every reduced gradient. The gathering
-    stream's has the buffers of two layers and of the head. Of these the largest phase mostly counts one layer's
-    already, in its term "gathered", so the other layer's and the head's are added.
+    stream's has the buffers of two layers and, as measured, as much again as the head's. The largest phase mostly
+    counts one layer's already, in its term "gathered", so the other layer's and the head's are added.
     """
     plan, shape = step.plan, step.shape
     # Reduced gradients are added below, so the term "gradients" is left out of the main pool. Not so where a plan holds
@@ -5286,16 +5288,16 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     phases = {}
     if shape.has_head:
         # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
-        # buffer counts too, as FSDP2 lets go of it only at the end of the next gathering (`wait_for_unshard`), when the
-        # head's weights are there already. (With a shard size of 1 there is no buffer: an overestimate.)
+        # buffer counts too: it stays until the head's weights are there, in `prev_all_gather_state` of FSDP2's
+        # `wait_for_unshard`. (With a shard size of 1 there is no buffer: an overestimate.)
         gathering = kept + width * (layer + 2 * head)
         last_output = step.layer_input  # of the last layer, as wide as its input
         phases["gathering the head"] = step.phase(all_saved + last_output, gathered=gathering)
         in_loss = all_saved + step.norm + step.hidden_states + step.scalars  # see `replicated_phases`
         phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
-        head_and_gradient = (width + 4) * head  # 4: the head's gradient in fp32, being reduced
+        # Norm and head are one group. FSDP2 reduces the head's gradient only when the norm's is there, too.
         phases["backward of the last norm"] = step.phase(
-            all_saved + step.norm_backward, gathered=beside_head + head_and_gradient, finished=head
+            all_saved + step.norm_backward, gathered=beside_head + 2 * width * head
         )
     else:
         # The all-gather's buffers of the layer before and of the last one, and the last one's weights, which `kept`
@@ -5303,8 +5305,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2] + step.layer_input, gathered=last_gathered)
     for i in layers_that_may_peak(layers, plan):
-        # Gathered before its turn. Where gradients are held back, PyTorch's memory tracker counts as much as a layer in
-        # layer 0, too.
+        # What is gathered ahead during the backward pass of layer i: the layer before, or the embedding in layer 0.
+        # Where gradients are held back, PyTorch's memory tracker shows a layer's size there instead (why is not known).
         ahead = layer if i or plan.holds_gradients_back else embedding
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
         reducing = 4 * (layer if i < layers - 1 else head)  # in fp32: the gradients of layer i + 1, or of the head
@@ -5315,7 +5317,7 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             ways.append(dict(gathered=gathered))
         phases[f"backward of layer {i}"] = largest(
             step.phase(saved_before[i] + in_layer, width * computed, **way)
-            for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
+            for in_layer, computed in step.backward_of_layer(i in step.recomputed)
             for way in ways
         )
     return phases
@@ -5360,7 +5362,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
                 gathered=copied_before[i] + copy_bytes * (layer - computed),
                 finished=head + (shape.layers - 1 - i) * layer + computed,
             )
-            for in_layer, computed in step.backward_of_layer(plan.recomputes_layer(i))
+            for in_layer, computed in step.backward_of_layer(i in step.recomputed)
         )
     if shape.embedding_parameters:
         phases["backward of the embedding"] = step.phase(plan.stream_bytes * h, finished=shape.parameters)
@@ -5387,8 +5389,8 @@ class StepMemory:
 
     Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
     shows how closely). A phase that raises the peak of no full-size model by more than 0.6% is left out. `shape` is the
-    rank's part of the model: of h hidden, f intermediate, q query size, k key and value size, a heads, tensor
-    parallelism divides all but h.
+    rank's part of the model. In the comments h is its hidden size, f its intermediate size, q the size of a token's
+    query, k that of its key (and of its value), a its heads. Tensor parallelism divides all of these but h.
     """
 
     def __init__(self, shape: ModelShape, plan: Plan, tokens: int, stage: int = 0):
@@ -5413,7 +5415,7 @@ class StepMemory:
             self.norm = (12 if plan.stream_bytes == 4 else 8) * h
             # A norm's backward pass, as PyTorch's memory tracker counts it in any precision: four gradients in fp32,
             # 4h each (of the normalised input, of the input directly and by way of the variance, and the sum of the
-            # last two), and 8h beside them.
+            # last two), and 8h that were not traced to tensors.
             self.norm_backward = (8 + 4 * 4) * h
         if plan.compiled:
             # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, attention's
@@ -5428,13 +5430,13 @@ class StepMemory:
             saved = norms + width * (2 * q + 2 * k + 4 * f)
         # What a layer keeps that is not recomputed: these, attention's log-sum-exp 4a, and the scales of two norms 8.
         self.whole_layer = saved + 4 * a + 8
-        recomputed = list(map(plan.recomputes_layer, range(shape.layers)))
-        kept = [self.layer_input if each else self.whole_layer for each in recomputed]
+        self.recomputed = plan.recomputed_layers(shape.layers)
+        kept = [self.layer_input if i in self.recomputed else self.whole_layer for i in range(shape.layers)]
         self.saved_before = list(itertools.accumulate(kept, initial=self.rotary))  # before each layer, after the last
 
         # Bytes: autocast's bf16 copies of the weights, which layers that are not recomputed save for their backward.
         self.copy_bytes = 2 if plan.autocasts else 0  # per parameter
-        copied = [0 if each else self.copy_bytes * shape.layer_parameters for each in recomputed]
+        copied = [0 if i in self.recomputed else self.copy_bytes * shape.layer_parameters for i in range(shape.layers)]
         self.copied_before = list(itertools.accumulate(copied, initial=0))
 
         # What the other micro-batches under way have saved: bytes per token, and bytes of copies.
@@ -5454,7 +5456,8 @@ class StepMemory:
         # taken to need as much as its backward pass. In chunks 16: besides, bf16 logits 2, exponentials 4, gradients in
         # fp32 4 and in bf16 2. All computed at once 10, which forward holds: besides, bf16 logits 2 and their
         # log-softmax 4. Backward holds other tensors, but with the 10 for both, the prediction for a whole step is
-        # above what PyTorch's memory tracker counts, by 2 to 11%.
+        # above what PyTorch's memory tracker counts, by 2 to 11%. In fp32 there are no copies in bf16, but the same is
+        # taken.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * per_logit * shape.vocabulary
@@ -5471,6 +5474,8 @@ class StepMemory:
         shape, plan = self.shape, self.plan
         h, f, width = shape.hidden, shape.intermediate, plan.compute_bytes
         if not plan.compiled:
+            # Recomputed, its input in bf16 stays beside the norm's fp32 copy. Where the norm saves the input itself, in
+            # fp32 and under autocast, it counts twice: an overestimate.
             kept = self.layer_input if recomputed else 0
             # Beside what the layer saved, PyTorch's memory tracker counts in the MLP two gradients f wide and, except
             # under autocast, one h wide.
@@ -5480,11 +5485,11 @@ class StepMemory:
         # of the down projection's weight (h * f parameters). Else the peak comes after that: the product is gone, and
         # the gate's gradient overwrites the gate, which leaves four, one more than were saved. Where layers are split,
         # the stream's gradient is gathered.
-        gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
+        gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's whole copy of it
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
-        # In the first norm: the layer's input and its output's gradient. In elements: the norm's output, the gradients
-        # that three projections give it, and their sum, 5h.
+        # In the first norm: the layer's input, and the gradient of the stream. In elements: the norm's output, the
+        # gradients that three projections give it, and their sum, 5h.
         return [mlp, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
 
     def resident(self) -> dict[str, float]:
@@ -5598,7 +5603,7 @@ def predict_seconds(
     stage_bus = (cluster.network_gb_per_second if cluster.nodes > 1 else gpu.link_gb_per_second) * 1e9
     sent_bytes = micro_batches * 2 * tokens / split * (plan.stream_bytes * shape.hidden) if stages > 1 else 0.0
     point_to_point = sent_bytes / stage_bus
-    exchanges = 8 * layers + 4 * sum(map(plan.recomputes_layer, range(layers)))
+    exchanges = 8 * layers + 4 * len(plan.recomputed_layers(layers))
     exchanged_bytes = exchanges * (split - 1) / split * tokens * plan.compute_bytes * shape.hidden
     tensor = micro_batches * exchanged_bytes / (gpu.link_gb_per_second * 1e9)
     bubble = (stages - 1) / micro_batches * (compute + tensor + (1 - OVERLAP) * point_to_point)
@@ -5627,7 +5632,7 @@ def work_per_token(shape: ModelShape, plan: Plan, attended: float, ramp: float, 
 
     Small matmuls and attention run at a lower efficiency, so they count for more.
     """
-    recomputed = sum(map(plan.recomputes_layer, range(shape.layers))) / shape.layers
+    recomputed = len(plan.recomputed_layers(shape.layers)) / shape.layers
     matmul = 6 * shape.matmul_parameters + 2 * recomputed * shape.layers * shape.active_layer_parameters
     attention = 2 * shape.layers * shape.query_size * attended * (3.5 + recomputed)
     return matmul * (1 + ramp) + attention / attention_efficiency
