@@ -5310,7 +5310,9 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         ahead = layer if i or plan.holds_gradients_back else embedding
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
         reducing = 4 * (layer if i < layers - 1 else head)  # in fp32: the gradients of layer i + 1, or of the head
-        ways = [dict(gathered=gathered + reducing, finished=head + (layers - 1 - i) * layer)]
+        finished = head + (layers - 1 - i) * layer
+        # gradients that are held back are finished in the last micro-batch, when no other is under way
+        ways = [dict(gathered=gathered + reducing, finished=finished, others=not plan.holds_gradients_back)]
         # Held back, all gradients may be there, unsharded, while none is reduced: in layer 0 at the end of a
         # micro-batch before the last, and in every layer of one between first and last.
         if plan.holds_gradients_back and (i == 0 or plan.gradient_accumulation_steps > 2):
@@ -5453,11 +5455,11 @@ class StepMemory:
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
         # Without linear_cross_entropy there is more than the 4 bytes per logit in fp32, and a chunk's forward pass is
-        # taken to need as much as its backward pass. In chunks 16: besides, bf16 logits 2, exponentials 4, gradients in
-        # fp32 4 and in bf16 2. All computed at once 10, which forward holds: besides, bf16 logits 2 and their
-        # log-softmax 4. Backward holds other tensors, but with the 10 for both, the prediction for a whole step is
-        # above what PyTorch's memory tracker counts, by 2 to 11%. In fp32 there are no copies in bf16, but the same is
-        # taken.
+        # taken to need as much as its backward pass. In chunks 16: besides, bf16 logits 2, exponentials or log-softmax
+        # 4, gradients in fp32 4 and in bf16 2. All computed at once 10, which forward holds: besides, bf16 logits 2 and
+        # their log-softmax 4. Backward holds other tensors, but with the 10 for both, the prediction for a whole step
+        # is above what PyTorch's memory tracker counts, by 2 to 11%. In fp32 there are no copies in bf16, but the same
+        # is taken.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * per_logit * shape.vocabulary
@@ -5474,8 +5476,8 @@ class StepMemory:
         shape, plan = self.shape, self.plan
         h, f, width = shape.hidden, shape.intermediate, plan.compute_bytes
         if not plan.compiled:
-            # Recomputed, its input in bf16 stays beside the norm's fp32 copy. Where the norm saves the input itself, in
-            # fp32 and under autocast, it counts twice: an overestimate.
+            # Recomputed, its input in bf16 stays beside the norm's fp32 copy. Where the norm saves the input itself (in
+            # fp32, under autocast, and where layers are split), it counts twice: an overestimate.
             kept = self.layer_input if recomputed else 0
             # Beside what the layer saved, PyTorch's memory tracker counts in the MLP two gradients f wide and, except
             # under autocast, one h wide.
@@ -5484,8 +5486,9 @@ class StepMemory:
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the gradient
         # of the down projection's weight (h * f parameters). Else the peak comes after that: the product is gone, and
         # the gate's gradient overwrites the gate, which leaves four, one more than were saved. Where layers are split,
-        # the stream's gradient is gathered.
-        gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's whole copy of it
+        # the stream's gradient is gathered; autocast's copy of it is counted whole, too, which agrees with
+        # measurements.
+        gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
         gradient += width * h if plan.tensor_parallel_size > 1 else 0
         mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
         # In the first norm: the layer's input, and the gradient of the stream. In elements: the norm's output, the
@@ -5511,18 +5514,22 @@ class StepMemory:
         return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
 
     def phase(
-        self, activations: float = 0.0, temporaries: float = 0.0, *, gathered: float = 0.0, finished: float = 0.0
+        self,
+        activations: float = 0.0,
+        temporaries: float = 0.0,
+        *,
+        gathered: float = 0.0,
+        finished: float = 0.0,
+        others: bool = True,
     ) -> dict[str, float]:
         """Returns the terms of a phase in bytes: what is always there, gradients, and what is there for a while.
 
         `activations` are bytes per token of the micro-batch being worked on. `gathered` are whole weights to compute
         with (FSDP's, or autocast's copies), and the unsharded gradients being reduced. `finished` is the number of
         parameters whose gradients are complete: under FSDP those reduced, and those being reduced, whose sharded
-        outputs are allocated already.
+        outputs are allocated already. `others` says whether other micro-batches may be under way.
         """
-        # Where FSDP holds gradients back, they are finished in the last micro-batch only: no other is under way then.
-        # (`other_micro_batches` also has what was sent and received. It is left out then, too, as it is small.)
-        if not (self.plan.holds_gradients_back and finished):
+        if others:
             activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
         passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}

@@ -35,16 +35,17 @@ NEWS = ROOT / "tests" / "data" / "news"
 sys.path.insert(0, str(ROOT))
 
 # Before any library is imported: no network, one thread (the tests use both cores as it is), and a cache of this
-# session's own, so that no test depends on what an earlier session left.
-CACHE = tempfile.TemporaryDirectory(prefix="hugging_face_")
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HOME=CACHE.name)
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(CACHE.name) / "inductor")
-# Python runs this first in each process started from here. The garbage collector's walks over what the libraries
-# define, at import and at exit, are a third of the time of a process that trains a tiny model.
-(Path(CACHE.name) / "sitecustomize.py").write_text(
-    "import atexit, gc\ngc.set_threshold(200_000, 50, 100)\natexit.register(gc.freeze)\n"
-)
-os.environ["PYTHONPATH"] = os.pathsep.join([CACHE.name, str(ROOT)])
+# session's own, so that no test depends on what an earlier session left. pytest-xdist's processes share it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="hugging_face_")
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HOME=CACHE.name)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(CACHE.name) / "inductor")
+    # Python runs this first in each process started from here. The garbage collector's walks over what the libraries
+    # define, at import and at exit, are a third of the time of a process that trains a tiny model.
+    (Path(CACHE.name) / "sitecustomize.py").write_text(
+        "import atexit, gc\ngc.set_threshold(200_000, 50, 100)\natexit.register(gc.freeze)\n"
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([CACHE.name, str(ROOT)])
 
 
 # The files that take longest, longest first. Started last, one of them would leave the other workers without work.
@@ -52,6 +53,12 @@ LONGEST = (
     "test_plan", "test_hook_model_parallel", "test_model_families", "test_checkpoints_resume", "test_model", "test_hub",
     "test_hook", "test_final_model", "test_training_and_evaluation", "test_run",
 )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts the warm Python that all processes of pytest-xdist share, while they start."""
+    if config.getoption("numprocesses", None):
+        os.environ["WARM_PYTHON"] = warm()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -95,7 +102,9 @@ def warm(**environment: str) -> str:
 
     They were imported in this environment.
     """
-    folder = tempfile.mkdtemp(dir=CACHE.name)
+    if not environment and "WARM_PYTHON" in os.environ:
+        return os.environ["WARM_PYTHON"]
+    folder = tempfile.mkdtemp(dir=os.environ["HF_HOME"])
     return warm_python.start(Path(folder), environment) if sys.platform == "linux" else sys.executable
 
 

@@ -29,9 +29,11 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama", "accelerate", "datasets",
 )  # fmt: skip
 CLIENT = """#!{python} -IS
-import array, json, os, signal, socket, sys
+import array, json, os, signal, socket, sys, time
 with socket.socket(socket.AF_UNIX) as server:
-    server.connect({address!r})
+    while server.connect_ex({address!r}):  # still importing
+        os.kill({server}, 0)  # or gone
+        time.sleep(0.02)
     environment = dict(os.environ, STARTED_BY=str(os.getppid()))
     request = json.dumps(dict(words=sys.argv[1:], environment=environment, folder=os.getcwd())).encode()
     streams = array.array("i", [0, 1, 2])
@@ -51,18 +53,19 @@ os._exit(code)
 
 
 def start(folder: Path, environment: dict[str, str], launcher: Sequence[str] = ()) -> str:
-    """Returns the program, once its server is ready. The server ends when this process does.
+    """Returns the program, which waits until its server is ready. The server ends when this process does.
 
     `launcher` are words to start the server with: it, and so every fork, is where they put it.
     """
     address, client = str(folder / "python.socket"), folder / "python"
-    client.write_text(CLIENT.format(python=sys.executable, address=address))
-    client.chmod(0o755)
     command = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import warm_python"
     words = [*launcher, sys.executable, "-u", "-c", f"{command}; exec(warm_python.serve({address!r}))"]
     environment = {**os.environ, **environment}
-    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    assert server.stdout.readline() == b"ready\n"
+    its_end, _ = os.pipe()  # the other end stays open as long as this process lives
+    server = subprocess.Popen(words, stdin=its_end, env=environment)
+    os.close(its_end)
+    client.write_text(CLIENT.format(python=sys.executable, address=address, server=server.pid))
+    client.chmod(0o755)
     return str(client)
 
 
@@ -78,7 +81,6 @@ def serve(address: str) -> CodeType:
     listener.bind(address)
     listener.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
-    print("ready", flush=True)
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
