@@ -5199,7 +5199,7 @@ def attends_partially(model_config: PretrainedConfig) -> bool:
 # ---- The plan: memory ----------------------------------------------------------------------------------------
 
 # What reserved memory takes beyond the tensors in the allocator's pools, as (low, expected, high). CONTEXT_GIB: CUDA
-# context, cuBLAS and NCCL buffers (0.5 to 1.6 GiB published). The gaps between tensors, measured with the expandable
+# context, cuBLAS and NCCL buffers, a guess from reports of 0.5 to 1.6 GiB. The gaps between tensors, measured with the expandable
 # segments that the hook turns on, are GAPS_SHARE of the pools plus GAPS_PER_LAYER_PARAMETER bytes per parameter of one
 # layer, whose weights and gradients come and go. These two are fitted to the rows of tests/README.md, which all lie
 # between low and high.
@@ -5245,8 +5245,8 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
     The reducing stream's pool is largest at the end of the backward pass, with every reduced gradient. The gathering
-    stream's has the buffers of two layers and, as measured, as much again as the head's. The largest phase mostly
-    counts one layer's already, in its term "gathered", so the other layer's and the head's are added.
+    stream's has the buffers of two layers and, as measured, of the head. The largest phase mostly counts one layer's
+    buffer already, in its term "gathered", so the other layer's and the head's are added.
     """
     plan, shape = step.plan, step.shape
     # Reduced gradients are added below, so the term "gradients" is left out of the main pool. Not so where a plan holds
@@ -5356,13 +5356,17 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     # an MLP matrix's gradient in bf16 and fp32, before it is added to the one that is there: PyTorch's tracker counts
     # it at the peak under autocast only
     gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
+    # DDP's gradients move into its buckets in the last micro-batch. In one between first and last all earlier sums are
+    # there beside the buckets, and none is `finished`.
+    only_adds = plan.strategy == "ddp" and plan.gradient_accumulation_steps > 2
+    fills_buckets = plan.strategy == "ddp" and not only_adds
     for i in layers_that_may_peak(shape.layers, plan):
         phases[f"backward of layer {i}"] = largest(
             step.phase(
                 saved_before[i] + in_layer,
-                plan.state_bytes * computed if plan.strategy == "ddp" else gradient,  # DDP: until they are in buckets
+                plan.state_bytes * computed if fills_buckets else gradient,  # the layer's, until they are in buckets
                 gathered=copied_before[i] + copy_bytes * (layer - computed),
-                finished=head + (shape.layers - 1 - i) * layer + computed,
+                finished=0.0 if only_adds else head + (shape.layers - 1 - i) * layer + computed,
             )
             for in_layer, computed in step.backward_of_layer(i in step.recomputed)
         )
@@ -5430,7 +5434,7 @@ class StepMemory:
             # 2q, key and value 2k, MLP 4f.
             norms = 2 * self.norm if split > 1 else (26 if plan.autocasts else 24 if width == 4 else 16) * h
             saved = norms + width * (2 * q + 2 * k + 4 * f)
-        # What a layer keeps that is not recomputed: these, attention's log-sum-exp 4a, and the scales of two norms 8.
+        # What a layer without activation checkpointing keeps: these, attention's log-sum-exp 4a, two norms' scales 8.
         self.whole_layer = saved + 4 * a + 8
         self.recomputed = plan.recomputed_layers(shape.layers)
         kept = [self.layer_input if i in self.recomputed else self.whole_layer for i in range(shape.layers)]
