@@ -5199,10 +5199,10 @@ def attends_partially(model_config: PretrainedConfig) -> bool:
 # ---- The plan: memory ----------------------------------------------------------------------------------------
 
 # What reserved memory takes beyond the tensors in the allocator's pools, as (low, expected, high). CONTEXT_GIB: CUDA
-# context, cuBLAS and NCCL buffers, a guess from reports of 0.5 to 1.6 GiB. The gaps between tensors, measured with the expandable
-# segments that the hook turns on, are GAPS_SHARE of the pools plus GAPS_PER_LAYER_PARAMETER bytes per parameter of one
-# layer, whose weights and gradients come and go. These two are fitted to the rows of tests/README.md, which all lie
-# between low and high.
+# context, cuBLAS and NCCL buffers, a guess from reports of 0.5 to 1.6 GiB. The gaps between tensors, measured with the
+# expandable segments that the hook turns on, are GAPS_SHARE of the pools plus GAPS_PER_LAYER_PARAMETER bytes per
+# parameter of one layer, whose weights and gradients come and go. These two are fitted to the rows of tests/README.md,
+# which all lie between low and high.
 CONTEXT_GIB = (0.5, 1.0, 1.6)
 GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
@@ -5275,7 +5275,9 @@ def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
 def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     """Returns the phases of FSDP2, wrapped as transformers does it.
 
-    The embedding and each layer are wrapped alone, and the last norm and the head together, which stay gathered.
+    The embedding and each layer are wrapped alone, and the last norm and the head together, which stay gathered. A
+    matrix that is embedding and head at once stays gathered in the root group (see `patched_transformers`), and so does
+    its gradient until the backward pass has ended. That is not counted.
     """
     shape, plan, saved_before = step.shape, step.plan, step.saved_before
     layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
@@ -5338,28 +5340,33 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     # only the saved ones where autocast caches none: a compiled layer casts for itself, and local parts of DTensors are
     # not cached
     copies = all_copied if plan.compiled or is_split else copy_bytes * shape.layers * layer
+    # DDP's gradients move into its buckets in the last micro-batch. One between first and last holds more, and is
+    # looked at instead where there is one: all earlier sums are there beside the buckets, and none of them is
+    # `finished`.
+    only_adds = plan.strategy == "ddp" and plan.gradient_accumulation_steps > 2
+    fills_buckets = plan.strategy == "ddp" and not only_adds
     phases = {}
     if shape.has_head:
         chunk, loss_buffers = step.loss_buffers()
         # split layers without FSDP: PyTorch's memory tracker counts one more tensor h wide
         norm_backward = step.norm_backward + step.hidden_states * is_split
-        at_end = all_saved + step.norm + step.hidden_states  # the head's input is a copy of rows of the norm's output
+        # The head's input is a copy of rows of the norm's output. Under autocast an fp32 copy comes before the one in
+        # bf16; PyTorch's memory tracker does not show it at this peak.
+        at_end = all_saved + step.norm + step.hidden_states
         phases["end of forward"] = step.phase(at_end, chunk, gathered=copies + head_copy)
         # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose
         # bytes in `step.norm` stand for the head's input. That input's gradient comes on top.
         in_loss = all_saved + step.norm + step.hidden_states + step.scalars
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
-        phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
+        phases["backward of the last norm"] = step.phase(
+            all_saved + norm_backward, gathered=all_copied, finished=0.0 if only_adds else head
+        )
     else:
         phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=copies)
     accumulates = plan.gradient_accumulation_steps > 1
     # an MLP matrix's gradient in bf16 and fp32, before it is added to the one that is there: PyTorch's tracker counts
     # it at the peak under autocast only
     gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
-    # DDP's gradients move into its buckets in the last micro-batch. In one between first and last all earlier sums are
-    # there beside the buckets, and none is `finished`.
-    only_adds = plan.strategy == "ddp" and plan.gradient_accumulation_steps > 2
-    fills_buckets = plan.strategy == "ddp" and not only_adds
     for i in layers_that_may_peak(shape.layers, plan):
         phases[f"backward of layer {i}"] = largest(
             step.phase(
@@ -5449,9 +5456,9 @@ class StepMemory:
         stages, micro_batches = plan.pipeline_parallel_size, plan.gradient_accumulation_steps
         others = min(stages - stage, micro_batches) - 1  # 1F1B (Narayanan et al. 2021)
         self.other_micro_batches, self.other_copies = others * self.saved_before[-1], others * self.copied_before[-1]
-        if stages > 1:  # what was sent, which `Pipeline.send` keeps for a while, and what is received
-            sent = micro_batches * (2 if 0 < stage < stages - 1 else 1)  # in the middle forward and back
-            self.other_micro_batches += (min(sent, 2 * stages) + 1) * self.layer_input
+        # Bytes per token: what was sent, which `Pipeline.send` keeps for a while, and what is received.
+        sent = micro_batches * (2 if 0 < stage < stages - 1 else 1)  # in the middle forward and back
+        self.in_transit = (min(sent, 2 * stages) + 1) * self.layer_input if stages > 1 else 0.0
 
     def loss_buffers(self) -> tuple[float, float]:
         """Returns the bytes of a chunk of logits (forward), and of all the loss needs (backward)."""
@@ -5462,8 +5469,7 @@ class StepMemory:
         # taken to need as much as its backward pass. In chunks 16: besides, bf16 logits 2, exponentials or log-softmax
         # 4, gradients in fp32 4 and in bf16 2. All computed at once 10, which forward holds: besides, bf16 logits 2 and
         # their log-softmax 4. Backward holds other tensors, but with the 10 for both, the prediction for a whole step
-        # is above what PyTorch's memory tracker counts, by 2 to 11%. In fp32 there are no copies in bf16, but the same
-        # is taken.
+        # is above what PyTorch's memory tracker counts in bf16, by 2 to 11%. With --precision fp32 the same is taken.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * per_logit * shape.vocabulary
@@ -5535,7 +5541,8 @@ class StepMemory:
         """
         if others:
             activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
-        passing = dict(gathered=gathered, activations=self.tokens * activations, temporaries=temporaries)
+        of_tokens = self.tokens * (activations + self.in_transit)
+        passing = dict(gathered=gathered, activations=of_tokens, temporaries=temporaries)
         return {**self.resident(), "gradients": self.gradients(finished), **passing}
 
 
