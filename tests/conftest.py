@@ -370,11 +370,13 @@ def three_rank_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leaves out `curves.png`, half of the time of a small run, where a test file is not about what a run leaves."""
+def short_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leaves out `curves.png` and measuring the CPU, most of the time of a small run, where no test is about them."""
     import train_llama2
 
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ("test_reporting", "test_final_model"):
             patch.setattr(train_llama2, "draw_curves", lambda folder: None)
+        if request.module.__name__ not in ("test_reporting", "test_plan"):
+            patch.setattr(train_llama2, "measure_matmul_tflops", lambda *_: 0.05)
         yield

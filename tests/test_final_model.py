@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -421,6 +422,12 @@ def model_in(folder: Path) -> float | str | None:
     """Returns the value of all weights of the folder's model, and None where no loader would see a model."""
     if not (folder / "config.json").exists():
         return None
+    return value_of_weights(folder, hashlib.sha256(repr(sorted(files_of(folder).items())).encode()).hexdigest())
+
+
+@functools.cache
+def value_of_weights(folder: Path, contents: str) -> float | str:
+    """Loading a model takes longer than writing one, and most kills leave the same `contents`."""
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         AutoTokenizer.from_pretrained(folder)

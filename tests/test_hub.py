@@ -57,10 +57,14 @@ def cache_of(hub: StandInHub) -> Path:
     return Path(os.environ["HF_HOME"]) / f"of_{hub.server.server_port}"
 
 
+OFFLINE = dict(HF_HUB_OFFLINE="1")
+
+
 def run_default_command(hub: StandInHub, folder: Path, *flags: str, processes: int = 1, **environment: str):
-    """Runs the script with no local path, and a cache of its own; cold where a variable is to differ."""
+    """Runs the script with no local path, and a cache of its own; cold where a variable is to differ for one run."""
     of_hub = dict(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HOME=str(cache_of(hub)))
-    python = sys.executable if environment else warm(**of_hub)
+    is_warm = environment in ({}, OFFLINE)
+    python = warm(**{**of_hub, **environment}) if is_warm else sys.executable
     launcher = [python]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -97,7 +101,7 @@ def test_two_ranks_fetch_each_file_once_and_later_runs_none(hub, tmp_path):
     assert again.returncode == 0, again.stderr
     assert not hub.downloads
     assert ('"test_samples": 2, ' in (tmp_path / "again" / "metrics.jsonl").read_text()) == has_rouge
-    offline = run_default_command(hub, tmp_path / "offline", HF_HUB_OFFLINE="1")
+    offline = run_default_command(hub, tmp_path / "offline", **OFFLINE)
     assert offline.returncode == 0, offline.stderr
 
 
@@ -126,7 +130,7 @@ def test_a_name_that_does_not_exist_is_refused(hub, tmp_path):
 
 
 def test_offline_without_a_cache_is_refused(hub, tmp_path):
-    line = error_of(run_default_command(hub, tmp_path / "run", HF_HUB_OFFLINE="1"))
+    line = error_of(run_default_command(hub, tmp_path / "run", **OFFLINE))
     assert "is neither a folder nor within reach on the Hub" in line
 
 

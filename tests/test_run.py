@@ -8,14 +8,14 @@ import json
 import pytest
 from conftest import RANKS, read_metrics, run_script_several_times, small_run, start, tiny_model
 
-# 18 documents of 93 to 512 tokens in batches of 7: two full batches and a ragged one of 4 an epoch; 6 steps over 2
+# 18 documents of 93 to 256 tokens in batches of 7: two full batches and a ragged one of 4 an epoch; 6 steps over 2
 # epochs. max_grad_norm is far below the norms of this model (about 0.7), so every step clips.
 PARITY = {
     "max_train_samples": 18, "batch_size": 7, "num_train_epochs": 2, "max_grad_norm": 0.1, "eval_interval": 6,
-    "block_size": 512, "max_eval_samples": 5,
+    "block_size": 256, "max_eval_samples": 5,
 }  # fmt: skip
 # Batches of 3 documents on 4 ranks: one rank has nothing in each step and still makes every call.
-FEW = {"batch_size": 3, "max_steps": 3, "max_eval_samples": 5, "block_size": 512}
+FEW = {"batch_size": 3, "max_steps": 3, "max_eval_samples": 5, "block_size": 256}
 
 # Three summaries on four ranks, one of which has none of its own.
 SUMMARIES = {"rouge_samples": 3, "max_summary_tokens": 8} if importlib.util.find_spec("rouge_score") else {}
