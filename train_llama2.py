@@ -2087,6 +2087,8 @@ def load_model(parallel: Parallel) -> nn.Module:
         model = make_model(distributed_config, parallel)
     if plan.recompute_every:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=plan.recompute_every)
+        # What it has turned on is for frozen embeddings. Here it would give the first layer another graph to compile.
+        model.disable_input_require_grads()
     if not plan.reshard_after_forward:
         model.set_reshard_after_forward(False)
     use_token_loss(model, parallel.pipeline.is_last, parallel.tensor_parallel)
@@ -5371,14 +5373,17 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases[f"backward of layer {i}"] = largest(
             step.phase(
                 saved_before[i] + in_layer,
-                plan.state_bytes * computed if fills_buckets else gradient,  # the layer's, until they are in buckets
+                # A compiled layer hands over all its gradients at once, and they wait for their buckets. Uncompiled,
+                # DDP takes each as it comes: an overestimate.
+                plan.state_bytes * computed if fills_buckets else gradient,
                 gathered=copied_before[i] + copy_bytes * (layer - computed),
                 finished=0.0 if only_adds else head + (shape.layers - 1 - i) * layer + computed,
             )
             for in_layer, computed in step.backward_of_layer(i in step.recomputed)
         )
     if shape.embedding_parameters:
-        phases["backward of the embedding"] = step.phase(plan.stream_bytes * h, finished=shape.parameters)
+        finished = 0.0 if only_adds else shape.parameters
+        phases["backward of the embedding"] = step.phase(plan.stream_bytes * h, finished=finished)
     return phases
 
 
@@ -5426,9 +5431,9 @@ class StepMemory:
             # What a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h. In fp32 and under
             # autocast all three take 4h.
             self.norm = (12 if plan.stream_bytes == 4 else 8) * h
-            # A norm's backward pass, as PyTorch's memory tracker counts it in any precision: four gradients in fp32,
-            # 4h each (of the normalised input, of the input directly and by way of the variance, and the sum of the
-            # last two), and 8h that were not traced to tensors.
+            # All that is there in a norm's backward pass, what it saved included, as PyTorch's memory tracker counts it
+            # in any precision: four gradients in fp32, 4h each (of the normalised input, of the input directly and by
+            # way of the variance, and the sum of the last two), and 8h that were not traced one by one.
             self.norm_backward = (8 + 4 * 4) * h
         if plan.compiled:
             # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, attention's
@@ -5466,10 +5471,12 @@ class StepMemory:
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
         # Without linear_cross_entropy there is more than the 4 bytes per logit in fp32, and a chunk's forward pass is
-        # taken to need as much as its backward pass. In chunks 16: besides, bf16 logits 2, exponentials or log-softmax
-        # 4, gradients in fp32 4 and in bf16 2. All computed at once 10, which forward holds: besides, bf16 logits 2 and
-        # their log-softmax 4. Backward holds other tensors, but with the 10 for both, the prediction for a whole step
-        # is above what PyTorch's memory tracker counts in bf16, by 2 to 11%. With --precision fp32 the same is taken.
+        # taken to need as much as its backward pass. In chunks 16, for the backward pass of a split head: the logits,
+        # which `gather` saves, their gradient by way of the exponentials, and the zeros and the result of `gather`'s
+        # gradient, in fp32. A head that is not split takes 12 (log-softmax and two gradients). All computed at once 10,
+        # which forward holds: logits in fp32 and bf16, and their log-softmax. Backward holds other tensors, but with
+        # the 10 for both, the prediction for a whole step is above what PyTorch's memory tracker counts in bf16, by 2
+        # to 11%. With --precision fp32 the same is taken.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
         chunk = rows * per_logit * shape.vocabulary

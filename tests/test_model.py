@@ -506,8 +506,8 @@ def counting(monkeypatch):
 @pytest.mark.parametrize(
     ("packing", "recompute", "kinds"),
     [
-        ("yes", "every-2", 5),  # layers that recompute and those that do not; evaluation: their first one, too
-        ("no", "every-2", 10),  # and one row or several
+        ("yes", "every-2", 4),  # layers that recompute and those that do not, in training and in evaluation
+        ("no", "every-2", 8),  # and one row or several
     ],
 )
 def test_many_lengths_are_compiled_for_once(counting, monkeypatch, packing, recompute, kinds):

@@ -35,9 +35,8 @@ RUNS = {
         "activation_checkpointing": "full",
     },
     ("2", "ddp, packed"): {**PARITY, "parallelism": "ddp", "micro_batch_size": 2, "packing": "yes"},
-    ("2", "fsdp, packed, compiled, recomputed"): {
-        **PARITY, "parallelism": "fsdp", "micro_batch_size": 2, "packing": "yes", "compile": "yes",
-        "activation_checkpointing": "full",
+    ("2", "fsdp, compiled, recomputed"): {  # one row at a time: a graph to train, and one to evaluate
+        **PARITY, "parallelism": "fsdp", "micro_batch_size": 1, "compile": "yes", "activation_checkpointing": "full",
     },
     ("2", "ddp, bf16-states"): {**FEW, "parallelism": "ddp", "precision": "bf16-states"},
     ("4", "hsdp, packed"): {**PARITY, "parallelism": "hsdp", "micro_batch_size": 1, "packing": "yes"},
