@@ -736,6 +736,7 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
     step = StepMemory(shape, plan, tokens=1)  # nothing that is asked of it depends on the tokens
     # FSDP gathers two layers and the head at a time, and the second head is a margin. Autocast copies all weights.
+    # Plans with neither count as under FSDP, to be safe.
     two_layers = 2 * (shape.layer_parameters + shape.head_and_norm_parameters)
     in_use = plan.compute_bytes * (shape.parameters if plan.autocasts else two_layers) + sum(step.resident().values())
     in_use += step.gradients(shape.parameters) if plan.strategy == "ddp" else 0  # its buckets stay
@@ -5373,8 +5374,10 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases[f"backward of layer {i}"] = largest(
             step.phase(
                 saved_before[i] + in_layer,
-                # A compiled layer hands over all its gradients at once, and they wait for their buckets. Uncompiled,
-                # DDP takes each as it comes: an overestimate.
+                # A compiled layer hands over all its gradients at once. Where DDP fills its buckets, they count while
+                # they wait (without the earlier sums they wait for, which is less than a layer's gradients; uncompiled,
+                # where DDP takes each as it comes, an overestimate). Where they are added to earlier sums, all of them
+                # wait together only in the first norm, where less else is there.
                 plan.state_bytes * computed if fills_buckets else gradient,
                 gathered=copied_before[i] + copy_bytes * (layer - computed),
                 finished=0.0 if only_adds else head + (shape.layers - 1 - i) * layer + computed,
