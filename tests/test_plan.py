@@ -1198,8 +1198,8 @@ def test_512_gpus_leave_hardly_more_plans_to_weigh_than_eight():
     assert 0.5 * few < many < 2 * few
 
 
-STAGED = dict(gradient_accumulation_steps=2, activation_checkpointing="none", gradient_sync="micro-batch")
-REDUCE_ONCE = dict(gradient_accumulation_steps=3, gradient_sync="step", activation_checkpointing="full")
+STAGED = dict(gradient_accumulation_steps=3, activation_checkpointing="none", gradient_sync="micro-batch")
+REDUCE_ONCE = dict(gradient_sync="step", activation_checkpointing="full")
 
 
 @pytest.mark.skipif(
