@@ -5310,18 +5310,17 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2] + step.layer_input, gathered=last_gathered)
     for i in layers_that_may_peak(layers, plan):
-        # What is gathered ahead during the backward pass of layer i: the layer before, or the embedding in layer 0.
-        # Where gradients are held back, PyTorch's memory tracker shows a layer's size there instead (why is not known).
-        ahead = layer if i or plan.holds_gradients_back else embedding
+        ahead = layer if i else embedding  # gathered during the backward pass of layer i, for the next one
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
         reducing = 4 * (layer if i < layers - 1 else head)  # in fp32: the gradients of layer i + 1, or of the head
         finished = head + (layers - 1 - i) * layer
         # gradients that are held back are finished in the last micro-batch, when no other is under way
         ways = [dict(gathered=gathered + reducing, finished=finished, others=not plan.holds_gradients_back)]
         # Held back, all gradients may be there, unsharded, while none is reduced: in layer 0 at the end of a
-        # micro-batch before the last, and in every layer of one between first and last.
+        # micro-batch before the last, and in every layer of one between first and last. In layer 0 PyTorch's memory
+        # tracker shows a layer's size in place of the embedding's, also where layers are kept (why is not known).
         if plan.holds_gradients_back and (i == 0 or plan.gradient_accumulation_steps > 2):
-            ways.append(dict(gathered=gathered))
+            ways.append(dict(gathered=gathered if i else (width + width_ahead) * layer))
         phases[f"backward of layer {i}"] = largest(
             step.phase(saved_before[i] + in_layer, width * computed, **way)
             for in_layer, computed in step.backward_of_layer(i in step.recomputed)
@@ -5473,15 +5472,11 @@ class StepMemory:
         shape, plan = self.shape, self.plan
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
-        # Without linear_cross_entropy there is more than the 4 bytes per logit in fp32, and a chunk's forward pass is
-        # taken to need as much as its backward pass. In chunks 16, for the backward pass of a split head: the logits,
-        # which `gather` saves, their gradient by way of the exponentials, and the zeros and the result of `gather`'s
-        # gradient, in fp32. A head that is not split takes 12 (log-softmax and two gradients). All computed at once 10,
-        # which forward holds: logits in fp32 and bf16, and their log-softmax. Backward holds other tensors, but with
-        # the 10 for both, the prediction for a whole step is above what PyTorch's memory tracker counts in bf16, by 2
-        # to 11%. With --precision fp32 the same is taken.
+        # linear_cross_entropy holds a chunk's logits in fp32. Without it, three tensors as large are there in the
+        # backward pass: log-softmax and two gradients, or of a split head the logits, their gradient and a part of it.
+        # As much is taken for the forward pass.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
-        per_logit = (10 if shape.computes_all_logits else 16) if without_fused_loss else 4
+        per_logit = 3 * 4 if without_fused_loss else 4
         chunk = rows * per_logit * shape.vocabulary
         # At the peak also the head's gradient. With linear_cross_entropy, where compute is in bf16, the bf16 gradients
         # of this chunk's logits and of the previous one's, too; with --precision fp32 they take the logits' place.
