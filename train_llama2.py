@@ -5205,7 +5205,7 @@ def attends_partially(model_config: PretrainedConfig) -> bool:
 # context, cuBLAS and NCCL buffers, a guess from reports of 0.5 to 1.6 GiB. The gaps between tensors, measured with the
 # expandable segments that the hook turns on, are GAPS_SHARE of the pools plus GAPS_PER_LAYER_PARAMETER bytes per
 # parameter of one layer, whose weights and gradients come and go. These two are fitted to the rows of tests/README.md,
-# which all lie between low and high.
+# which all lie between low and high, some only by the context that high has beyond theirs of 0.5 GiB.
 CONTEXT_GIB = (0.5, 1.0, 1.6)
 GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
@@ -5248,16 +5248,18 @@ def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> flo
 
     FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
     The reducing stream's pool is largest at the end of the backward pass, with every reduced gradient. The gathering
-    stream's has the buffers of two layers and, as measured, of the head. The largest phase mostly counts one layer's
-    buffer already, in its term "gathered", so the other layer's and the head's are added.
+    stream's has the buffers of two layers and, as measured, of the head. Where layers are resharded, the largest phase
+    mostly counts one layer's buffer already, in its term "gathered"; where they are kept, it counts none. The others
+    are added.
     """
     plan, shape = step.plan, step.shape
     # Reduced gradients are added below, so the term "gradients" is left out of the main pool. Not so where a plan holds
-    # gradients back: the term also has the unsharded ones, which do lie in the main pool. The reduced ones then count
-    # twice, an overestimate.
+    # gradients back: there it is mostly unsharded gradients, which do lie in the main pool. Those that are reduced by
+    # the peak, if any, count twice.
     left_out = () if plan.holds_gradients_back else ("gradients",)
     peak = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
-    gathering = plan.compute_bytes * (shape.layer_parameters + shape.head_and_norm_parameters)
+    layers_added = 1 if plan.reshard_after_forward else 2
+    gathering = plan.compute_bytes * (layers_added * shape.layer_parameters + shape.head_and_norm_parameters)
     return peak + step.gradients(shape.parameters) + (gathering if plan.dp_shard_size > 1 else 0)
 
 
@@ -5326,6 +5328,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             for in_layer, computed in step.backward_of_layer(i in step.recomputed)
             for way in ways
         )
+    # at the very end, with its gradient in compute precision and, being reduced, in fp32
+    phases["backward of the embedding"] = step.phase(gathered=(width + 4) * embedding, finished=shape.parameters)
     return phases
 
 
@@ -5408,9 +5412,10 @@ class StepMemory:
     """What the phases of a step have in common, for micro-batches of `tokens` tokens.
 
     Every term was read off transformers' Llama and FSDP2 and agrees with PyTorch's memory tracker (tests/check_plan.py
-    shows how closely). A phase that raises the peak of no full-size model by more than 0.6% is left out. `shape` is the
-    rank's part of the model. In the comments h is its hidden size, f its intermediate size, q the size of a token's
-    query, k that of its key (and of its value), a its heads. Tensor parallelism divides all of these but h.
+    shows how closely). Phases are left out that would raise the predicted peak by at most 0.6% in Llamas of 1B to 70B
+    parameters. `shape` is the rank's part of the model. In the comments h is its hidden size, f its intermediate size,
+    q the size of a token's query, k that of its key (and of its value), a its heads. Tensor parallelism divides all of
+    these but h.
     """
 
     def __init__(self, shape: ModelShape, plan: Plan, tokens: int, stage: int = 0):

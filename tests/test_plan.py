@@ -49,6 +49,9 @@ LLAMA_7B, LLAMA_13B, LLAMA_70B = (  # most tests are about the other choices
     dataclasses.replace(llama(size), unsplittable="not here") for size in ("7b", "13b", "70b")
 )
 LLAMA_1B = llama("7b", hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4)
+LLAMA_3_8B = llama(  # of 10 layers
+    "7b", intermediate_size=14336, num_key_value_heads=8, vocab_size=128_256, num_hidden_layers=10
+)
 TINY = llama("7b", hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4, vocab_size=1024)
 TIED = train_llama2.model_shape(  # Qwen2.5-0.5B: tied embeddings, grouped queries, a vocabulary larger than the rest
     Qwen2Config(
@@ -493,11 +496,13 @@ def test_memory_of_compiled_layers_by_hand():
         ("13b", dict(shards=8, activation_checkpointing="none", compiled=True), 8192, 70.87),
         ("13b", dict(shards=8, activation_checkpointing="every-3", compiled=True, reshard_after_forward=False),
          4096, 60.75),
+        ("7b", dict(shards=8, activation_checkpointing="none", compiled=True), 32768, 141.96),
+        ("8b", dict(shards=8), 1024, 8.987),
     ],
 )  # fmt: skip
 def test_active_memory_is_what_the_allocator_measured(shape, plan, tokens, measured):
     """tests/check_plan.py --device on torch 2.14.1: settings that the memory tracker cannot follow."""
-    shape = {"7b": LLAMA_7B, "13b": LLAMA_13B}[shape]
+    shape = {"7b": LLAMA_7B, "13b": LLAMA_13B, "8b": LLAMA_3_8B}[shape]
     assert train_llama2.predict_memory(shape, plan_of(**plan), tokens).active == pytest.approx(measured, rel=0.005)
 
 
