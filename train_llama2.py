@@ -4426,7 +4426,7 @@ def compare_with_plan(parallel: Parallel, result: StepResult, seconds: float) ->
     tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
     plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens))
     # rank 0 is in the first stage
-    memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu, stage=0)
+    memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu, stage=0, with_loading=False)
     attended = batch.squared_lengths / batch.tokens
     mean_tokens = sum(tokens) / len(tokens)
     predicted = predict_seconds(parallel.shape, parallel.cluster, plan, mean_tokens, attended)["total"]
@@ -5212,28 +5212,39 @@ GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
 
 
 def predict_memory(
-    shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True, stage: int | None = None
+    shape: ModelShape,
+    plan: Plan,
+    tokens: int,
+    has_gpu: bool = True,
+    stage: int | None = None,
+    with_loading: bool = True,
 ) -> Memory:
     """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens.
 
-    It is that of a rank of `stage`, or of the pipeline stage that takes most.
+    It is that of a rank of `stage`, or of the pipeline stage that takes most. `with_loading` says whether loading the
+    model counts, whose memory is given back before the first step.
     """
     parts = shapes_of_stages(shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     # Of stages that hold the same, the first has the most micro-batches under way. Reversed, so that its index is kept.
     first_alike = {part.parameters: index for index, part in reversed(list(enumerate(parts)))}
     stages = first_alike.values() if stage is None else [stage]
-    of_stages = [memory_of_stage(parts[index], plan, tokens, has_gpu, index) for index in stages]
+    of_stages = [memory_of_stage(parts[index], plan, tokens, has_gpu, index, with_loading) for index in stages]
     return max(of_stages, key=lambda memory: memory.reserved)
 
 
-def memory_of_stage(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, stage: int) -> Memory:
+def memory_of_stage(
+    shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, stage: int, with_loading: bool
+) -> Memory:
     """Returns the peak memory of a rank of one pipeline stage, whose part of the model is `shape`."""
     step = StepMemory(shape, plan, tokens, stage)
     phases = memory_phases(step)
+    in_pools = bytes_of_pools(step, phases) if has_gpu and plan.uses_fsdp else 0.0
+    if plan.cpu_offload and with_loading:  # a rank's whole share is loaded to the device, then moved to the CPU
+        phases["loading"] = dict(weights=plan.shard_bytes(shape))
     name = max(phases, key=lambda each: sum(phases[each].values()))
     terms = {term: size / GIB for term, size in phases[name].items()}
     active = sum(terms.values())
-    pools = bytes_of_pools(step, phases) / GIB if has_gpu and plan.uses_fsdp else active
+    pools = max(active, in_pools / GIB)
     layer = shape.layer_parameters / GIB
     low, expected, high = (
         pools * (1 + share) + layer * gaps + context * has_gpu  # without a GPU the gaps are a margin
@@ -5271,9 +5282,8 @@ def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     # and new weight in fp32, two copies of its bits, and the result in bf16. Fused AdamW has none.
     largest_matrix = max(shape.vocabulary, shape.intermediate) * shape.hidden
     rounding = (7 * 4 + 2) * largest_matrix / plan.dp_shard_size if plan.precision == "bf16-states" else 0
-    if plan.cpu_offload:  # a rank's whole share is loaded to the device, then moved to the CPU, where AdamW runs
-        phases["loading"], rounding = dict(weights=plan.shard_bytes(shape)), 0
-    phases["optimizer"] = dict(step.resident(), gradients=step.gradients(shape.parameters), temporaries=rounding)
+    if not plan.cpu_offload:  # there AdamW runs on the CPU
+        phases["optimizer"] = dict(step.resident(), gradients=plan.shard_bytes(shape), temporaries=rounding)
     return phases
 
 
@@ -5318,9 +5328,10 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         finished = head + (layers - 1 - i) * layer
         # gradients that are held back are finished in the last micro-batch, when no other is under way
         ways = [dict(gathered=gathered + reducing, finished=finished, others=not plan.holds_gradients_back)]
-        # Held back, all gradients may be there, unsharded, while none is reduced: in layer 0 at the end of a
-        # micro-batch before the last, and in every layer of one between first and last. In layer 0 PyTorch's memory
-        # tracker shows a layer's size in place of the embedding's, also where layers are kept (why is not known).
+        # Held back, no gradient is reduced before the last micro-batch. From the second one on those of all layers are
+        # there, unsharded, in every layer's backward pass. In layer 0 that is so in the first one, too, but for its own
+        # and the embedding's, which are counted as well: an overestimate. There PyTorch's memory tracker shows a
+        # layer's size in place of the embedding's weights, also where layers are kept (why is not known).
         if plan.holds_gradients_back and (i == 0 or plan.gradient_accumulation_steps > 2):
             ways.append(dict(gathered=gathered if i else (width + width_ahead) * layer))
         phases[f"backward of layer {i}"] = largest(
@@ -5370,17 +5381,18 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     else:
         phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=copies)
     accumulates = plan.gradient_accumulation_steps > 1
-    # an MLP matrix's gradient in bf16 and fp32, before it is added to the one that is there: PyTorch's tracker counts
-    # it at the peak under autocast only
+    # An MLP matrix's gradient in bf16 and fp32, before it is added to the one that is there: PyTorch's tracker, which
+    # sees uncompiled layers, counts it at the peak under autocast only. The same is taken for compiled layers.
     gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
         phases[f"backward of layer {i}"] = largest(
             step.phase(
                 saved_before[i] + in_layer,
-                # A compiled layer hands over all its gradients at once. Where DDP fills its buckets, they count while
-                # they wait (without the earlier sums they wait for, which is less than a layer's gradients; uncompiled,
-                # where DDP takes each as it comes, an overestimate). Where they are added to earlier sums, all of them
-                # wait together only in the first norm, where less else is there.
+                # A compiled layer hands over all its gradients at once. Those that wait for this are counted where DDP
+                # fills its buckets. (With two micro-batches the first one's sums for them are there, too, which
+                # `finished` leaves out. Uncompiled, DDP takes each gradient as it comes: an overestimate.) Where they
+                # are added to earlier sums, all of them wait together in the first norm only. That is not counted: the
+                # MLP's phase is as large, but for short micro-batches, where it lacks less than 0.6%.
                 plan.state_bytes * computed if fills_buckets else gradient,
                 gathered=copied_before[i] + copy_bytes * (layer - computed),
                 finished=0.0 if only_adds else head + (shape.layers - 1 - i) * layer + computed,
@@ -5526,12 +5538,16 @@ class StepMemory:
         accumulates = plan.gradient_accumulation_steps > 1
         if plan.strategy == "ddp":  # its buckets, and earlier micro-batches' sums before they move there
             return state * (parameters + (parameters - finished) * accumulates)
+        on_device = 0 if plan.cpu_offload else state
+        if plan.strategy == "hsdp":
+            # FSDP2 keeps what a reduce-scatter gives, in fp32, on the device until the backward pass has ended: as the
+            # sum of earlier micro-batches, and for the all-reduce. Where states are in fp32 it is the gradient itself.
+            on_device = 4 + (state if on_device == 2 else 0)
         if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
-            reduced = 0 if plan.cpu_offload else state * finished / plan.dp_shard_size
-            return 4 * (parameters - finished) + reduced
-        if plan.strategy == "hsdp" and accumulates:  # FSDP2 keeps them on the device for the all-reduce, in fp32
-            return 4 * parameters / plan.dp_shard_size
-        return 0.0 if plan.cpu_offload else state * (parameters if accumulates else finished) / plan.dp_shard_size
+            return 4 * (parameters - finished) + on_device * finished / plan.dp_shard_size
+        if plan.strategy == "hsdp" and accumulates:
+            return (4 * parameters + (on_device - 4) * finished) / plan.dp_shard_size
+        return on_device * (parameters if accumulates else finished) / plan.dp_shard_size
 
     def phase(
         self,

@@ -523,8 +523,12 @@ def test_offload_loads_through_device_and_hsdp_keeps_gradients_there():
     """70B: 4 bytes of 68,976,648,192 parameters over 8 ranks are 32.1 GiB."""
     share = 4 * LLAMA_70B.parameters / 8
     offload = dict(cpu_offload=True, micro_batch_size=1)
-    phases = train_llama2.memory_phases(train_llama2.StepMemory(LLAMA_70B, plan_of(shards=8, **offload), 2048))
-    assert phases["loading"] == {"weights": share}
+    loading, step = (
+        train_llama2.predict_memory(LLAMA_70B, plan_of(shards=8, **offload), 2048, with_loading=each)
+        for each in (True, False)
+    )
+    assert loading.peak_moment == "loading" and loading.terms == {"weights": share / GIB}
+    assert step.peak_moment != "loading" and step.active < 0.5 * loading.active, "which the second step is held against"
     several = plan_of(2, 8, **offload, gradient_accumulation_steps=2)
     phases = train_llama2.memory_phases(train_llama2.StepMemory(LLAMA_70B, several, 2048))
     assert phases["backward of layer 1"]["gradients"] == share
@@ -1085,6 +1089,16 @@ def test_memory_of_the_first_stage_by_hand():
     assert terms["activations"] == pytest.approx(2048 * (one + 5 * 2 * 5120))
     alone = dataclasses.replace(PP2, gradient_accumulation_steps=1)
     assert train_llama2.StepMemory(part, alone, 2048).phase()["activations"] == 2048 * 2 * 2 * 5120
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "compiled", "measured"), [(1, False, 6.72), (2, False, 7.10), (2, True, 6.91)]
+)
+def test_hsdp_holds_fp32_gradients_beside_those_in_bf16(micro_batches, compiled, measured):
+    """13B of 8 layers in tests/check_plan.py --device on torch 2.14.1."""
+    settings = dict(precision="bf16-states", gradient_accumulation_steps=micro_batches, compiled=compiled)
+    predicted = train_llama2.predict_memory(llama("13b", num_hidden_layers=8), plan_of(2, 8, **settings), 2048)
+    assert predicted.active == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize(("micro_batches", "in_buckets"), [(2, 1), (3, 0)])
