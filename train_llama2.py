@@ -5321,6 +5321,13 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         # includes.
         last_gathered = (kept or width * layer) + 2 * width_ahead * layer
         phases["gathering the last layer"] = step.phase(saved_before[-2] + step.layer_input, gathered=last_gathered)
+    if plan.holds_gradients_back:
+        # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
+        # counted whole, as none is `finished`. Besides, by PyTorch's memory tracker, there are layer 0's weights, their
+        # gradients before they are added in fp32, and as much as one more gathered layer (the same where layers are
+        # kept), and per token the layer's input and four tensors as wide as the stream.
+        held = step.layer_input + 4 * width * shape.hidden + step.rotary
+        phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
         ahead = layer if i else embedding  # gathered during the backward pass of layer i, for the next one
         gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
@@ -5328,12 +5335,9 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         finished = head + (layers - 1 - i) * layer
         # gradients that are held back are finished in the last micro-batch, when no other is under way
         ways = [dict(gathered=gathered + reducing, finished=finished, others=not plan.holds_gradients_back)]
-        # Held back, no gradient is reduced before the last micro-batch. From the second one on those of all layers are
-        # there, unsharded, in every layer's backward pass. In layer 0 that is so in the first one, too, but for its own
-        # and the embedding's, which are counted as well: an overestimate. There PyTorch's memory tracker shows a
-        # layer's size in place of the embedding's weights, also where layers are kept (why is not known).
-        if plan.holds_gradients_back and (i == 0 or plan.gradient_accumulation_steps > 2):
-            ways.append(dict(gathered=gathered if i else (width + width_ahead) * layer))
+        # in one between first and last all gradients are there, unsharded, and none is being reduced
+        if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:
+            ways.append(dict(gathered=gathered))
         phases[f"backward of layer {i}"] = largest(
             step.phase(saved_before[i] + in_layer, width * computed, **way)
             for in_layer, computed in step.backward_of_layer(i in step.recomputed)
