@@ -734,12 +734,12 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     plan, config = parallel.plan, parallel.config
     parts = shapes_of_stages(parallel.shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
-    step = StepMemory(shape, plan, tokens=1)  # nothing that is asked of it depends on the tokens
+    # weights, two moments, and DDP's buckets, which stay
+    in_use = 0.0 if plan.cpu_offload else (4 if plan.strategy == "ddp" else 3) * plan.shard_bytes(shape)
     # FSDP gathers two layers and the head at a time, and the second head is a margin. Autocast copies all weights.
     # Plans with neither count as under FSDP, to be safe.
     two_layers = 2 * (shape.layer_parameters + shape.head_and_norm_parameters)
-    in_use = plan.compute_bytes * (shape.parameters if plan.autocasts else two_layers) + sum(step.resident().values())
-    in_use += step.gradients(shape.parameters) if plan.strategy == "ddp" else 0  # its buckets stay
+    in_use += plan.compute_bytes * (shape.parameters if plan.autocasts else two_layers)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - in_use
     # under autocast keys leave the rotary embedding in fp32; the values, in bf16, are counted as much
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
@@ -4426,7 +4426,7 @@ def compare_with_plan(parallel: Parallel, result: StepResult, seconds: float) ->
     tokens = [micro_batch["input_ids"].numel() for micro_batch in batch.micro_batches]
     plan = dataclasses.replace(parallel.plan, gradient_accumulation_steps=len(tokens))
     # rank 0 is in the first stage
-    memory = predict_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu, stage=0, with_loading=False)
+    memory = predict_step_memory(parallel.shape, plan, max(tokens), parallel.cluster.has_gpu, stage=0)
     attended = batch.squared_lengths / batch.tokens
     mean_tokens = sum(tokens) / len(tokens)
     predicted = predict_seconds(parallel.shape, parallel.cluster, plan, mean_tokens, attended)["total"]
@@ -5204,74 +5204,54 @@ def attends_partially(model_config: PretrainedConfig) -> bool:
 # What reserved memory takes beyond the tensors in the allocator's pools, as (low, expected, high). CONTEXT_GIB: CUDA
 # context, cuBLAS and NCCL buffers, a guess from reports of 0.5 to 1.6 GiB. The gaps between tensors, measured with the
 # expandable segments that the hook turns on, are GAPS_SHARE of the pools plus GAPS_PER_LAYER_PARAMETER bytes per
-# parameter of one layer, whose weights and gradients come and go. These two are fitted to the rows of tests/README.md,
-# which all lie between low and high, some only by the context that high has beyond theirs of 0.5 GiB.
+# parameter of one layer, whose weights and gradients come and go. These two are fitted so that all rows of
+# tests/README.md, whose context was taken as 0.5 GiB, lie between low and high.
 CONTEXT_GIB = (0.5, 1.0, 1.6)
 GAPS_SHARE = (0.0, 0.01, 0.04)
 GAPS_PER_LAYER_PARAMETER = (0, 2, 4)
 
 
-def predict_memory(
-    shape: ModelShape,
-    plan: Plan,
-    tokens: int,
-    has_gpu: bool = True,
-    stage: int | None = None,
-    with_loading: bool = True,
-) -> Memory:
-    """Returns the peak memory of one rank when its largest micro-batch has `tokens` tokens.
+def predict_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool = True) -> Memory:
+    """Returns the peak memory of a rank of the pipeline stage that takes most, for micro-batches of `tokens` tokens.
 
-    It is that of a rank of `stage`, or of the pipeline stage that takes most. `with_loading` says whether loading the
-    model counts, whose memory is given back before the first step.
+    That is the peak of a step, or under CPU offload that of loading the model, where it is higher.
     """
     parts = shapes_of_stages(shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)
     # Of stages that hold the same, the first has the most micro-batches under way. Reversed, so that its index is kept.
     first_alike = {part.parameters: index for index, part in reversed(list(enumerate(parts)))}
-    stages = first_alike.values() if stage is None else [stage]
-    of_stages = [memory_of_stage(parts[index], plan, tokens, has_gpu, index, with_loading) for index in stages]
-    return max(of_stages, key=lambda memory: memory.reserved)
+    peaks = [predict_step_memory(shape, plan, tokens, has_gpu, stage) for stage in first_alike.values()]
+    if plan.cpu_offload:  # a rank's whole share is loaded to the device, then moved to the CPU
+        for part in parts:
+            loaded = plan.shard_bytes(part)
+            peaks.append(memory_at_peak("loading", dict(weights=loaded), loaded, part.layer_parameters, has_gpu))
+    return max(peaks, key=lambda memory: memory.reserved)
 
 
-def memory_of_stage(
-    shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, stage: int, with_loading: bool
-) -> Memory:
-    """Returns the peak memory of a rank of one pipeline stage, whose part of the model is `shape`."""
-    step = StepMemory(shape, plan, tokens, stage)
+def predict_step_memory(shape: ModelShape, plan: Plan, tokens: int, has_gpu: bool, stage: int) -> Memory:
+    """Returns the peak memory of a step on a rank of one pipeline stage; `shape` is that of the whole model."""
+    part = shapes_of_stages(shape, plan.pipeline_parallel_size, plan.tensor_parallel_size)[stage]
+    step = StepMemory(part, plan, tokens, stage)
     phases = memory_phases(step)
+    moment = max(phases, key=lambda name: sum(phases[name].values()))
     in_pools = bytes_of_pools(step, phases) if has_gpu and plan.uses_fsdp else 0.0
-    if plan.cpu_offload and with_loading:  # a rank's whole share is loaded to the device, then moved to the CPU
-        phases["loading"] = dict(weights=plan.shard_bytes(shape))
-    name = max(phases, key=lambda each: sum(phases[each].values()))
-    terms = {term: size / GIB for term, size in phases[name].items()}
-    active = sum(terms.values())
-    pools = max(active, in_pools / GIB)
-    layer = shape.layer_parameters / GIB
+    of_stage = f"stage {stage + 1}, " if plan.pipeline_parallel_size > 1 else ""
+    return memory_at_peak(of_stage + moment, phases[moment], in_pools, part.layer_parameters, has_gpu)
+
+
+def memory_at_peak(
+    moment: str, terms: dict[str, float], in_pools: float, layer_parameters: int, has_gpu: bool
+) -> Memory:
+    """Returns the memory at a peak, in GiB.
+
+    `terms` are the bytes of its tensors, and `in_pools` those of the allocator's pools, or 0 where they are the same.
+    """
+    active = sum(terms.values()) / GIB
+    pools, layer = max(active, in_pools / GIB), layer_parameters / GIB
     low, expected, high = (
         pools * (1 + share) + layer * gaps + context * has_gpu  # without a GPU the gaps are a margin
         for share, gaps, context in zip(GAPS_SHARE, GAPS_PER_LAYER_PARAMETER, CONTEXT_GIB, strict=True)
     )
-    of_stage = f"stage {stage + 1}, " if plan.pipeline_parallel_size > 1 else ""
-    return Memory(active, expected, low, high, terms, of_stage + name)
-
-
-def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> float:
-    """Returns what the allocator's pools hold under FSDP, one per CUDA stream, after each has been at its peak.
-
-    FSDP reduces gradients and gathers weights on streams of their own, and what one stream has freed no other can use.
-    The reducing stream's pool is largest at the end of the backward pass, with every reduced gradient. The gathering
-    stream's has the buffers of two layers and, as measured, of the head. Where layers are resharded, the largest phase
-    mostly counts one layer's buffer already, in its term "gathered"; where they are kept, it counts none. The others
-    are added.
-    """
-    plan, shape = step.plan, step.shape
-    # Reduced gradients are added below, so the term "gradients" is left out of the main pool. Not so where a plan holds
-    # gradients back: there it is mostly unsharded gradients, which do lie in the main pool. Those that are reduced by
-    # the peak, if any, count twice.
-    left_out = () if plan.holds_gradients_back else ("gradients",)
-    peak = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
-    layers_added = 1 if plan.reshard_after_forward else 2
-    gathering = plan.compute_bytes * (layers_added * shape.layer_parameters + shape.head_and_norm_parameters)
-    return peak + step.gradients(shape.parameters) + (gathering if plan.dp_shard_size > 1 else 0)
+    return Memory(active, expected, low, high, {term: size / GIB for term, size in terms.items()}, moment)
 
 
 def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
@@ -5285,143 +5265,6 @@ def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     if not plan.cpu_offload:  # there AdamW runs on the CPU
         phases["optimizer"] = dict(step.resident(), gradients=plan.shard_bytes(shape), temporaries=rounding)
     return phases
-
-
-def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
-    """Returns the phases of FSDP2, wrapped as transformers does it.
-
-    The embedding and each layer are wrapped alone, and the last norm and the head together, which stay gathered. A
-    matrix that is embedding and head at once stays gathered in the root group (see `patched_transformers`), and so does
-    its gradient until the backward pass has ended. That is not counted.
-    """
-    shape, plan, saved_before = step.shape, step.plan, step.saved_before
-    layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
-    layers, width = shape.layers, plan.compute_bytes
-    # What one rank holds alone is cast when its turn comes (`FSDPParamGroup.wait_for_unshard`), not gathered ahead.
-    width_ahead = width if plan.dp_shard_size > 1 else 0
-    kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
-    # beside the head, the last layer is gathered again, ahead of its backward pass
-    all_saved, beside_head = saved_before[-1], kept or width_ahead * layer
-    phases = {}
-    if shape.has_head:
-        # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
-        # buffer counts too: it stays until the head's weights are there, in `prev_all_gather_state` of FSDP2's
-        # `wait_for_unshard`. (With a shard size of 1 there is no buffer: an overestimate.)
-        gathering = kept + width * (layer + 2 * head)
-        last_output = step.layer_input  # of the last layer, as wide as its input
-        phases["gathering the head"] = step.phase(all_saved + last_output, gathered=gathering)
-        in_loss = all_saved + step.norm + step.hidden_states + step.scalars  # see `replicated_phases`
-        phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
-        # Norm and head are one group. FSDP2 reduces the head's gradient only when the norm's is there, too.
-        phases["backward of the last norm"] = step.phase(
-            all_saved + step.norm_backward, gathered=beside_head + 2 * width * head
-        )
-    else:
-        # The all-gather's buffers of the layer before and of the last one, and the last one's weights, which `kept`
-        # includes.
-        last_gathered = (kept or width * layer) + 2 * width_ahead * layer
-        phases["gathering the last layer"] = step.phase(saved_before[-2] + step.layer_input, gathered=last_gathered)
-    if plan.holds_gradients_back:
-        # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
-        # counted whole, as none is `finished`. Besides, by PyTorch's memory tracker, there are layer 0's weights, their
-        # gradients before they are added in fp32, and as much as one more gathered layer (the same where layers are
-        # kept), and per token the layer's input and four tensors as wide as the stream.
-        held = step.layer_input + 4 * width * shape.hidden + step.rotary
-        phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
-    for i in layers_that_may_peak(layers, plan):
-        ahead = layer if i else embedding  # gathered during the backward pass of layer i, for the next one
-        gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
-        reducing = 4 * (layer if i < layers - 1 else head)  # in fp32: the gradients of layer i + 1, or of the head
-        finished = head + (layers - 1 - i) * layer
-        # gradients that are held back are finished in the last micro-batch, when no other is under way
-        ways = [dict(gathered=gathered + reducing, finished=finished, others=not plan.holds_gradients_back)]
-        # in one between first and last all gradients are there, unsharded, and none is being reduced
-        if plan.holds_gradients_back and plan.gradient_accumulation_steps > 2:
-            ways.append(dict(gathered=gathered))
-        phases[f"backward of layer {i}"] = largest(
-            step.phase(saved_before[i] + in_layer, width * computed, **way)
-            for in_layer, computed in step.backward_of_layer(i in step.recomputed)
-            for way in ways
-        )
-    # at the very end, with its gradient in compute precision and, being reduced, in fp32
-    phases["backward of the embedding"] = step.phase(gathered=(width + 4) * embedding, finished=shape.parameters)
-    return phases
-
-
-def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
-    """Returns the phases without FSDP: one process, DDP, or stages and tensor parallelism alone.
-
-    Under autocast there are bf16 copies of the weights, cached until the forward pass ends, and saved for the backward
-    pass of layers that are not recomputed.
-    """
-    shape, plan, copy_bytes, copied_before = step.shape, step.plan, step.copy_bytes, step.copied_before
-    layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
-    saved_before, is_split = step.saved_before, plan.tensor_parallel_size > 1
-    all_saved, all_copied, head_copy = saved_before[-1], copied_before[-1], copy_bytes * head
-    # only the saved ones where autocast caches none: a compiled layer casts for itself, and local parts of DTensors are
-    # not cached
-    copies = all_copied if plan.compiled or is_split else copy_bytes * shape.layers * layer
-    # DDP's gradients move into its buckets in the last micro-batch. One between first and last holds more, and is
-    # looked at instead where there is one: all earlier sums are there beside the buckets, and none of them is
-    # `finished`.
-    only_adds = plan.strategy == "ddp" and plan.gradient_accumulation_steps > 2
-    fills_buckets = plan.strategy == "ddp" and not only_adds
-    phases = {}
-    if shape.has_head:
-        chunk, loss_buffers = step.loss_buffers()
-        # split layers without FSDP: PyTorch's memory tracker counts one more tensor h wide
-        norm_backward = step.norm_backward + step.hidden_states * is_split
-        # The head's input is a copy of rows of the norm's output. Under autocast an fp32 copy comes before the one in
-        # bf16; PyTorch's memory tracker does not show it at this peak.
-        at_end = all_saved + step.norm + step.hidden_states
-        phases["end of forward"] = step.phase(at_end, chunk, gathered=copies + head_copy)
-        # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose
-        # bytes in `step.norm` stand for the head's input. That input's gradient comes on top.
-        in_loss = all_saved + step.norm + step.hidden_states + step.scalars
-        phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
-        phases["backward of the last norm"] = step.phase(
-            all_saved + norm_backward, gathered=all_copied, finished=0.0 if only_adds else head
-        )
-    else:
-        phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=copies)
-    accumulates = plan.gradient_accumulation_steps > 1
-    # An MLP matrix's gradient in bf16 and fp32, before it is added to the one that is there: PyTorch's tracker, which
-    # sees uncompiled layers, counts it at the peak under autocast only. The same is taken for compiled layers.
-    gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
-    for i in layers_that_may_peak(shape.layers, plan):
-        phases[f"backward of layer {i}"] = largest(
-            step.phase(
-                saved_before[i] + in_layer,
-                # A compiled layer hands over all its gradients at once. Those that wait for this are counted where DDP
-                # fills its buckets. (With two micro-batches the first one's sums for them are there, too, which
-                # `finished` leaves out. Uncompiled, DDP takes each gradient as it comes: an overestimate.) Where they
-                # are added to earlier sums, all of them wait together in the first norm only. That is not counted: the
-                # MLP's phase is as large, but for short micro-batches, where it lacks less than 0.6%.
-                plan.state_bytes * computed if fills_buckets else gradient,
-                gathered=copied_before[i] + copy_bytes * (layer - computed),
-                finished=0.0 if only_adds else head + (shape.layers - 1 - i) * layer + computed,
-            )
-            for in_layer, computed in step.backward_of_layer(i in step.recomputed)
-        )
-    if shape.embedding_parameters:
-        finished = 0.0 if only_adds else shape.parameters
-        phases["backward of the embedding"] = step.phase(plan.stream_bytes * h, finished=finished)
-    return phases
-
-
-def layers_that_may_peak(layers: int, plan: Plan) -> list[int]:
-    """Returns the layers whose backward pass has to be looked at, the last one first.
-
-    With one layer in n recomputed, memory changes linearly along every n-th layer (i, i + n, i + 2n, ...), so it peaks
-    among the first n or the last n layers. The very first and the very last layer are exceptions, so n + 1 are taken at
-    each end.
-    """
-    taken = max(1, plan.recompute_every) + 1
-    return [i for i in reversed(range(layers)) if i < taken or i >= layers - taken]
-
-
-def largest(phases: Iterable[dict[str, float]]) -> dict[str, float]:
-    return max(phases, key=lambda terms: sum(terms.values()))
 
 
 class StepMemory:
@@ -5509,24 +5352,25 @@ class StepMemory:
 
         That is in its MLP, or at the end in its first norm.
         """
-        shape, plan = self.shape, self.plan
+        shape, plan, is_split = self.shape, self.plan, self.plan.tensor_parallel_size > 1
         h, f, width = shape.hidden, shape.intermediate, plan.compute_bytes
+        # In the MLP: what the layer saved, and the gradient of the stream, which is gathered where layers are split.
+        in_mlp = self.whole_layer + self.layer_input + (width * h if is_split else 0)
         if not plan.compiled:
-            # Recomputed, its input in bf16 stays beside the norm's fp32 copy. Where the norm saves the input itself (in
-            # fp32, under autocast, and where layers are split), it counts twice: an overestimate.
-            kept = self.layer_input if recomputed else 0
-            # Beside what the layer saved, PyTorch's memory tracker counts in the MLP two gradients f wide and, except
-            # under autocast, one h wide.
-            mlp = self.whole_layer + 2 * width * f + (0 if plan.autocasts else width * h)
-            return [(kept + mlp, h * f), (kept + self.norm_backward, shape.layer_parameters)]
+            # The gradients of the product and of one of its factors, by PyTorch's memory tracker.
+            in_mlp += 2 * width * f
+            own_input = self.layer_input if recomputed else 0
+            # A norm saves its input itself in fp32 and where layers are split. Else it saves an fp32 copy, and the
+            # input of a recomputed layer is there besides.
+            in_mlp += 0 if plan.stream_bytes == 4 or is_split else own_input
+            return [(in_mlp, h * f), (self.norm_backward + own_input, shape.layer_parameters)]
+        # Autocast's copy of the stream's gradient. It is counted whole where layers are split, too, which agrees with
+        # measurements.
+        in_mlp += 2 * h if plan.autocasts else 0
         # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the gradient
         # of the down projection's weight (h * f parameters). Else the peak comes after that: the product is gone, and
-        # the gate's gradient overwrites the gate, which leaves four, one more than were saved. Where layers are split,
-        # the stream's gradient is gathered; autocast's copy of it is counted whole, too, which agrees with
-        # measurements.
-        gradient = self.layer_input + (2 * h if plan.autocasts else 0)  # of the stream, and autocast's copy of it
-        gradient += width * h if plan.tensor_parallel_size > 1 else 0
-        mlp = (self.whole_layer + gradient + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
+        # the gate's gradient overwrites the gate, which leaves four, one more than were saved.
+        mlp = (in_mlp + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
         # In the first norm: the layer's input, and the gradient of the stream. In elements: the norm's output, the
         # gradients that three projections give it, and their sum, 5h.
         return [mlp, (2 * self.layer_input + width * 5 * h, shape.layer_parameters)]
@@ -5537,11 +5381,13 @@ class StepMemory:
         return dict(weights=weights, optimizer=2 * weights)
 
     def gradients(self, finished: float) -> float:
-        """Gradients once those of `finished` parameters are reduced."""
+        """Returns the bytes of the gradients when those of `finished` parameters are complete."""
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
-        if plan.strategy == "ddp":  # its buckets, and earlier micro-batches' sums before they move there
-            return state * (parameters + (parameters - finished) * accumulates)
+        if plan.strategy == "ddp":
+            # Its buckets, and beside them the sums of earlier micro-batches. The last one moves these into the buckets,
+            # which is not counted: an overestimate where there are only two.
+            return state * parameters * (2 if accumulates else 1)
         on_device = 0 if plan.cpu_offload else state
         if plan.strategy == "hsdp":
             # FSDP2 keeps what a reduce-scatter gives, in fp32, on the device until the backward pass has ended: as the
@@ -5560,20 +5406,166 @@ class StepMemory:
         *,
         gathered: float = 0.0,
         finished: float = 0.0,
-        others: bool = True,
     ) -> dict[str, float]:
         """Returns the terms of a phase in bytes: what is always there, gradients, and what is there for a while.
 
         `activations` are bytes per token of the micro-batch being worked on. `gathered` are whole weights to compute
         with (FSDP's, or autocast's copies), and the unsharded gradients being reduced. `finished` is the number of
         parameters whose gradients are complete: under FSDP those reduced, and those being reduced, whose sharded
-        outputs are allocated already. `others` says whether other micro-batches may be under way.
+        outputs are allocated already.
         """
-        if others:
-            activations, gathered = activations + self.other_micro_batches, gathered + self.other_copies
-        of_tokens = self.tokens * (activations + self.in_transit)
-        passing = dict(gathered=gathered, activations=of_tokens, temporaries=temporaries)
-        return {**self.resident(), "gradients": self.gradients(finished), **passing}
+        return dict(
+            self.resident(),
+            gradients=self.gradients(finished),
+            gathered=gathered + self.other_copies,
+            activations=self.tokens * (activations + self.other_micro_batches + self.in_transit),
+            temporaries=temporaries,
+        )
+
+
+def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
+    """Returns the phases of FSDP2, wrapped as transformers does it.
+
+    The embedding and each layer are wrapped alone, and the last norm and the head together, which stay gathered. A
+    matrix that is embedding and head at once stays gathered in the root group (see `patched_transformers`), and so does
+    its gradient until the backward pass has ended. That is not counted.
+    """
+    shape, plan, saved_before = step.shape, step.plan, step.saved_before
+    layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
+    layers, width = shape.layers, plan.compute_bytes
+    # What one rank holds alone is cast when its turn comes (`FSDPParamGroup.wait_for_unshard`), not gathered ahead.
+    width_ahead = width if plan.dp_shard_size > 1 else 0
+    kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
+    # beside the head, the last layer is gathered again, ahead of its backward pass
+    all_saved, beside_head = saved_before[-1], kept or width_ahead * layer
+    # A layer's gradients wait for its end. Only where they are held back in fp32, each is added to its sum at once.
+    most_waiting = shape.hidden * shape.intermediate if plan.holds_gradients_back and width == 4 else layer
+    phases = {}
+    if shape.has_head:
+        # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
+        # buffer counts too: it stays until the head's weights are there, in `prev_all_gather_state` of FSDP2's
+        # `wait_for_unshard`. (With a shard size of 1 there is no buffer: an overestimate.)
+        gathering = kept + width * (layer + 2 * head)
+        last_output = step.layer_input  # of the last layer, as wide as its input
+        phases["gathering the head"] = step.phase(all_saved + last_output, gathered=gathering)
+        in_loss = all_saved + step.norm + step.hidden_states + step.scalars  # see `replicated_phases`
+        phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
+        # Norm and head are one group. FSDP2 reduces the head's gradient only when the norm's is there, too.
+        phases["backward of the last norm"] = step.phase(
+            all_saved + step.norm_backward, gathered=beside_head + 2 * width * head
+        )
+    else:
+        # The all-gather's buffers of the layer before and of the last one, and the last one's weights, which `kept`
+        # includes.
+        last_gathered = (kept or width * layer) + 2 * width_ahead * layer
+        phases["gathering the last layer"] = step.phase(saved_before[-2] + step.layer_input, gathered=last_gathered)
+    if plan.holds_gradients_back:
+        # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
+        # counted whole, as none is `finished`. Besides, by PyTorch's memory tracker, there are layer 0's weights, their
+        # gradients before they are added in fp32, and as much as one more gathered layer (the same where layers are
+        # kept), and per token the layer's input and four tensors as wide as the stream.
+        held = step.layer_input + 4 * width * shape.hidden + step.rotary
+        phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
+    for i in layers_that_may_peak(layers, plan):
+        ahead = layer if i else embedding  # gathered during the backward pass of layer i, for the next one
+        gathered = width * ((i + 1) * layer + embedding) if kept else width * layer + width_ahead * ahead
+        finished = 0.0  # where gradients are held back, in every micro-batch but the last
+        if not plan.holds_gradients_back:
+            finished = head + (layers - 1 - i) * layer
+            gathered += 4 * (layer if i < layers - 1 else head)  # in fp32: those of layer i + 1, or of the head
+        phases[f"backward of layer {i}"] = largest(
+            step.phase(
+                saved_before[i] + in_layer, width * min(computed, most_waiting), gathered=gathered, finished=finished
+            )
+            for in_layer, computed in step.backward_of_layer(i in step.recomputed)
+        )
+    # at the very end, with its gradient in compute precision and, being reduced, in fp32
+    phases["backward of the embedding"] = step.phase(gathered=(width + 4) * embedding, finished=shape.parameters)
+    return phases
+
+
+def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
+    """Returns the phases without FSDP: one process, DDP, or stages and tensor parallelism alone.
+
+    Under autocast there are bf16 copies of the weights, cached until the forward pass ends, and saved for the backward
+    pass of layers that are not recomputed.
+    """
+    shape, plan, copy_bytes, copied_before = step.shape, step.plan, step.copy_bytes, step.copied_before
+    layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
+    saved_before, is_split = step.saved_before, plan.tensor_parallel_size > 1
+    all_saved, all_copied, head_copy = saved_before[-1], copied_before[-1], copy_bytes * head
+    # only the saved ones where autocast caches none: a compiled layer casts for itself, and local parts of DTensors are
+    # not cached
+    cached = all_copied if plan.compiled or is_split else copy_bytes * shape.layers * layer
+    phases = {}
+    if shape.has_head:
+        chunk, loss_buffers = step.loss_buffers()
+        # split layers without FSDP: PyTorch's memory tracker counts one more tensor h wide
+        norm_backward = step.norm_backward + step.hidden_states * is_split
+        # The head's input is a copy of rows of the norm's output. Under autocast an fp32 copy comes before the one in
+        # bf16; PyTorch's memory tracker does not show it at this peak.
+        at_end = all_saved + step.norm + step.hidden_states
+        phases["end of forward"] = step.phase(at_end, chunk, gathered=cached + head_copy)
+        # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose
+        # bytes in `step.norm` stand for the head's input. That input's gradient comes on top.
+        in_loss = all_saved + step.norm + step.hidden_states + step.scalars
+        phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
+        phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
+    else:
+        phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=cached)
+    accumulates = plan.gradient_accumulation_steps > 1
+    # Where gradients are added up, one MLP matrix's in bf16 and fp32, before it is added: PyTorch's tracker, which sees
+    # uncompiled layers, counts it at the peak under autocast only. The same is taken for compiled layers. (In their
+    # first norm all their gradients wait; but for short micro-batches, which lack less than 0.6%, that is no peak.)
+    one_gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
+    for i in layers_that_may_peak(shape.layers, plan):
+        ways = []
+        for in_layer, computed in step.backward_of_layer(i in step.recomputed):
+            # A compiled layer hands over its gradients at its end. Until then they are beside DDP's buckets. (Not so
+            # uncompiled: an overestimate.)
+            waiting = plan.state_bytes * computed if plan.strategy == "ddp" and not accumulates else one_gradient
+            copies = copied_before[i] + copy_bytes * (layer - computed)
+            finished = head + (shape.layers - 1 - i) * layer + computed
+            ways.append(step.phase(saved_before[i] + in_layer, waiting, gathered=copies, finished=finished))
+        phases[f"backward of layer {i}"] = largest(ways)
+    if shape.embedding_parameters:
+        phases["backward of the embedding"] = step.phase(plan.stream_bytes * h, finished=shape.parameters)
+    return phases
+
+
+def layers_that_may_peak(layers: int, plan: Plan) -> list[int]:
+    """Returns the layers whose backward pass has to be looked at, the last one first.
+
+    With one layer in n recomputed, memory changes linearly along every n-th layer (i, i + n, i + 2n, ...), so it peaks
+    among the first n or the last n layers. The very first and the very last layer are exceptions, so n + 1 are taken at
+    each end.
+    """
+    taken = max(1, plan.recompute_every) + 1
+    return [i for i in reversed(range(layers)) if i < taken or i >= layers - taken]
+
+
+def largest(phases: Iterable[dict[str, float]]) -> dict[str, float]:
+    return max(phases, key=lambda terms: sum(terms.values()))
+
+
+def bytes_of_pools(step: StepMemory, phases: dict[str, dict[str, float]]) -> float:
+    """Returns what the allocator's pools hold under FSDP, after each has been at its peak.
+
+    FSDP gathers weights and reduces gradients on CUDA streams of their own. Each stream has a pool, and what it frees
+    stays there, so the pools' peaks add up, although they are reached at different times. The main stream's pool peaks
+    in one of `phases`. The reducing stream's does at the end of the backward pass, with every reduced gradient. The
+    gathering stream's has the buffers of two layers and, as measured, of the head. Where layers are resharded, the
+    largest phase mostly counts one layer's buffer already, in its term "gathered"; where they are kept, it counts none.
+    The others are added.
+    """
+    plan, shape = step.plan, step.shape
+    # Reduced gradients are added below, so the term "gradients" is left out of the main pool. Not so where a plan holds
+    # gradients back: there it is unsharded gradients, which do lie in the main pool.
+    left_out = () if plan.holds_gradients_back else ("gradients",)
+    peak = max(sum(size for term, size in terms.items() if term not in left_out) for terms in phases.values())
+    layers_added = 1 if plan.reshard_after_forward else 2
+    gathering = plan.compute_bytes * (layers_added * shape.layer_parameters + shape.head_and_norm_parameters)
+    return peak + step.gradients(shape.parameters) + (gathering if plan.dp_shard_size > 1 else 0)
 
 
 def offloaded_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:

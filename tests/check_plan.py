@@ -40,6 +40,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
@@ -70,6 +71,9 @@ def flash_attention(module, query, key, value, mask, scaling=None, **ignored):
     return output.transpose(1, 2).contiguous(), None
 
 
+POST_FORWARD = FSDPState._post_forward
+
+
 @contextlib.contextmanager
 def fake_ranks(world_size: int, rank: int = 0) -> Iterator[None]:
     """Makes this process a rank of `world_size` inside the context. Its collectives and messages move nothing."""
@@ -83,6 +87,14 @@ def fake_ranks(world_size: int, rank: int = 0) -> Iterator[None]:
         _sharding_prop.detect_fake_mode = original
 
 
+def post_forward_of_groups(state: FSDPState, module: torch.nn.Module, inputs: tuple, output: torch.Tensor):
+    """Runs once for modules that are one FSDP group, after the last of them, as without the tracker.
+
+    The tracker hooks every module by itself. So it would reduce the head's gradient before that of the norm.
+    """
+    return POST_FORWARD(state, module, inputs, output) if module is state._modules[-1] else output
+
+
 def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, stage: int = 0) -> float:
     """Returns the peak over two optimizer steps that PyTorch's tracker counts for the first rank of a stage."""
     AttentionInterface.register("tracked_attention", flash_attention)
@@ -94,7 +106,11 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, s
         device=torch.device("cpu"),
         tensor_parallel=script.TensorParallel(),
     )
-    with fake_ranks(stages * plan.data_parallel_size, stage * plan.data_parallel_size), warnings.catch_warnings():
+    with (
+        fake_ranks(stages * plan.data_parallel_size, stage * plan.data_parallel_size),
+        mock.patch.object(FSDPState, "_post_forward", post_forward_of_groups),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -239,8 +255,7 @@ def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int
 
     The tracker runs on a CPU, where torch's linear_cross_entropy casts the head, its gradient and two chunks of its
     input to fp32. CUDA's matmuls take bf16 and give fp32, so the script does not count these casts, and they are added
-    here; the copies of a chunk's logits in bf16 are CUDA's alone. On CUDA the last layer is gathered before the head's
-    backward pass, and the head's fp32 gradients are there until the last layer's; not so for the tracker.
+    here; the copies of a chunk's logits in bf16 are CUDA's alone.
     """
     part = script.shapes_of_stages(shape, plan.pipeline_parallel_size)[stage]
     phases = script.memory_phases(script.StepMemory(part, plan, tokens, stage))
@@ -248,9 +263,6 @@ def predicted_peak(shape: script.ModelShape, plan: Plan, tokens: int, stage: int
         rows = min(tokens, script.HEAD_CHUNK_TOKENS)
         casts = 8 * shape.head_and_norm_parameters + 8 * shape.hidden * rows
         phases["loss"]["temporaries"] += casts - 4 * shape.vocabulary * rows
-    if plan.dp_shard_size > 1 and part.has_head:
-        phases["loss"]["gathered"] -= plan.compute_bytes * part.layer_parameters * plan.reshard_after_forward
-        phases[f"backward of layer {part.layers - 1}"]["gathered"] -= 4 * part.head_and_norm_parameters
     return max((sum(terms.values()) / GIB, phase) for phase, terms in phases.items())
 
 
