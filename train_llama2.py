@@ -5262,7 +5262,7 @@ def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     # and new weight in fp32, two copies of its bits, and the result in bf16. Fused AdamW has none.
     largest_matrix = max(shape.vocabulary, shape.intermediate) * shape.hidden
     rounding = (7 * 4 + 2) * largest_matrix / plan.dp_shard_size if plan.precision == "bf16-states" else 0
-    if not plan.cpu_offload:  # there AdamW runs on the CPU
+    if not plan.cpu_offload:  # under which AdamW runs on the CPU
         phases["optimizer"] = dict(step.resident(), gradients=plan.shard_bytes(shape), temporaries=rounding)
     return phases
 
@@ -5290,7 +5290,9 @@ class StepMemory:
         self.scalars = 4 * 8 + 3 * 4
         # What a recomputed layer keeps: the stream, of which a tensor-parallel rank holds the part of its tokens.
         self.layer_input = plan.stream_bytes * h / split
-        if split > 1:  # torch's fused norms save their input, their output is gathered, backward adds their gradients
+        if split > 1:
+            # torch's fused norms save their input, and their output is gathered. In the backward pass each of the two
+            # has a gradient as large as itself.
             self.norm = self.layer_input + width * h
             self.norm_backward = 2 * self.norm
         else:
@@ -5337,8 +5339,8 @@ class StepMemory:
         is_split = plan.tensor_parallel_size > 1
         rows = self.tokens if shape.computes_all_logits else min(self.tokens, HEAD_CHUNK_TOKENS)
         # linear_cross_entropy holds a chunk's logits in fp32. Without it, three tensors as large are there in the
-        # backward pass: log-softmax and two gradients, or of a split head the logits, their gradient and a part of it.
-        # As much is taken for the forward pass.
+        # backward pass: log-softmax and two gradients, or of a split head the logits, their gradient, and one of the
+        # terms that it is summed from. As much is taken for the forward pass.
         without_fused_loss = is_split or shape.computes_all_logits or not hasattr(nn, "LinearCrossEntropyOptions")
         per_logit = 3 * 4 if without_fused_loss else 4
         chunk = rows * per_logit * shape.vocabulary
@@ -5359,10 +5361,13 @@ class StepMemory:
         if not plan.compiled:
             # The gradients of the product and of one of its factors, by PyTorch's memory tracker.
             in_mlp += 2 * width * f
+            # `whole_layer` has in it what the first norm saves: the layer's input or, in bf16, an fp32 copy of it.
+            # Beside the copy a recomputed layer keeps the input, too; in other layers nothing does.
             own_input = self.layer_input if recomputed else 0
-            # A norm saves its input itself in fp32 and where layers are split. Else it saves an fp32 copy, and the
-            # input of a recomputed layer is there besides.
-            in_mlp += 0 if plan.stream_bytes == 4 or is_split else own_input
+            norm_copies_input = plan.stream_bytes == 2 and not is_split
+            in_mlp += own_input if norm_copies_input else 0
+            # On top of `norm_backward` it comes in any precision, by the tracker. (Where layers are split it is in it,
+            # as what the norm saved: an overestimate.)
             return [(in_mlp, h * f), (self.norm_backward + own_input, shape.layer_parameters)]
         # Autocast's copy of the stream's gradient. It is counted whole where layers are split, too, which agrees with
         # measurements.
@@ -5385,13 +5390,14 @@ class StepMemory:
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
         if plan.strategy == "ddp":
-            # Its buckets, and beside them the sums of earlier micro-batches. The last one moves these into the buckets,
-            # which is not counted: an overestimate where there are only two.
+            # Its buckets, and beside them the sums of earlier micro-batches. The last micro-batch moves the sums into
+            # the buckets, which is not counted.
             return state * parameters * (2 if accumulates else 1)
-        on_device = 0 if plan.cpu_offload else state
+        on_device = 0 if plan.cpu_offload else state  # bytes per parameter of a sharded gradient
         if plan.strategy == "hsdp":
             # FSDP2 keeps what a reduce-scatter gives, in fp32, on the device until the backward pass has ended: as the
-            # sum of earlier micro-batches, and for the all-reduce. Where states are in fp32 it is the gradient itself.
+            # sum of earlier micro-batches, and for the all-reduce. Where states are in fp32 it is the gradient itself;
+            # a gradient in bf16 comes on top, unless it is offloaded.
             on_device = 4 + (state if on_device == 2 else 0)
         if plan.holds_gradients_back:  # whole until the last micro-batch reduces them one by one
             return 4 * (parameters - finished) + on_device * finished / plan.dp_shard_size
@@ -5433,12 +5439,14 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     shape, plan, saved_before = step.shape, step.plan, step.saved_before
     layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
     layers, width = shape.layers, plan.compute_bytes
-    # What one rank holds alone is cast when its turn comes (`FSDPParamGroup.wait_for_unshard`), not gathered ahead.
+    # With a shard size of 1 weights are only cast, when their turn comes (`FSDPParamGroup.wait_for_unshard`), and not
+    # gathered ahead.
     width_ahead = width if plan.dp_shard_size > 1 else 0
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
     # beside the head, the last layer is gathered again, ahead of its backward pass
     all_saved, beside_head = saved_before[-1], kept or width_ahead * layer
-    # A layer's gradients wait for its end. Only where they are held back in fp32, each is added to its sum at once.
+    # A layer's gradients wait for its end. Only where they are held back and compute is in fp32, each is added to its
+    # sum at once.
     most_waiting = shape.hidden * shape.intermediate if plan.holds_gradients_back and width == 4 else layer
     phases = {}
     if shape.has_head:
@@ -5462,8 +5470,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     if plan.holds_gradients_back:
         # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
         # counted whole, as none is `finished`. Besides, by PyTorch's memory tracker, there are layer 0's weights, their
-        # gradients before they are added in fp32, and as much as one more gathered layer (the same where layers are
-        # kept), and per token the layer's input and four tensors as wide as the stream.
+        # gradients before they are added in fp32, and as much as one more gathered layer (no more than that even
+        # where all layers are kept gathered), and per token the layer's input and four tensors as wide as the stream.
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
@@ -5472,7 +5480,8 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         finished = 0.0  # where gradients are held back, in every micro-batch but the last
         if not plan.holds_gradients_back:
             finished = head + (layers - 1 - i) * layer
-            gathered += 4 * (layer if i < layers - 1 else head)  # in fp32: those of layer i + 1, or of the head
+            # the gradients of layer i + 1, or of the head, which are being reduced in fp32
+            gathered += 4 * (layer if i < layers - 1 else head)
         phases[f"backward of layer {i}"] = largest(
             step.phase(
                 saved_before[i] + in_layer, width * min(computed, most_waiting), gathered=gathered, finished=finished
@@ -5514,9 +5523,11 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     else:
         phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=cached)
     accumulates = plan.gradient_accumulation_steps > 1
-    # Where gradients are added up, one MLP matrix's in bf16 and fp32, before it is added: PyTorch's tracker, which sees
-    # uncompiled layers, counts it at the peak under autocast only. The same is taken for compiled layers. (In their
-    # first norm all their gradients wait; but for short micro-batches, which lack less than 0.6%, that is no peak.)
+    # With several micro-batches the newest gradient, that of one MLP matrix, is there in bf16 and cast to fp32 until it
+    # is added to the sum. PyTorch's tracker, which sees uncompiled layers only, shows the two at the peak under
+    # autocast, and not in other precisions. The same is taken for compiled layers. (In their first norm all their
+    # gradients wait. That is the peak with short micro-batches only, for which the prediction is then less than 0.6%
+    # too low.)
     one_gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
         ways = []

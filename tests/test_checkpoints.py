@@ -637,7 +637,8 @@ def test_bf16_states_go_on_with_the_same_rounding(tmp_path):
     assert start(tmp_path / "whole", precision="bf16-states") == 0
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-000009"
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    assert 6 * PARAMETERS < size < 6.3 * PARAMETERS, "two bytes for each weight and each of its two moments"
+    parameters = PARAMETERS - 2 * 49_536  # of the small Llama, which has two layers less
+    assert 6 * parameters < size < 6.3 * parameters, "two bytes for each weight and each of its two moments"
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["dtype"] == "bfloat16"
     stop_after(tmp_path / "run", 5, precision="bf16-states")
     torch.manual_seed(99)

@@ -26,6 +26,7 @@ from conftest import (
     NEWS,
     NINE_STEPS,
     RANKS,
+    SMALL_LLAMA,
     TINY_LLAMA,
     add_a_node,
     assert_same_run,
@@ -437,12 +438,12 @@ def test_other_texts_of_the_same_lengths_are_refused(stopped, copy_of, tmp_path,
 def test_the_same_data_and_model_elsewhere_are_not_refused(stopped, copy_of, tmp_path):
     moved = dict(dataset_name_or_path=tmp_path / "news", model_name_or_path=tmp_path / "model")
     shutil.copytree(NEWS, tmp_path / "news")
-    shutil.copytree(TINY_LLAMA, tmp_path / "model")
+    shutil.copytree(SMALL_LLAMA, tmp_path / "model")
     assert start(copy_of(stopped), **moved) == 0
 
 
 def test_another_model_of_the_same_size_is_refused(stopped, copy_of, tmp_path, capsys):
-    shutil.copytree(TINY_LLAMA, tmp_path / "model")
+    shutil.copytree(SMALL_LLAMA, tmp_path / "model")
     described = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**described, "rms_norm_eps": 0.01}))
     assert start(copy_of(stopped), model_name_or_path=tmp_path / "model") == 2

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import NEWS, TINY_LLAMA, run_script, small_run
+from conftest import NEWS, RANKS, TINY_LLAMA, run_script_several_times, small_run
 from transformers import AutoTokenizer
 
 import train_llama2
@@ -680,7 +680,8 @@ def test_another_end_of_sequence_token_encodes_anew(three_documents, parallel):
 def test_two_processes_encode_once_and_later_runs_read_that(tmp_path, tokenizer, parallel):
     shutil.copy(NEWS / "train.jsonl", tmp_path / "stories.jsonl")
     flags = dict(dataset_name_or_path=tmp_path / "stories.jsonl", max_steps=1, block_size=64)
-    run = run_script(*small_run(tmp_path / "out", **flags), processes=2, DATASETS_VERBOSITY="info")
+    before = [RANKS / "verbose_datasets.py"]
+    [run] = run_script_several_times([small_run(tmp_path / "out", **flags)], processes=2, before=before)
     assert run.returncode == 0, run.stderr
     written = re.findall(r"Caching processed dataset at (\S+/cache-\w+)\.arrow", run.stderr)
     read = re.findall(r"Loading cached processed dataset at (\S+/cache-[0-9a-f]+)", run.stderr)

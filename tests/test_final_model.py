@@ -20,7 +20,17 @@ import pytest
 import torch
 import transformers
 from accelerate.tracking import get_available_trackers
-from conftest import NEWS, TINY_LLAMA, Crash, crash_point, fresh_accelerate, llama_of, read_metrics, small_run
+from conftest import (
+    NEWS,
+    SMALL_LLAMA,
+    TINY_LLAMA,
+    Crash,
+    crash_point,
+    fresh_accelerate,
+    llama_of,
+    read_metrics,
+    small_run,
+)
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
@@ -50,7 +60,7 @@ def test_the_saved_model_is_the_trained_one(three_rank_run):
     _, folder = three_rank_run
     last = read_metrics(folder)[1][-1]["eval_loss"]
     assert mean_token_loss(folder) == pytest.approx(last, rel=1e-5)
-    assert mean_token_loss(TINY_LLAMA) > last + 0.05, "training changed too little for this test to notice"
+    assert mean_token_loss(SMALL_LLAMA) > last + 0.05, "training changed too little for this test to notice"
 
 
 def test_the_saved_model_generates_and_stops_at_its_end_token(three_rank_run):
@@ -70,14 +80,14 @@ def test_the_saved_model_generates_and_stops_at_its_end_token(three_rank_run):
 
 def test_config_and_tokenizer_are_those_of_the_original(three_rank_run):
     _, folder = three_rank_run
-    saved, original = (json.loads((path / "config.json").read_text()) for path in (folder, TINY_LLAMA))
+    saved, original = (json.loads((path / "config.json").read_text()) for path in (folder, SMALL_LLAMA))
     assert saved.pop("dtype") == "float32"
     assert original.pop("dtype") == "float16"
     assert saved.pop("transformers_version") == transformers.__version__
     original.pop("transformers_version")
     assert saved == original
     text = "The bridge </s> opened\n"
-    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (folder, TINY_LLAMA)]
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (folder, SMALL_LLAMA)]
     assert tokenizers[0](text) == tokenizers[1](text)
 
 

@@ -63,6 +63,7 @@ OFFLINE = dict(HF_HUB_OFFLINE="1")
 def run_default_command(hub: StandInHub, folder: Path, *flags: str, processes: int = 1, **environment: str):
     """Runs the script with no local path, and a cache of its own; cold where a variable is to differ for one run."""
     of_hub = dict(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HOME=str(cache_of(hub)))
+    of_hub["HF_HUB_DOWNLOAD_TIMEOUT"] = "2"  # seconds, for the download that breaks off
     is_warm = environment in ({}, OFFLINE)
     python = warm(**{**of_hub, **environment}) if is_warm else sys.executable
     launcher = [python]
@@ -141,7 +142,7 @@ def test_a_hub_that_is_gone_is_refused(hub, tmp_path):
 
 def test_a_broken_download_is_refused_and_works_next_time(hub, tmp_path):
     hub.break_off_after = 1000
-    line = error_of(run_default_command(hub, tmp_path / "run", HF_HUB_DOWNLOAD_TIMEOUT="2"))
+    line = error_of(run_default_command(hub, tmp_path / "run"))
     assert "within reach on the Hub" in line
     hub.break_off_after = None
     run = run_default_command(hub, tmp_path / "run")

@@ -1245,7 +1245,10 @@ def test_measured_layouts_are_predicted_within_a_tenth(capsys):
 # ----------------------------------------------------------------------------------------------------------------
 
 # 34 documents in batches of 8: 4 a rank, in two micro-batches of 2.
-RUN = {"batch_size": 8, "max_steps": 3, "max_eval_samples": 2, "micro_batch_size": 2, "parallelism": "fsdp"}
+RUN = {
+    "model_name_or_path": TINY_LLAMA, "batch_size": 8, "max_steps": 3, "max_eval_samples": 2, "micro_batch_size": 2,
+    "parallelism": "fsdp",
+}  # fmt: skip
 PLANS = {
     "every-2": {"activation_checkpointing": "every-2", "gradient_sync": "micro-batch", "reshard_after_forward": "yes"},
     "keep gathered": {"activation_checkpointing": "every-3", "gradient_sync": "step", "reshard_after_forward": "no"},

@@ -28,7 +28,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import NEWS, NINE_STEPS, SCRIPT, TINY_LLAMA, files_of_at_most, fresh_accelerate, read_metrics, small_run
+from conftest import (
+    NEWS,
+    NINE_STEPS,
+    SCRIPT,
+    SMALL_LLAMA,
+    TINY_LLAMA,
+    files_of_at_most,
+    fresh_accelerate,
+    read_metrics,
+    small_run,
+)
 from transformers import AutoTokenizer, LlamaConfig
 
 import train_llama2
@@ -102,7 +112,7 @@ def test_train_config_holds_every_flag_the_versions_and_the_plan(three_rank_run)
     written = json.loads((three_rank_run[1] / "train_config.json").read_text())
     flags = written["flags"]
     assert set(flags) == {field.name for field in dataclasses.fields(Config)}
-    given = dict(model_name_or_path=str(TINY_LLAMA), batch_size=8, lr=1e-3, parallelism="fsdp", eval_interval=2)
+    given = dict(model_name_or_path=str(SMALL_LLAMA), batch_size=8, lr=1e-3, parallelism="fsdp", eval_interval=2)
     defaults = dict(num_train_epochs=1, seed=42, loss_on="all", max_steps=None, random_init=False, save_dtype="auto")
     assert {name: flags[name] for name in given | defaults} == given | defaults
     for package in (torch, transformers, datasets, accelerate):

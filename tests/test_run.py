@@ -8,20 +8,20 @@ import json
 import pytest
 from conftest import RANKS, read_metrics, run_script_several_times, small_run, start, tiny_model
 
-# 18 documents of 93 to 256 tokens in batches of 7: two full batches and a ragged one of 4 an epoch; 6 steps over 2
+# 12 documents of 93 to 256 tokens in batches of 5: two full batches and a ragged one of 2 an epoch; 6 steps over 2
 # epochs. max_grad_norm is far below the norms of this model (about 0.7), so every step clips.
 PARITY = {
-    "max_train_samples": 18, "batch_size": 7, "num_train_epochs": 2, "max_grad_norm": 0.1, "eval_interval": 6,
-    "block_size": 256, "max_eval_samples": 5,
+    "max_train_samples": 12, "batch_size": 5, "num_train_epochs": 2, "max_grad_norm": 0.1, "eval_interval": 6,
+    "block_size": 256, "max_eval_samples": 5, "tensor_parallel_size": 1,
 }  # fmt: skip
 # Batches of 3 documents on 4 ranks: one rank has nothing in each step and still makes every call.
-FEW = {"batch_size": 3, "max_steps": 3, "max_eval_samples": 5, "block_size": 256}
+FEW = {"batch_size": 3, "max_steps": 3, "max_eval_samples": 5, "block_size": 256, "tensor_parallel_size": 1}
 
 # Three summaries on four ranks, one of which has none of its own.
 SUMMARIES = {"rouge_samples": 3, "max_summary_tokens": 8} if importlib.util.find_spec("rouge_score") else {}
 
 RUNS = {
-    ("1", "one process"): {**PARITY, "micro_batch_size": 7, **SUMMARIES},
+    ("1", "one process"): {**PARITY, "micro_batch_size": 5, **SUMMARIES},
     ("1", "micro-batches of 3"): {**PARITY, "micro_batch_size": 3},
     ("1", "micro-batches of 2, recomputed"): {**PARITY, "micro_batch_size": 2, "activation_checkpointing": "full"},
     ("1", "packed"): {**PARITY, "micro_batch_size": 3, "packing": "yes"},

@@ -20,6 +20,7 @@ import torch
 from conftest import (
     NEWS,
     RANKS,
+    SMALL_LLAMA,
     TINY_LLAMA,
     fresh_accelerate,
     read_metrics,
@@ -73,8 +74,8 @@ def test_losses_and_gradient_norms_equal_a_plain_loops(tmp_path, stories, loss_o
     settings = {"lr": 3e-3, "weight_decay": 0.1, "max_grad_norm": 0.2}
     steps = run_main(tmp_path, stories, loss_on=loss_on, micro_batch_size=micro_batch_size, **settings)
 
-    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    model = AutoModelForCausalLM.from_pretrained(SMALL_LLAMA, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(SMALL_LLAMA)
     prompts = [f"[SUMMARIZE] {story['article']} [/SUMMARIZE]\n" for story in STORIES]
     starts = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]  # a newline is a token of its own
     documents = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -23,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
 
+TESTS = Path(__file__).resolve().parent
+SCRIPT = TESTS.parent / "train_llama2.py"
 LIBRARIES = (
     "torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.launcher.api",
     "torch.distributed.tensor", "torch.distributed.fsdp", "transformers.generation",
@@ -58,7 +61,7 @@ def start(folder: Path, environment: dict[str, str], launcher: Sequence[str] = (
     `launcher` are words to start the server with: it, and so every fork, is where they put it.
     """
     address, client = str(folder / "python.socket"), folder / "python"
-    command = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import warm_python"
+    command = f"import sys; sys.path.append({str(TESTS)!r}); import warm_python"
     words = [*launcher, sys.executable, "-u", "-c", f"{command}; exec(warm_python.serve({address!r}))"]
     environment = {**os.environ, **environment}
     its_end, _ = os.pipe()  # the other end stays open as long as this process lives
@@ -73,7 +76,8 @@ def serve(address: str) -> CodeType:
     """Forks for every client that comes. Returns only in the forks: what they shall run as `__main__`."""
     for name in LIBRARIES:
         __import__(name)
-    sys.path.remove(str(Path(__file__).parent))
+    sys.path.remove(str(TESTS))
+    warm_up()
     gc.collect()
     gc.freeze()
     name_this_process("warm python")
@@ -91,6 +95,24 @@ def serve(address: str) -> CodeType:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return keep_a_fork(client)
         client.close()
+
+
+def warm_up() -> None:
+    """Does, without starting a thread, what every run does first: libraries import and compile more when first used."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    import train_llama2
+
+    config = train_llama2.Config(model_name_or_path=str(TESTS / "data" / "tiny_llama"))
+    train_llama2.read_tokenizer(config, train_llama2.read_model_shape(config)[1])
+    with contextlib.suppress(ImportError):  # it is optional
+        import rouge_score.rouge_scorer  # noqa: F401
+    del sys.path[0]
+    compiled(SCRIPT)
+
+
+@functools.cache
+def compiled(program: Path) -> CodeType:
+    return compile(program.read_bytes(), str(program), "exec")
 
 
 def keep_a_fork(client: socket.socket) -> CodeType:
@@ -147,4 +169,4 @@ def program(words: list[str], environment: dict[str, str], folder: str) -> CodeT
         sys.argv = words[1:]
         return compile("import runpy; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)", "-m", "exec")
     sys.argv, sys.path[0], __main__.__file__ = words, str(Path(words[0]).parent), words[0]
-    return compile(Path(words[0]).read_bytes(), words[0], "exec")
+    return compiled(Path(words[0]))
