@@ -5262,7 +5262,7 @@ def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     # and new weight in fp32, two copies of its bits, and the result in bf16. Fused AdamW has none.
     largest_matrix = max(shape.vocabulary, shape.intermediate) * shape.hidden
     rounding = (7 * 4 + 2) * largest_matrix / plan.dp_shard_size if plan.precision == "bf16-states" else 0
-    if not plan.cpu_offload:  # under which AdamW runs on the CPU
+    if not plan.cpu_offload:  # with offload AdamW runs on the CPU
         phases["optimizer"] = dict(step.resident(), gradients=plan.shard_bytes(shape), temporaries=rounding)
     return phases
 
@@ -5366,8 +5366,8 @@ class StepMemory:
             own_input = self.layer_input if recomputed else 0
             norm_copies_input = plan.stream_bytes == 2 and not is_split
             in_mlp += own_input if norm_copies_input else 0
-            # On top of `norm_backward` it comes in any precision, by the tracker. (Where layers are split it is in it,
-            # as what the norm saved: an overestimate.)
+            # In the first norm's backward pass the kept input comes on top of `norm_backward`, by the tracker, in every
+            # precision. (Where layers are split, `norm_backward` already includes it: an overestimate.)
             return [(in_mlp, h * f), (self.norm_backward + own_input, shape.layer_parameters)]
         # Autocast's copy of the stream's gradient. It is counted whole where layers are split, too, which agrees with
         # measurements.
@@ -5436,37 +5436,17 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     matrix that is embedding and head at once stays gathered in the root group (see `patched_transformers`), and so does
     its gradient until the backward pass has ended. That is not counted.
     """
-    shape, plan, saved_before = step.shape, step.plan, step.saved_before
+    shape, plan = step.shape, step.plan
     layer, head, embedding = shape.layer_parameters, shape.head_and_norm_parameters, shape.embedding_parameters
     layers, width = shape.layers, plan.compute_bytes
     # With a shard size of 1 weights are only cast, when their turn comes (`FSDPParamGroup.wait_for_unshard`), and not
     # gathered ahead.
     width_ahead = width if plan.dp_shard_size > 1 else 0
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
-    # beside the head, the last layer is gathered again, ahead of its backward pass
-    all_saved, beside_head = saved_before[-1], kept or width_ahead * layer
+    phases = sharded_phases_between_passes(step, kept, width_ahead)
     # A layer's gradients wait for its end. Only where they are held back and compute is in fp32, each is added to its
     # sum at once.
     most_waiting = shape.hidden * shape.intermediate if plan.holds_gradients_back and width == 4 else layer
-    phases = {}
-    if shape.has_head:
-        # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's
-        # buffer counts too: it stays until the head's weights are there, in `prev_all_gather_state` of FSDP2's
-        # `wait_for_unshard`. (With a shard size of 1 there is no buffer: an overestimate.)
-        gathering = kept + width * (layer + 2 * head)
-        last_output = step.layer_input  # of the last layer, as wide as its input
-        phases["gathering the head"] = step.phase(all_saved + last_output, gathered=gathering)
-        in_loss = all_saved + step.norm + step.hidden_states + step.scalars  # see `replicated_phases`
-        phases["loss"] = step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head)
-        # Norm and head are one group. FSDP2 reduces the head's gradient only when the norm's is there, too.
-        phases["backward of the last norm"] = step.phase(
-            all_saved + step.norm_backward, gathered=beside_head + 2 * width * head
-        )
-    else:
-        # The all-gather's buffers of the layer before and of the last one, and the last one's weights, which `kept`
-        # includes.
-        last_gathered = (kept or width * layer) + 2 * width_ahead * layer
-        phases["gathering the last layer"] = step.phase(saved_before[-2] + step.layer_input, gathered=last_gathered)
     if plan.holds_gradients_back:
         # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
         # counted whole, as none is `finished`. Besides, by PyTorch's memory tracker, there are layer 0's weights, their
@@ -5484,13 +5464,45 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
             gathered += 4 * (layer if i < layers - 1 else head)
         phases[f"backward of layer {i}"] = largest(
             step.phase(
-                saved_before[i] + in_layer, width * min(computed, most_waiting), gathered=gathered, finished=finished
+                step.saved_before[i] + in_layer,
+                width * min(computed, most_waiting),
+                gathered=gathered,
+                finished=finished,
             )
             for in_layer, computed in step.backward_of_layer(i in step.recomputed)
         )
     # at the very end, with its gradient in compute precision and, being reduced, in fp32
     phases["backward of the embedding"] = step.phase(gathered=(width + 4) * embedding, finished=shape.parameters)
     return phases
+
+
+def sharded_phases_between_passes(step: StepMemory, kept: float, width_ahead: int) -> dict[str, dict[str, float]]:
+    """Returns the phases of FSDP2 from the end of the last layer's forward pass to the beginning of its backward pass.
+
+    `kept` are the bytes of the weights that stay gathered between the passes, without norm and head, which always do.
+    `width_ahead` are the bytes per parameter of what is gathered ahead.
+    """
+    layer, head, width = step.shape.layer_parameters, step.shape.head_and_norm_parameters, step.plan.compute_bytes
+    if not step.shape.has_head:
+        # The all-gather's buffers of the layer before and of the last one, and the last one's weights, which `kept`
+        # includes.
+        gathered = (kept or width * layer) + 2 * width_ahead * layer
+        return {"gathering the last layer": step.phase(step.saved_before[-2] + step.layer_input, gathered=gathered)}
+    all_saved, last_output = step.saved_before[-1], step.layer_input  # a layer's output is as wide as its input
+    # FSDP2 gathers into a buffer and copies from it into the weights, so the head counts twice. The last layer's buffer
+    # counts too: it stays until the head's weights are there, in `prev_all_gather_state` of FSDP2's `wait_for_unshard`.
+    # (With a shard size of 1 there is no buffer: an overestimate.)
+    gathering = kept + width * (layer + 2 * head)
+    # beside the head, the last layer is gathered again, ahead of its backward pass
+    beside_head = kept or width_ahead * layer
+    in_loss = all_saved + step.norm + step.hidden_states + step.scalars  # see `replicated_phases`
+    # Norm and head are one group. FSDP2 reduces the head's gradient only when the norm's is there, too.
+    in_norm, norm_gathered = all_saved + step.norm_backward, beside_head + 2 * width * head
+    return {
+        "gathering the head": step.phase(all_saved + last_output, gathered=gathering),
+        "loss": step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head),
+        "backward of the last norm": step.phase(in_norm, gathered=norm_gathered),
+    }
 
 
 def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
@@ -5523,9 +5535,9 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     else:
         phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=cached)
     accumulates = plan.gradient_accumulation_steps > 1
-    # With several micro-batches the newest gradient, that of one MLP matrix, is there in bf16 and cast to fp32 until it
-    # is added to the sum. PyTorch's tracker, which sees uncompiled layers only, shows the two at the peak under
-    # autocast, and not in other precisions. The same is taken for compiled layers. (In their first norm all their
+    # With several micro-batches the newest gradient, that of one MLP matrix, is there twice until it is added to the
+    # sum: in bf16, and as an fp32 copy. PyTorch's tracker, which sees uncompiled layers only, shows the two at the peak
+    # under autocast, and not in other precisions. The same is taken for compiled layers. (In their first norm all their
     # gradients wait. That is the peak with short micro-batches only, for which the prediction is then less than 0.6%
     # too low.)
     one_gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0

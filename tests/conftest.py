@@ -61,6 +61,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "import atexit, gc\ngc.set_threshold(200_000, 50, 100)\natexit.register(gc.freeze)\n"
     )
     os.environ["PYTHONPATH"] = os.pathsep.join([CACHE.name, str(ROOT)])
+os.environ.pop("STARTED_BY", None)  # a warm Python's word for what has started it, of no process from here
 SMALL_LLAMA = Path(os.environ["SMALL_LLAMA"])
 
 # The files that take longest, longest first. Started last, one of them would leave the other workers without work.
@@ -71,9 +72,13 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts the warm Python that all processes of pytest-xdist share, while they start."""
-    if config.getoption("numprocesses", None):
+    """Starts the warm Python that all processes of pytest-xdist share, and are forks of."""
+    if processes := config.getoption("numprocesses", None):
         os.environ["WARM_PYTHON"] = warm()
+        config.option.tx = [f"popen//python={os.environ['WARM_PYTHON']}"] * processes
+        # a plugin's package is among what they have imported
+        options = os.environ.get("PYTEST_ADDOPTS", "")
+        os.environ["PYTEST_ADDOPTS"] = f'{options} -W "ignore:Module already imported so cannot be rewritten"'
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,9 +10,11 @@ fork finds in $STARTED_BY the process that has started the program. It needs Lin
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import functools
 import gc
+import inspect
 import json
 import os
 import select
@@ -20,7 +22,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType
 
@@ -61,8 +64,10 @@ def start(folder: Path, environment: dict[str, str], launcher: Sequence[str] = (
     `launcher` are words to start the server with: it, and so every fork, is where they put it.
     """
     address, client = str(folder / "python.socket"), folder / "python"
-    command = f"import sys; sys.path.append({str(TESTS)!r}); import warm_python"
-    words = [*launcher, sys.executable, "-u", "-c", f"{command}; exec(warm_python.serve({address!r}))"]
+    command = (
+        f"import sys; sys.path.append({str(TESTS)!r}); import warm_python; program = warm_python.serve({address!r})"
+    )
+    words = [*launcher, sys.executable, "-u", "-c", f"{command}\nwith warm_python.short_end(): exec(program)"]
     environment = {**os.environ, **environment}
     its_end, _ = os.pipe()  # the other end stays open as long as this process lives
     server = subprocess.Popen(words, stdin=its_end, env=environment)
@@ -108,6 +113,7 @@ def warm_up() -> None:
         import rouge_score.rouge_scorer  # noqa: F401
     del sys.path[0]
     compiled(SCRIPT)
+    inspect.stack()  # which goes through all modules the first time; torchrun calls it several times
 
 
 @functools.cache
@@ -140,6 +146,28 @@ def keep_a_fork(client: socket.socket) -> CodeType:
     with contextlib.suppress(OSError):
         client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os._exit(0)
+
+
+@contextlib.contextmanager
+def short_end() -> Iterator[None]:
+    """Ends the process as Python does, but leaves out taking apart what the libraries have made."""
+    code: object = 0
+    try:
+        yield
+    except SystemExit as leaving:
+        code = leaving.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+            stream.flush()
+    os._exit(code)
 
 
 def name_this_process(name: str) -> None:
