@@ -1463,6 +1463,7 @@ def test_the_flags_advised_are_predicted_to_take_a_tenth_less(shape, cluster, co
 ONCE = dict(gradient_accumulation_steps=2, activation_checkpointing="full")
 TRACKED = {
     "fsdp": (plan_of(shards=8, activation_checkpointing="none"), 4096),
+    "fsdp, 8,192 tokens": (plan_of(shards=8, activation_checkpointing="none"), 8192),  # the head's group is the peak
     "fsdp, recompute all": (plan_of(shards=8), 4096),
     "fsdp, recompute every-2": (plan_of(shards=8, activation_checkpointing="every-2"), 4096),
     "fsdp, keep gathered": (plan_of(shards=8, reshard_after_forward=False), 2048),
@@ -1472,6 +1473,7 @@ TRACKED = {
     "none": (plan_of(activation_checkpointing="none"), 4096),
     "none, recompute all": (plan_of(gradient_accumulation_steps=2, gradient_sync="step"), 4096),
     "fsdp, fp32": (plan_of(shards=8, **ONCE, precision="fp32"), 2048),
+    "fsdp, fp32, reduce once": (plan_of(shards=8, **ONCE, precision="fp32", gradient_sync="step"), 2048),
     "none, bf16-states": (plan_of(precision="bf16-states"), 4096),
 }
 
