@@ -388,9 +388,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             while True:  # what is due after the steps so far, then the next step
                 if log.evaluation_due(state) and not stop.agreed():
                     with log.clock_stopped():
-                        log.evaluation(state, evaluate(model, eval_set, parallel, stop))  # no longer due then
+                        log.evaluation(state, evaluate(model, eval_set, parallel, stop))  # done, unless cut short
                 stopping = stop.agreed()  # asked again, so that a signal during the evaluation leads to a save
-                finished = state.step == total_steps and not log.evaluation_due(state)  # due still, if it was cut off
+                finished = state.step == total_steps and not log.evaluation_due(state)  # still due, if it was cut short
                 saving = finished or stopping or state.step % config.save_interval == 0
                 stop_if_broken(state, saving)
                 if saving and state.step > checkpoints.saved_step:
@@ -429,8 +429,8 @@ class TrainingState:
     """Where the run stands. The tensors stay on the device, so counting costs no host sync.
 
     `skipped` counts all updates skipped so far, `skipped_in_a_row` those since the last update that was made. Once it
-    has reached NONFINITE_LIMIT it stays there, because `stop_if_broken` may look only after the streak has ended.
-    `tokens` counts the documents' tokens so far, without padding.
+    has reached NONFINITE_LIMIT it stays there, because `stop_if_broken` does not look at every step, and the streak may
+    be over when it does. `tokens` counts the documents' tokens so far, without padding.
     """
 
     skipped: Tensor
@@ -639,7 +639,8 @@ def evaluate_test(
     drawn = np.random.default_rng(config.seed).permutation(len(test_set))[: config.test_samples]
     drawn = drawn[np.argsort(-test_set.lengths[drawn], kind="stable")]  # similar lengths share a call
     settings = dict(num_beams=config.num_beams, max_summary_tokens=config.max_summary_tokens)
-    # Weights that were not saved match no earlier summaries. Each rank draws its own, but rank 0 alone uses the mark.
+    # Weights that were not saved get a random name, so that they match no earlier summaries. It differs between ranks,
+    # and so does `made_by`, which rank 0 alone uses.
     weights = weights_hash or uuid.uuid4().hex
     made_by = json_checksum(dict(settings, weights=weights, documents=test_set.fingerprint))[:12]
     found = on_all_ranks(lambda: log.test_summaries(made_by), main_only=True)
@@ -687,11 +688,11 @@ def summarise(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields the summaries of the documents at `positions`, in that order: a list for each joint call of all ranks.
 
-    Each holds the document's `index`, which is its row in the split, its own summary as `reference`, the model's
-    `summary`, and `ended`: whether that came to the end-of-sequence token. Every rank gets the same. Ends early if the
-    run was asked to stop. Sharded forward passes need all ranks: a data rank without documents repeats one, and
-    `generate` keeps a sharded model running until all ranks have finished. With pipeline stages, transformers' own
-    pipeline runs in `generate`, and every stage gets the answers.
+    An entry of a list is a dict for one document: its row in the split as `index`, the data set's summary as
+    `reference`, the model's as `summary`, and whether this one came to the end-of-sequence token as `ended`. Every rank
+    gets the same. Ends early if the run was asked to stop. Sharded forward passes need all ranks: a data rank without
+    documents repeats one, and `generate` keeps a sharded model running until all ranks have finished. With pipeline
+    stages, transformers' own pipeline runs in `generate`, and every stage gets the answers.
     """
     config, size, tokenizer = parallel.config, parallel.data_parallel_size, documents.tokenizer
     module = parallel.accelerator.unwrap_model(model)
@@ -720,7 +721,8 @@ def summarise(
             for row, r, s, ids in zip(rows["row"], references, summaries, answers, strict=True)
         ]
         written_by_rank = on_all_ranks(lambda written=written: written, gathered=True)
-        # tensor-parallel ranks write the same, and each later stage repeats the list
+        # Of tensor-parallel ranks, which write the same, one is taken. The first `size` are then the data ranks of the
+        # first stage. Those of later stages have the same, and are not used.
         by_data_rank = written_by_rank[:: parallel.plan.tensor_parallel_size]
         yield [by_data_rank[place % size][place // size] for place in range(len(positions_of_call))]
 
@@ -764,7 +766,7 @@ def generating(model: PreTrainedModel, parallel: Parallel) -> Iterator[None]:
     Under tensor parallelism each rank holds all tokens meanwhile, because `generate` decodes one token at a time.
     """
     training_attention = model.config._attn_implementation
-    if training_attention == "causal_attention":  # the model's own attention, where that is used, takes the mask
+    if training_attention == "causal_attention":  # which ignores the padding mask; a model's own attention takes it
         model.set_attn_implementation("sdpa")
     parallel.tensor_parallel.splits_tokens = False
     try:
@@ -5297,24 +5299,24 @@ class StepMemory:
             self.norm_backward = 2 * self.norm
         else:
             # What a norm saves: an fp32 copy of its input 4h, the normalised input 2h, its output 2h. In fp32 and under
-            # autocast all three take 4h.
+            # autocast each of the three takes 4h.
             self.norm = (12 if plan.stream_bytes == 4 else 8) * h
             # All that is there in a norm's backward pass, what it saved included, as PyTorch's memory tracker counts it
             # in any precision: four gradients in fp32, 4h each (of the normalised input, of the input directly and by
             # way of the variance, and the sum of the last two), and 8h that were not traced one by one.
             self.norm_backward = (8 + 4 * 4) * h
         if plan.compiled:
-            # Its input, and in elements what matmuls and attention read or write: two norms' outputs 2h, attention's
-            # projection h (scattered where layers are split), query and attention output 2q, key and value 2k, gate, up
-            # and their product 3f. The rest is computed again from them.
+            # What a compiled layer saves: its input, and in elements what matmuls and attention read or write, which is
+            # two norms' outputs 2h, attention's projection h (scattered where layers are split), query and attention
+            # output 2q, key and value 2k, gate, up and their product 3f. The rest is computed again from them.
             saved = self.layer_input + width * (2 * h + h / split + 2 * q + 2 * k + 3 * f)
         else:
-            # Two norms: 16h in bf16, 24h in fp32. Under autocast 24h - 8h + 10h: in place of the two outputs, each of
-            # the five projections that read them saves its own bf16 copy, 2h. In elements: query and attention output
-            # 2q, key and value 2k, MLP 4f.
+            # What an uncompiled layer saves. Two norms: 16h in bf16, 24h in fp32. Under autocast 24h - 8h + 10h: in
+            # place of the two outputs, each of the five projections that read them saves its own bf16 copy, 2h. In
+            # elements: query and attention output 2q, key and value 2k, MLP 4f.
             norms = 2 * self.norm if split > 1 else (26 if plan.autocasts else 24 if width == 4 else 16) * h
             saved = norms + width * (2 * q + 2 * k + 4 * f)
-        # What a layer without activation checkpointing keeps: these, attention's log-sum-exp 4a, two norms' scales 8.
+        # What a layer without activation checkpointing keeps: that, attention's log-sum-exp 4a, two norms' scales 8.
         self.whole_layer = saved + 4 * a + 8
         self.recomputed = plan.recomputed_layers(shape.layers)
         kept = [self.layer_input if i in self.recomputed else self.whole_layer for i in range(shape.layers)]
@@ -5329,9 +5331,9 @@ class StepMemory:
         stages, micro_batches = plan.pipeline_parallel_size, plan.gradient_accumulation_steps
         others = min(stages - stage, micro_batches) - 1  # 1F1B (Narayanan et al. 2021)
         self.other_micro_batches, self.other_copies = others * self.saved_before[-1], others * self.copied_before[-1]
-        # Bytes per token: what was sent, which `Pipeline.send` keeps for a while, and what is received.
-        sent = micro_batches * (2 if 0 < stage < stages - 1 else 1)  # in the middle forward and back
-        self.in_transit = (min(sent, 2 * stages) + 1) * self.layer_input if stages > 1 else 0.0
+        # Bytes per token: what was sent, of which `Pipeline.send` keeps the last 2 * stages tensors, and one received.
+        tensors_sent = micro_batches * (2 if 0 < stage < stages - 1 else 1)  # a middle stage sends forward and back
+        self.in_transit = (min(tensors_sent, 2 * stages) + 1) * self.layer_input if stages > 1 else 0.0
 
     def loss_buffers(self) -> tuple[float, float]:
         """Returns the bytes of a chunk of logits (forward), and of all the loss needs (backward)."""
@@ -5356,7 +5358,7 @@ class StepMemory:
         """
         shape, plan, is_split = self.shape, self.plan, self.plan.tensor_parallel_size > 1
         h, f, width = shape.hidden, shape.intermediate, plan.compute_bytes
-        # In the MLP: what the layer saved, and the gradient of the stream, which is gathered where layers are split.
+        # In the MLP: what the layer saved, the gradient of the stream and, where layers are split, its gathered copy.
         in_mlp = self.whole_layer + self.layer_input + (width * h if is_split else 0)
         if not plan.compiled:
             # The gradients of the product and of one of its factors, by PyTorch's memory tracker.
@@ -5372,9 +5374,10 @@ class StepMemory:
         # Autocast's copy of the stream's gradient. It is counted whole where layers are split, too, which agrees with
         # measurements.
         in_mlp += 2 * h if plan.autocasts else 0
-        # The product, gate and up have a gradient of f each. Recomputed, all six are there at once, before the gradient
-        # of the down projection's weight (h * f parameters). Else the peak comes after that: the product is gone, and
-        # the gate's gradient overwrites the gate, which leaves four, one more than were saved.
+        # The product, gate and up have a gradient of f each. In a recomputed layer these three and their three
+        # gradients are there at once, three more than were saved, and the gradient of the down projection's weight
+        # (h * f parameters) is not there yet. In other layers the peak comes when it is there: the product is gone, and
+        # the gate's gradient overwrites the gate. Left are up and the three gradients, one more than were saved.
         mlp = (in_mlp + (3 if recomputed else 1) * width * f, 0 if recomputed else h * f)
         # In the first norm: the layer's input, and the gradient of the stream. In elements: the norm's output, the
         # gradients that three projections give it, and their sum, 5h.
@@ -5477,7 +5480,10 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
 
 
 def sharded_phases_between_passes(step: StepMemory, kept: float, width_ahead: int) -> dict[str, dict[str, float]]:
-    """Returns the phases of FSDP2 from the end of the last layer's forward pass to the beginning of its backward pass.
+    """Returns the phases of FSDP2 around the turn from the forward to the backward pass.
+
+    With a head these are from the end of the last layer's forward pass to the beginning of its backward pass. On a
+    stage without one it is the gathering of the last layer, before its forward pass.
 
     `kept` are the bytes of the weights that stay gathered between the passes, without norm and head, which always do.
     `width_ahead` are the bytes per parameter of what is gathered ahead.

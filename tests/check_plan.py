@@ -5,7 +5,7 @@
     python tests/check_plan.py --published            # tokens/s of published runs, predicted and measured
     python tests/check_plan.py --device               # two steps of 60 settings on this GPU, as one rank of several
 
-`--memory` and `--published` need no GPU. The tracker follows fake tensors through two steps of the real model, which
+`--memory` and `--published` need no GPU. The tracker follows fake tensors through a step of the real model, which
 transformers shards as it does for the script. One process stands for rank 0 of a fake process group. Three traps are
 avoided. DTensor computes shapes with tensors of its own, which get a fake mode of their own, because otherwise they
 would be counted. Attention is the CUDA flash kernel, which saves less than the CPU's. And no mask is built. Left out
@@ -96,7 +96,7 @@ def post_forward_of_groups(state: FSDPState, module: torch.nn.Module, inputs: tu
 
 
 def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, stage: int = 0) -> float:
-    """Returns the peak over two optimizer steps that PyTorch's tracker counts for the first rank of a stage."""
+    """Returns the peak of an optimizer step that PyTorch's tracker counts for the first rank of a stage."""
     AttentionInterface.register("tracked_attention", flash_attention)
     sharded, stages = plan.uses_fsdp, plan.pipeline_parallel_size
     parallel = SimpleNamespace(
@@ -136,13 +136,16 @@ def tracked_gib(model_config: LlamaConfig, plan: Plan, rows: int, length: int, s
             if plan.autocasts:
                 model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
             optimizer = script.build_optimizer(model, script.Config())
+            for parameter in model.parameters():  # a step without training, which makes AdamW's moments
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
             tracker = FSDPMemTracker(model, optimizer) if sharded else MemTracker()
             if not sharded:
                 tracker.track_external(model, optimizer)
             row = torch.zeros(rows, length, dtype=torch.long)
             with tracker:
-                for _ in range(2):
-                    train_once(model, optimizer, pipeline, parallel, row, tracker)
+                train_once(model, optimizer, pipeline, parallel, row, tracker)
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     return next(size for name, size in peak.items() if getattr(name, "value", name) == "Total") / GIB
 
