@@ -257,7 +257,7 @@ class Config:
         None, "ranks of a node that share each layer's matrices; auto: 1, or 2, 4 or 8 where that is faster",
         POSITIVE, unset="auto")
     hsdp_shard_size: int | None = flag(
-        None, "HSDP: ranks that share one sharded copy; auto: those of a node, or half of a single node's",
+        None, "HSDP: ranks that share one sharded copy; auto: all of a node, or half of them on one node alone",
         POSITIVE, unset="auto")
     gradient_sync: str = flag(
         "auto", "FSDP and HSDP: reduce gradients every micro-batch, or once a step, from an unsharded fp32 gradient",
@@ -385,12 +385,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             batches = log.timing_the_wait(training_batches(train_set, state.step, total_steps, parallel))
 
             stop.listen()
-            while True:  # what is due after the steps so far, then the next step
+            while True:  # what is due after the steps so far, then the next step; an evaluation cut short stays due
                 if log.evaluation_due(state) and not stop.agreed():
                     with log.clock_stopped():
-                        log.evaluation(state, evaluate(model, eval_set, parallel, stop))  # done, unless cut short
+                        log.evaluation(state, evaluate(model, eval_set, parallel, stop))
                 stopping = stop.agreed()  # asked again, so that a signal during the evaluation leads to a save
-                finished = state.step == total_steps and not log.evaluation_due(state)  # still due, if it was cut short
+                finished = state.step == total_steps and not log.evaluation_due(state)
                 saving = finished or stopping or state.step % config.save_interval == 0
                 stop_if_broken(state, saving)
                 if saving and state.step > checkpoints.saved_step:
@@ -417,9 +417,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 # 4. Training and evaluation
 # ----------------------------------------------------------------------------------------------------------------
 # The loss of a step is the sum of the token losses of the whole global batch, divided by its number of label tokens, so
-# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding (the auxiliary loss of
-# a router does, where a model's config asks for it). The validation loss weighs every token the same and counts each
-# document once on any number of ranks.
+# it does not depend on how the batch is split into ranks, micro-batches and rows, up to rounding. (An exception is the
+# auxiliary loss of a mixture-of-experts router, where a model's config asks for it: that depends on the split.) The
+# validation loss weighs every token the same and counts each document once on any number of ranks.
 
 NONFINITE_LIMIT = 5  # skipped updates in a row after which the run stops
 
@@ -643,7 +643,7 @@ def evaluate_test(
     # and so does `made_by`, which rank 0 alone uses.
     weights = weights_hash or uuid.uuid4().hex
     made_by = json_checksum(dict(settings, weights=weights, documents=test_set.fingerprint))[:12]
-    found = on_all_ranks(lambda: log.test_summaries(made_by), main_only=True)
+    found = on_all_ranks(lambda: log.test_summaries(made_by), main_only=True)  # rank 0 reads, and all get the result
     done = {row: found[row] for row in row_numbers[drawn].tolist() if row in found}
     parallel.say(f"test      {len(drawn):,} documents to summarise, {len(done):,} of them done before")
     stop.seconds_to_finish_and_save = 0.0  # neither a step nor a save follows, so there is always time to stop
@@ -692,7 +692,8 @@ def summarise(
     `reference`, the model's as `summary`, and whether this one came to the end-of-sequence token as `ended`. Every rank
     gets the same. Ends early if the run was asked to stop. Sharded forward passes need all ranks: a data rank without
     documents repeats one, and `generate` keeps a sharded model running until all ranks have finished. With pipeline
-    stages, transformers' own pipeline runs in `generate`, and every stage gets the answers.
+    stages, `generate` uses transformers' own pipeline parallelism, not `parallel.pipeline`, and every stage gets the
+    answers.
     """
     config, size, tokenizer = parallel.config, parallel.data_parallel_size, documents.tokenizer
     module = parallel.accelerator.unwrap_model(model)
@@ -738,12 +739,12 @@ def prompts_at_a_time(parallel: Parallel) -> int:
     shape = max(parts, key=lambda part: part.parameters)  # of the rank that holds most
     # weights, two moments, and DDP's buckets, which stay
     in_use = 0.0 if plan.cpu_offload else (4 if plan.strategy == "ddp" else 3) * plan.shard_bytes(shape)
-    # FSDP gathers two layers and the head at a time, and the second head is a margin. Autocast copies all weights.
-    # Plans with neither count as under FSDP, to be safe.
-    two_layers = 2 * (shape.layer_parameters + shape.head_and_norm_parameters)
-    in_use += plan.compute_bytes * (shape.parameters if plan.autocasts else two_layers)
+    # FSDP gathers two layers and the head at a time; the head is counted twice, as a margin. Autocast copies all
+    # weights. Plans with neither count as under FSDP, to be safe.
+    gathered = 2 * (shape.layer_parameters + shape.head_and_norm_parameters)
+    in_use += plan.compute_bytes * (shape.parameters if plan.autocasts else gathered)
     free_bytes = USABLE_SHARE * parallel.cluster.memory_gib * GIB - in_use
-    # under autocast keys leave the rotary embedding in fp32; the values, in bf16, are counted as much
+    # under autocast the rotary embedding returns keys in fp32; values are in bf16, and are counted with 4 bytes, too
     token_bytes = 2 * shape.layers * shape.kv_size * (4 if plan.autocasts else plan.compute_bytes)
     margin = 2 if config.num_beams > 1 else 1  # beam search copies the whole cache at every token, tensor by tensor
     document_tokens = (config.block_size + config.max_summary_tokens) * config.num_beams * margin
