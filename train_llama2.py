@@ -5394,9 +5394,10 @@ class StepMemory:
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
         if plan.strategy == "ddp":
-            # Its buckets, and beside them the sums of earlier micro-batches. The last micro-batch moves the sums into
-            # the buckets, which is not counted.
-            return state * parameters * (2 if accumulates else 1)
+            # Its buckets, and beside them the sums of earlier micro-batches, which the last one moves into the buckets.
+            # One between first and last holds more, and is looked at instead where there is one.
+            moved = finished if plan.gradient_accumulation_steps == 2 else 0
+            return state * (parameters + (parameters - moved) * accumulates)
         on_device = 0 if plan.cpu_offload else state  # bytes per parameter of a sharded gradient
         if plan.strategy == "hsdp":
             # FSDP2 keeps what a reduce-scatter gives, in fp32, on the device until the backward pass has ended: as the
@@ -5544,18 +5545,20 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     accumulates = plan.gradient_accumulation_steps > 1
     # With several micro-batches the newest gradient, that of one MLP matrix, is there twice until it is added to the
     # sum: in bf16, and as an fp32 copy. PyTorch's tracker, which sees uncompiled layers only, shows the two at the peak
-    # under autocast, and not in other precisions. The same is taken for compiled layers. (In their first norm all their
-    # gradients wait. That is the peak with short micro-batches only, for which the prediction is then less than 0.6%
-    # too low.)
+    # under autocast, and not in other precisions. The same is taken for compiled layers that have one at their peak. (In
+    # their first norm all their gradients wait. That is the peak with short micro-batches only, for which the
+    # prediction is then less than 0.6% too low.)
     one_gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
         ways = []
         for in_layer, computed in step.backward_of_layer(i in step.recomputed):
-            # A compiled layer hands over its gradients at its end. Until then they are beside DDP's buckets. (Not so
-            # uncompiled: an overestimate.)
-            waiting = plan.state_bytes * computed if plan.strategy == "ddp" and not accumulates else one_gradient
-            copies = copied_before[i] + copy_bytes * (layer - computed)
             finished = head + (shape.layers - 1 - i) * layer + computed
+            waiting = one_gradient if computed else 0
+            if plan.strategy == "ddp" and plan.gradient_accumulation_steps <= 2:
+                # A compiled layer hands over its gradients at its end. Until then they wait beside DDP's buckets. (Not
+                # so uncompiled: an overestimate.)
+                finished, waiting = finished - computed, plan.state_bytes * computed
+            copies = copied_before[i] + copy_bytes * (layer - computed)
             ways.append(step.phase(saved_before[i] + in_layer, waiting, gathered=copies, finished=finished))
         phases[f"backward of layer {i}"] = largest(ways)
     if shape.embedding_parameters:

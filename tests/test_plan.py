@@ -1099,11 +1099,24 @@ def test_hsdp_holds_fp32_gradients_beside_those_in_bf16(micro_batches, compiled,
     assert predicted.active == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize(("micro_batches", "times"), [(1, 1), (2, 2), (3, 2)])
-def test_ddp_holds_sums_of_several_micro_batches_beside_its_buckets(micro_batches, times):
+@pytest.mark.parametrize(("micro_batches", "in_buckets"), [(2, 1), (3, 0)])
+def test_ddp_holds_sums_beside_its_buckets_until_the_last_micro_batch(micro_batches, in_buckets):
+    """In the last layer, when the head's gradient is there."""
     plan = plan_of(8, gradient_accumulation_steps=micro_batches, compiled=True)
     terms = train_llama2.memory_phases(train_llama2.StepMemory(LLAMA_13B, plan, 2048))["backward of layer 39"]
-    assert terms["gradients"] == 4 * times * PARAMETERS
+    head = 32000 * 5120 + 5120
+    assert terms["gradients"] == 4 * (2 * PARAMETERS - in_buckets * head)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "compiled", "measured"),
+    [(2, False, 40.02), (3, False, 40.02), (2, True, 37.52), (3, True, 38.01)],
+)
+def test_memory_of_ddp_over_several_micro_batches_is_what_the_allocator_measured(micro_batches, compiled, measured):
+    """7B of 8 layers in tests/check_plan.py --device on torch 2.14.1, micro-batches of four full blocks."""
+    plan = plan_of(8, gradient_accumulation_steps=micro_batches, compiled=compiled)
+    predicted = train_llama2.predict_memory(llama("7b", num_hidden_layers=8), plan, 8192).active
+    assert predicted == pytest.approx(measured, rel=0.005)
 
 
 def test_no_micro_batch_is_under_way_in_the_optimizer():
