@@ -5545,8 +5545,8 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     accumulates = plan.gradient_accumulation_steps > 1
     # With several micro-batches the newest gradient, that of one MLP matrix, is there twice until it is added to the
     # sum: in bf16, and as an fp32 copy. PyTorch's tracker, which sees uncompiled layers only, shows the two at the peak
-    # under autocast, and not in other precisions. The same is taken for compiled layers that have one at their peak. (In
-    # their first norm all their gradients wait. That is the peak with short micro-batches only, for which the
+    # under autocast, and not in other precisions. The same is taken for compiled layers that have one at their peak.
+    # (In their first norm all their gradients wait. That is the peak with short micro-batches only, for which the
     # prediction is then less than 0.6% too low.)
     one_gradient = (copy_bytes + plan.state_bytes) * h * shape.intermediate if accumulates and plan.autocasts else 0
     for i in layers_that_may_peak(shape.layers, plan):
