@@ -5321,7 +5321,8 @@ class StepMemory:
         self.whole_layer = saved + 4 * a + 8
         self.recomputed = plan.recomputed_layers(shape.layers)
         kept = [self.layer_input if i in self.recomputed else self.whole_layer for i in range(shape.layers)]
-        self.saved_before = list(itertools.accumulate(kept, initial=self.rotary))  # before each layer, after the last
+        # [i] is what is saved before layer i, [-1] after the final one.
+        self.saved_before = list(itertools.accumulate(kept, initial=self.rotary))
 
         # Bytes: autocast's bf16 copies of the weights, which layers that are not recomputed save for their backward.
         self.copy_bytes = 2 if plan.autocasts else 0  # per parameter
@@ -5449,9 +5450,9 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     width_ahead = width if plan.dp_shard_size > 1 else 0
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
     phases = sharded_phases_between_passes(step, kept, width_ahead)
-    # A layer's gradients wait for its end. Only where they are held back and compute is in fp32, each is added to its
-    # sum at once.
-    most_waiting = shape.hidden * shape.intermediate if plan.holds_gradients_back and width == 4 else layer
+    # A layer's new gradients pile up until its backward pass ends, and are then reduced, or added to the sums that are
+    # held back. Where sums are held back and compute is in fp32, each is added at once: at most one MLP matrix's waits.
+    most_pending = shape.hidden * shape.intermediate if plan.holds_gradients_back and width == 4 else layer
     if plan.holds_gradients_back:
         # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
         # counted whole, as none is `finished`. Besides, by PyTorch's memory tracker, there are layer 0's weights, their
@@ -5470,13 +5471,13 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         phases[f"backward of layer {i}"] = largest(
             step.phase(
                 step.saved_before[i] + in_layer,
-                width * min(computed, most_waiting),
+                width * min(computed, most_pending),
                 gathered=gathered,
                 finished=finished,
             )
             for in_layer, computed in step.backward_of_layer(i in step.recomputed)
         )
-    # at the very end, with its gradient in compute precision and, being reduced, in fp32
+    # at the very end; of the embedding only its gradient counts, in compute precision and, being reduced, in fp32
     phases["backward of the embedding"] = step.phase(gathered=(width + 4) * embedding, finished=shape.parameters)
     return phases
 
@@ -5523,9 +5524,9 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     layer, head, h = shape.layer_parameters, shape.head_and_norm_parameters, shape.hidden
     saved_before, is_split = step.saved_before, plan.tensor_parallel_size > 1
     all_saved, all_copied, head_copy = saved_before[-1], copied_before[-1], copy_bytes * head
-    # only the saved ones where autocast caches none: a compiled layer casts for itself, and local parts of DTensors are
-    # not cached
-    cached = all_copied if plan.compiled or is_split else copy_bytes * shape.layers * layer
+    # The copies at the end of the forward pass: those of all layers, in autocast's cache. Where it caches none (a
+    # compiled layer casts for itself, and local parts of DTensors are not cached), those saved for the backward pass.
+    copies_at_end = all_copied if plan.compiled or is_split else copy_bytes * shape.layers * layer
     phases = {}
     if shape.has_head:
         chunk, loss_buffers = step.loss_buffers()
@@ -5534,14 +5535,14 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         # The head's input is a copy of rows of the norm's output. Under autocast an fp32 copy comes before the one in
         # bf16; PyTorch's memory tracker does not show it at this peak.
         at_end = all_saved + step.norm + step.hidden_states
-        phases["end of forward"] = step.phase(at_end, chunk, gathered=cached + head_copy)
+        phases["end of forward"] = step.phase(at_end, chunk, gathered=copies_at_end + head_copy)
         # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose
         # bytes in `step.norm` stand for the head's input. That input's gradient comes on top.
         in_loss = all_saved + step.norm + step.hidden_states + step.scalars
         phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
-        phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=cached)
+        phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=copies_at_end)
     accumulates = plan.gradient_accumulation_steps > 1
     # With several micro-batches the newest gradient, that of one MLP matrix, is there twice until it is added to the
     # sum: in bf16, and as an fp32 copy. PyTorch's tracker, which sees uncompiled layers only, shows the two at the peak
