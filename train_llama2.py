@@ -5324,6 +5324,10 @@ class StepMemory:
         # [i] is what is saved before layer i, [-1] after the final one.
         self.saved_before = list(itertools.accumulate(kept, initial=self.rotary))
 
+        # In the loss's backward pass autocast's cache is gone, and so is the norm's output, whose bytes in `self.norm`
+        # stand for the head's input. That input's gradient comes on top.
+        self.in_loss = self.saved_before[-1] + self.norm + self.hidden_states + self.scalars
+
         # Bytes: autocast's bf16 copies of the weights, which layers that are not recomputed save for their backward.
         self.copy_bytes = 2 if plan.autocasts else 0  # per parameter
         copied = [0 if i in self.recomputed else self.copy_bytes * shape.layer_parameters for i in range(shape.layers)]
@@ -5504,12 +5508,11 @@ def sharded_phases_between_passes(step: StepMemory, kept: float, width_ahead: in
     gathering = kept + width * (layer + 2 * head)
     # beside the head, the last layer is gathered again, ahead of its backward pass
     beside_head = kept or width_ahead * layer
-    in_loss = all_saved + step.norm + step.hidden_states + step.scalars  # see `replicated_phases`
     # Norm and head are one group. FSDP2 reduces the head's gradient only when the norm's is there, too.
     in_norm, norm_gathered = all_saved + step.norm_backward, beside_head + 2 * width * head
     return {
         "gathering the head": step.phase(all_saved + last_output, gathered=gathering),
-        "loss": step.phase(in_loss, step.loss_buffers()[1], gathered=beside_head + width * head),
+        "loss": step.phase(step.in_loss, step.loss_buffers()[1], gathered=beside_head + width * head),
         "backward of the last norm": step.phase(in_norm, gathered=norm_gathered),
     }
 
@@ -5536,10 +5539,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
         # bf16; PyTorch's memory tracker does not show it at this peak.
         at_end = all_saved + step.norm + step.hidden_states
         phases["end of forward"] = step.phase(at_end, chunk, gathered=copies_at_end + head_copy)
-        # The phase "loss" is the loss's backward pass: autocast's cache is gone, and so is the norm's output, whose
-        # bytes in `step.norm` stand for the head's input. That input's gradient comes on top.
-        in_loss = all_saved + step.norm + step.hidden_states + step.scalars
-        phases["loss"] = step.phase(in_loss, loss_buffers, gathered=all_copied + head_copy)
+        phases["loss"] = step.phase(step.in_loss, loss_buffers, gathered=all_copied + head_copy)
         phases["backward of the last norm"] = step.phase(all_saved + norm_backward, gathered=all_copied, finished=head)
     else:
         phases["end of forward"] = step.phase(all_saved + step.layer_input, gathered=copies_at_end)
