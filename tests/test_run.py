@@ -6,7 +6,7 @@ import importlib.util
 import json
 
 import pytest
-from conftest import RANKS, read_metrics, run_script_several_times, small_run, start, tiny_model
+from conftest import RANKS, read_metrics, run_script_several_times, small_run, start
 
 # 12 documents of 93 to 256 tokens in batches of 5: two full batches and a ragged one of 2 an epoch; 6 steps over 2
 # epochs. max_grad_norm is far below the norms of this model (about 0.7), so every step clips.
@@ -53,16 +53,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tupl
     base, consoles = tmp_path_factory.mktemp("runs"), {}
     before = [RANKS / "report_groups_and_replicas.py", RANKS / "without_inductor.py"]
     folders = {key: base / f"run {number}" for number, key in enumerate(RUNS)}
-    # two layers are enough for one to be recomputed, sharded and gathered beside another
-    model = tiny_model(base / "model", num_hidden_layers=2)
     for processes in ("2", "4"):
         keys = [key for key in RUNS if key[0] == processes]
-        flags = [small_run(folders[key], model_name_or_path=model, **RUNS[key]) for key in keys]
+        flags = [small_run(folders[key], **RUNS[key]) for key in keys]
         for key, run in zip(keys, run_script_several_times(flags, int(processes), before), strict=True):
             assert run.returncode == 0, run.stderr
             consoles[key] = run.stdout
     for key in [key for key in RUNS if key[0] == "1"]:
-        assert start(folders[key], model_name_or_path=model, **RUNS[key]) == 0
+        assert start(folders[key], **RUNS[key]) == 0
     for key in (("1", "one process"), ("4", "hsdp")):
         consoles[key] = consoles.get(key, "") + (folders[key] / "samples.jsonl").read_text() * bool(SUMMARIES)
     return {key: (*read_metrics(folders[key]), consoles.get(key, "")) for key in RUNS}
