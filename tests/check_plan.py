@@ -3,7 +3,7 @@
     python tests/check_plan.py --memory               # a few layers of Llama-2-13B's shape, every kind of plan
     python tests/check_plan.py --memory --full        # the full 7B, 13B and 70B shapes; this takes minutes
     python tests/check_plan.py --published            # tokens/s of published runs, predicted and measured
-    python tests/check_plan.py --device               # two steps of 60 settings on this GPU, as one rank of several
+    python tests/check_plan.py --device               # two steps of 66 settings on this GPU, as one rank of several
 
 `--memory` and `--published` need no GPU. The tracker follows fake tensors through a step of the real model, which
 transformers shards as it does for the script. One process stands for rank 0 of a fake process group. Three traps are
@@ -573,6 +573,9 @@ def settings_of(compiled: str) -> Iterator[Setting]:
     yield Setting("7b", 32, 8, 4, flags("fsdp", 4, "every-2", fsdp))
     yield Setting("13b", 40, 16, 8, flags("hsdp", 8, "full", fsdp), nodes=2)
     yield Setting("13b", 40, 16, 8, flags("hsdp", 2, "none", fsdp), nodes=2)
+    yield Setting("13b", 8, 16, 8, flags("hsdp", 4, "every-2", f"{fsdp} {states}"), nodes=2)
+    yield Setting("7b", 4, 16, 8, flags("hsdp", 4, "full", "--reshard-after-forward yes --cpu-offload yes"), nodes=2)
+    yield Setting("7b", 8, 8, 6, flags("ddp", 2, "none"))
     yield Setting("7b", 32, 8, 4, flags("ddp", 4, "full"))
     yield Setting("7b", 32, 8, 2, flags("ddp", 2, "every-2"))
     yield Setting("13b", 40, 8, 1, flags("ddp", 1, "none"))
