@@ -5324,8 +5324,8 @@ class StepMemory:
         # [i] is what is saved before layer i, [-1] after the final one.
         self.saved_before = list(itertools.accumulate(kept, initial=self.rotary))
 
-        # In the loss's backward pass autocast's cache is gone, and so is the norm's output, whose bytes in `self.norm`
-        # stand for the head's input. That input's gradient comes on top.
+        # In the loss's backward pass the norm's output is gone; its bytes in `self.norm` stand for the head's input.
+        # That input's gradient comes on top.
         self.in_loss = self.saved_before[-1] + self.norm + self.hidden_states + self.scalars
 
         # Bytes: autocast's bf16 copies of the weights, which layers that are not recomputed save for their backward.
@@ -5529,6 +5529,7 @@ def replicated_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     all_saved, all_copied, head_copy = saved_before[-1], copied_before[-1], copy_bytes * head
     # The copies at the end of the forward pass: those of all layers, in autocast's cache. Where it caches none (a
     # compiled layer casts for itself, and local parts of DTensors are not cached), those saved for the backward pass.
+    # By the loss's backward pass the cache is gone, and only the saved ones are left.
     copies_at_end = all_copied if plan.compiled or is_split else copy_bytes * shape.layers * layer
     phases = {}
     if shape.has_head:
