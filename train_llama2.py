@@ -4975,9 +4975,9 @@ def replicas_and_shards(strategy: str, ranks: int, shards: int, is_cut: bool) ->
             f"--parallelism none runs one process{of_part}, but there are {ranks}; use "
             f"{'' if is_cut else 'ddp, '}fsdp or auto"
         )
-    smallest = (
-        1 if is_cut else 2
-    )  # a whole model in groups of one is plain DDP, for which HSDP stands in where the model is cut
+    # HSDP in groups of one is plain DDP, so a whole model needs two. A model that is cut cannot use DDP: there HSDP in
+    # groups of one takes its place.
+    smallest = 1 if is_cut else 2
     needed = {"none": 1, "ddp": 2, "fsdp": 2, "hsdp": 2 * smallest}[strategy]
     if ranks < needed:
         raise UserError(
@@ -5399,8 +5399,8 @@ class StepMemory:
         plan, parameters, state = self.plan, self.shape.parameters, self.plan.state_bytes
         accumulates = plan.gradient_accumulation_steps > 1
         if plan.strategy == "ddp":
-            # Its buckets, and beside them the sums of earlier micro-batches, which the last one moves into the buckets.
-            # One between first and last holds more, and is looked at instead where there is one.
+            # Its buckets, and beside them the sums of earlier micro-batches, which the last micro-batch moves into the
+            # buckets. With three or more, a middle one holds more, as it moves nothing, so that one is predicted.
             moved = finished if plan.gradient_accumulation_steps == 2 else 0
             return state * (parameters + (parameters - moved) * accumulates)
         on_device = 0 if plan.cpu_offload else state  # bytes per parameter of a sharded gradient
