@@ -218,10 +218,11 @@ def test_no_path_of_this_machine_is_in_the_card(typed_run):
 def test_the_card_has_model_data_results_and_plan(typed_run):
     card = ModelCard.load(typed_run.folder / "README.md")
     steps, evaluations = read_metrics(typed_run.folder)
+    # model and data are local: there is nothing on the Hub to name, and no licence is known
     assert card.data.to_dict() == dict(
         language="en", library_name="transformers", pipeline_tag="text-generation",
         tags=["summarization", "full-fine-tuning"],
-    )  # fmt: skip  # model and data are local: there is nothing on the Hub to name, and no licence is known
+    )  # fmt: skip
     assert "All weights of `tiny model` were trained on `my train.jsonl my validation.jsonl`" in card.text
     assert card.text.strip().startswith("# tiny model fine-tuned for summarisation")
     for name, value in (

@@ -336,11 +336,8 @@ def test_models_are_cut_only_where_layers_pass_hidden_states_alone(kind, changes
         ("Mistral", dict(sliding_window=16), "is not plain causal attention"),
         ("Qwen3", dict(head_dim=8), "its model.layers.0.self_attn.q_norm.weight is in no module that can be split"),
         ("Granite", dict(logits_scaling=2.0), "its head or its last norm is not that of Llama"),
-        (
-            "Gemma",
-            dict(head_dim=8),
-            "its model.embed_tokens.weight is in no module that can be split",
-        ),  # it multiplies what it looks up
+        # it multiplies what it looks up
+        ("Gemma", dict(head_dim=8), "its model.embed_tokens.weight is in no module that can be split"),
         ("StableLm", {}, "its model.layers.0.input_layernorm.bias is in no module that can be split"),
         ("Arcee", {}, "it has no model.layers.*.mlp.gate_proj"),
         ("GPTNeoX", {}, "it has no model.embed_tokens"),
