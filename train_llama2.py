@@ -1200,7 +1200,7 @@ def local_part(tensor: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------
 # A document is an opening mark, the article and a closing mark (together the prompt), then the summary and the
 # end-of-sequence token. One that is too long for the block loses the end of its article, and of its summary only where
-# that does not fit by itself. Padding is never trained on. The order of the documents follows from the seed and the
+# that does not fit by itself; padding is never trained on. The order of the documents follows from the seed and the
 # epoch alone, so any number of ranks, under any plan, sees the same global batches.
 
 PROMPT_OPEN, PROMPT_CLOSE = "[SUMMARIZE] ", " [/SUMMARIZE]\n"
@@ -4469,8 +4469,7 @@ def lines_of_check(plan_check: dict[str, dict[str, Any]]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------
 # What one optimizer step takes in memory and time is worked out from the model's sizes alone, for every way to execute
 # it, and the fastest that fits is chosen. Sizes are in bytes and in elements; "tokens" are those of one micro-batch,
-# padding included. A "phase" is a part of the step in which memory may peak.
-# Nothing in this section talks to other ranks, except where the devices are found.
+# padding included. Nothing in this section talks to other ranks, except where the devices are found.
 
 USABLE_SHARE = 0.95  # of a device's memory, for the expected reserved memory; the rest is a margin for `reserved_high`
 ACTIVE_BAND = 0.05  # the relative error that predicted active memory claims to keep
@@ -5203,7 +5202,6 @@ def attends_partially(model_config: PretrainedConfig) -> bool:
 
 
 # ---- The plan: memory ----------------------------------------------------------------------------------------
-
 # What reserved memory takes beyond the tensors in the allocator's pools, as (low, expected, high). CONTEXT_GIB: CUDA
 # context, cuBLAS and NCCL buffers, a guess from reports of 0.5 to 1.6 GiB. The gaps between tensors, measured with the
 # expandable segments that the hook turns on, are GAPS_SHARE of the pools plus GAPS_PER_LAYER_PARAMETER bytes per
@@ -5258,7 +5256,7 @@ def memory_at_peak(
 
 
 def memory_phases(step: StepMemory) -> dict[str, dict[str, float]]:
-    """Returns bytes by term in each phase of a step that may be the peak."""
+    """Returns bytes by term in each phase of a step, which is a part of it in which memory may peak."""
     shape, plan = step.shape, step.plan
     phases = sharded_phases(step) if plan.uses_fsdp else replicated_phases(step)
     # StochasticAdamW's temporaries for the largest matrix (of a Llama). Per element: gradient, new moments, denominator
@@ -6141,8 +6139,8 @@ PCIE_GB_PER_SECOND = 20
 # ----------------------------------------------------------------------------------------------------------------
 # 12. The command line
 # ----------------------------------------------------------------------------------------------------------------
-# How the process begins and ends: the flags become a `Config`, and every way a run can end becomes an exit code and a
-# line.
+# How the process begins and ends. The flags become a `Config`, and every way in which a run can end becomes an exit
+# code and a line.
 
 
 def command_line(argv: Sequence[str] | None = None) -> int:
