@@ -925,6 +925,8 @@ def quieten_libraries(is_first_on_node: bool, quiet: bool) -> None:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # it warns that matrices cut by FSDP and by tensor parallelism are gathered in two steps, not in one
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    # it warns of a CUDA toolkit on a machine without a GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not is_first_on_node or quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 import train_llama2
 
@@ -21,6 +22,7 @@ for program in sys.argv[2:]:
 for number, flags in enumerate(json.loads(Path(sys.argv[1]).read_text())):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # addresses of one run are not taken for another's
     AcceleratorState._reset_state(reset_partial_state=True)
+    _clear_sharding_prop_cache()  # it would answer with a mesh of an earlier run, whose process groups are gone
     try:
         code = train_llama2.command_line(flags)
     except SystemExit as leaving:
