@@ -5376,7 +5376,12 @@ class StepMemory:
             in_mlp += own_input if norm_copies_input else 0
             # In the first norm's backward pass the kept input comes on top of `norm_backward`, by the tracker, in every
             # precision. (Where layers are split, `norm_backward` already includes it: an overestimate.)
-            return [(in_mlp, h * f), (self.norm_backward + own_input, shape.layer_parameters)]
+            in_norm = self.norm_backward + own_input
+            if plan.holds_gradients_back and width == 2 and torch.__version__ >= "2.15":
+                # FSDP2 adds each bf16 gradient to its fp32 sum at once. When that of the down projection is added, a
+                # factor's gradient and a tensor as wide as the stream are not there yet, by the tracker.
+                return [(in_mlp - width * (f + h), h * f), (in_mlp, 0), (in_norm, 0)]
+            return [(in_mlp, h * f), (in_norm, shape.layer_parameters)]
         # Autocast's copy of the stream's gradient. It is counted whole where layers are split, too, which agrees with
         # measurements.
         in_mlp += 2 * h if plan.autocasts else 0
