@@ -4532,7 +4532,8 @@ class Plan:
     def strategy(self) -> str:
         """The data-parallel strategy: `none`, `ddp`, `fsdp` or `hsdp`.
 
-        Beside stages or tensor parallelism whole replicas run as HSDP, with a shard size of 1.
+        Beside stages or tensor parallelism, replicas that are not sharded run as HSDP with a shard size of 1, in place
+        of DDP.
         """
         if self.dp_shard_size > 1:
             return "hsdp" if self.dp_replicate_size > 1 else "fsdp"
@@ -5204,6 +5205,7 @@ def attends_partially(model_config: PretrainedConfig) -> bool:
 
 
 # ---- The plan: memory ----------------------------------------------------------------------------------------
+
 # What reserved memory takes beyond the tensors in the allocator's pools, as (low, expected, high). CONTEXT_GIB: CUDA
 # context, cuBLAS and NCCL buffers, a guess from reports of 0.5 to 1.6 GiB. The gaps between tensors, measured with the
 # expandable segments that the hook turns on, are GAPS_SHARE of the pools plus GAPS_PER_LAYER_PARAMETER bytes per
@@ -5378,8 +5380,9 @@ class StepMemory:
             # precision. (Where layers are split, `norm_backward` already includes it: an overestimate.)
             in_norm = self.norm_backward + own_input
             if plan.holds_gradients_back and width == 2 and torch.__version__ >= "2.15":
-                # FSDP2 adds each bf16 gradient to its fp32 sum at once. When that of the down projection is added, a
-                # factor's gradient and a tensor as wide as the stream are not there yet, by the tracker.
+                # FSDP2 adds each bf16 gradient to its fp32 sum at once and frees it. When that of the down projection
+                # is added, one factor's gradient and one tensor as wide as the stream are not there yet, by the
+                # tracker.
                 return [(in_mlp - width * (f + h), h * f), (in_mlp, 0), (in_norm, 0)]
             return [(in_mlp, h * f), (in_norm, shape.layer_parameters)]
         # Autocast's copy of the stream's gradient. It is counted whole where layers are split, too, which agrees with
@@ -5618,7 +5621,8 @@ def offloaded_gib(shape: ModelShape, cluster: Cluster, plan: Plan) -> float:
     matrices = shape.layers * [h * q, h * q, h * k, h * k, h * f, h * f, h * f] + [v * h]
     matrices += [v * h] if shape.embedding_parameters > v * h / 2 else []  # not tied to the head
     pinned = sum(1 << (math.ceil(size / plan.dp_shard_size) * plan.state_bytes - 1).bit_length() for size in matrices)
-    shard_bytes = plan.shard_bytes(shape)  # of all stages together, like `pinned`; divided below
+    # Of all stages together, like `pinned`, and divided below. (CPU offload and tensor parallelism do not go together.)
+    shard_bytes = plan.shard_bytes(shape)
     pinned = max(pinned, shard_bytes)  # `matrices` lacks the experts that a token is not sent to
     of_rank = 2 * (pinned + shard_bytes) / plan.pipeline_parallel_size
     return of_rank * cluster.ranks_per_node / GIB
