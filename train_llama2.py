@@ -5380,9 +5380,9 @@ class StepMemory:
             # precision. (Where layers are split, `norm_backward` already includes it: an overestimate.)
             in_norm = self.norm_backward + own_input
             if plan.holds_gradients_back and width == 2 and torch.__version__ >= "2.15":
-                # FSDP2 adds each bf16 gradient to its fp32 sum at once and frees it. When that of the down projection
-                # is added, one factor's gradient and one tensor as wide as the stream are not there yet, by the
-                # tracker.
+                # From torch 2.15 on, FSDP2 adds each bf16 gradient of an uncompiled layer to its fp32 sum at once and
+                # frees it. When that of the down projection is added, one factor's gradient and one tensor as wide as
+                # the stream are not there yet, by the tracker.
                 return [(in_mlp - width * (f + h), h * f), (in_mlp, 0), (in_norm, 0)]
             return [(in_mlp, h * f), (in_norm, shape.layer_parameters)]
         # Autocast's copy of the stream's gradient. It is counted whole where layers are split, too, which agrees with
@@ -5463,13 +5463,15 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
     phases = sharded_phases_between_passes(step, kept, width_ahead)
     # A layer's new gradients pile up until its backward pass ends, and are then reduced, or added to the sums that are
-    # held back. Where sums are held back and compute is in fp32, each is added at once: at most one MLP matrix's waits.
+    # held back. To those each is added at once, so that at most one MLP matrix's waits, where compute is in fp32, and
+    # from torch 2.15 on where it is in bf16 and the layer is not compiled (see `backward_of_layer`).
     most_pending = shape.hidden * shape.intermediate if plan.holds_gradients_back and width == 4 else layer
     if plan.holds_gradients_back:
         # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
         # counted whole, as none is `finished`. Besides, by PyTorch's memory tracker, there are layer 0's weights, their
         # gradients before they are added in fp32, and as much as one more gathered layer (no more than that even
         # where all layers are kept gathered), and per token the layer's input and four tensors as wide as the stream.
+        # (Where each gradient is added at once, those of a whole layer are an overestimate.)
         held = step.layer_input + 4 * width * shape.hidden + step.rotary
         phases["end of the first backward"] = step.phase(held, gathered=(2 * width + width_ahead) * layer)
     for i in layers_that_may_peak(layers, plan):
