@@ -5463,9 +5463,11 @@ def sharded_phases(step: StepMemory) -> dict[str, dict[str, float]]:
     kept = 0 if plan.reshard_after_forward else width * (layers * layer + embedding)
     phases = sharded_phases_between_passes(step, kept, width_ahead)
     # A layer's new gradients pile up until its backward pass ends, and are then reduced, or added to the sums that are
-    # held back. To those each is added at once, so that at most one MLP matrix's waits, where compute is in fp32, and
-    # from torch 2.15 on where it is in bf16 and the layer is not compiled (see `backward_of_layer`).
-    most_pending = shape.hidden * shape.intermediate if plan.holds_gradients_back and width == 4 else layer
+    # held back. Two exceptions, in layers that are not compiled, where sums are held back: with compute in fp32 each is
+    # added at once, so that at most one MLP matrix's gradient waits. From torch 2.15 on the same holds for bf16, for
+    # which `backward_of_layer` counts no more than that.
+    adds_at_once = plan.holds_gradients_back and width == 4 and not plan.compiled
+    most_pending = shape.hidden * shape.intermediate if adds_at_once else layer
     if plan.holds_gradients_back:
         # At the end of the first micro-batch's backward pass, in layer 0, all gradients are there, unsharded, and
         # counted whole, as none is `finished`. Besides, by PyTorch's memory tracker, there are layer 0's weights, their

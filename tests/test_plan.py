@@ -506,6 +506,15 @@ def test_active_memory_is_what_the_allocator_measured(shape, plan, tokens, measu
     assert train_llama2.predict_memory(shape, plan_of(**plan), tokens).active == pytest.approx(measured, rel=0.005)
 
 
+@pytest.mark.parametrize(("recomputed", "measured"), [("full", 12.17), ("none", 13.82)])
+def test_a_compiled_layer_hands_over_all_gradients_at_once_in_fp32_too(recomputed, measured):
+    """7B of 8 layers with tests/check_plan.py --device on torch 2.14.1: micro-batches of 1 x 1,024, reduced once."""
+    plan = plan_of(shards=8, precision="fp32", compiled=True, activation_checkpointing=recomputed)
+    plan = dataclasses.replace(plan, gradient_accumulation_steps=3, gradient_sync="step")
+    predicted = train_llama2.predict_memory(llama("7b", num_hidden_layers=8), plan, 1024)
+    assert predicted.active == pytest.approx(measured, rel=0.01)
+
+
 def test_states_take_16_bytes_a_parameter_divided_by_shards():
     alone = train_llama2.predict_memory(LLAMA_13B, plan_of(8, micro_batch_size=1), 64)
     # 193.9 GiB of states, and at the end of the forward pass autocast's bf16 copies of all but the embedding
